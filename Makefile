@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo       set up, then quantize and lower the bundled model and measure what comes out
+# make test       set up, then ruff, mypy, the C++ tests and pytest
+# make test-all   make test, and the slow tier: sanitizers, other runtime versions, long runs
+# make clean      remove what the above made
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml $(shell find mossquant calibration kernels targets eval -type f \
+  -not -name '*.so' -not -name '*.pyc' 2>/dev/null | grep -v -e __pycache__ -e partial-)
+# The installed package is what is tested; keep every run on the threads it was given.
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: demo test test-all lint cpp-test clean check-tools
+
+demo: $(VENV)/.installed
+	$(BIN)/mossquant demo -o demo
+
+test: lint cpp-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint cpp-test
+	$(BIN)/cmake -G Ninja -S kernels -B build/sanitized -DMOSS_PYTHON=OFF -DMOSS_TESTS=ON -DMOSS_SANITIZE=ON >/dev/null
+	$(BIN)/cmake --build build/sanitized
+	build/sanitized/kernels_tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p mossquant
+
+cpp-test: $(VENV)/.tools
+	$(BIN)/cmake -G Ninja -S kernels -B build/cpp-tests -DMOSS_PYTHON=OFF -DMOSS_TESTS=ON >/dev/null
+	$(BIN)/cmake --build build/cpp-tests
+	build/cpp-tests/kernels_tests
+
+check-tools:
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { \
+	  echo "mossquant needs a C++17 compiler and found none; install one (Debian: apt-get install g++) and run make again" >&2; exit 2; }
+
+# The interpreter: python3.11 if there is one, else any python3 that is new enough and can make a virtual environment.
+$(VENV)/bin/python: | check-tools
+	@for candidate in $(PYTHON) python3.11 python3 python3.12 python3.13; do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "creating $(VENV) with $$candidate"; exec "$$candidate" -m venv $(VENV); fi; done; \
+	  echo "mossquant needs Python 3.11 or newer with the venv module and found none; install it (Debian: apt-get install python3.11-venv), or name one: make PYTHON=/path/to/python3.11" >&2; exit 2
+
+# torch first and exactly: a range would admit releases that bring gigabytes of CUDA.
+$(VENV)/.torch: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet "torch==2.13.0" "scikit-build-core==1.1.2" "nanobind==3.1.0" "cmake==4.4.4" "ninja==1.13.2"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation "$(CURDIR)"
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])' \
+	  | xargs $(PIP) install --quiet
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

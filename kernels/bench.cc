@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Times every kernel that this machine can run, on one thread: the best of several runs, forward and backward, in ms and
+// in ns per channel and step (and state, for the scan).
+//
+//     kernels_bench [B T E N]
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "conv/conv.h"
+#include "cpu.h"
+#include "scan/scan.h"
+#include "tile.h"
+
+namespace moss {
+namespace {
+
+constexpr int kRuns = 7;
+constexpr std::int64_t kConvWidth = 4;
+
+template <typename Real>
+std::vector<Real> normal(std::int64_t size, double scale = 1, double shift = 0) {
+  static std::mt19937 random(0);
+  std::normal_distribution<double> distribution(shift, scale);
+  std::vector<Real> values(static_cast<std::size_t>(size));
+  for (Real& value : values) value = static_cast<Real>(distribution(random));
+  return values;
+}
+
+template <typename Real>
+std::vector<Real> empty(std::int64_t size) {
+  return std::vector<Real>(static_cast<std::size_t>(size));
+}
+
+// Seconds of the best run of run(b, tile) over all units.
+template <typename Run>
+double best_seconds(std::int64_t batch, std::int64_t channels, const Run& run) {
+  double best = 1e30;
+  for (int i = 0; i < kRuns; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    for (std::int64_t b = 0; b < batch; ++b) {
+      for (std::int64_t tile = 0; tile < tile_count(channels); ++tile) run(b, tile);
+    }
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  }
+  return best;
+}
+
+void print(const char* name, double forward, double backward, double elements) {
+  std::printf("%-24s forward %8.2f ms  backward %8.2f ms  %7.3f ns per element\n", name, 1e3 * forward, 1e3 * backward,
+              1e9 * (forward + backward) / elements);
+}
+
+template <typename Real>
+void bench_scan(std::int64_t B, std::int64_t T, std::int64_t E, std::int64_t N) {
+  auto A = normal<Real>(E * N);
+  for (Real& a : A) a = -std::abs(a) - 1;
+  const auto x = normal<Real>(B * T * E), dt = normal<Real>(B * T * E, 1, -4), dy = normal<Real>(B * T * E);
+  const auto Bm = normal<Real>(B * T * N), Cm = normal<Real>(B * T * N), D = normal<Real>(E);
+  auto y = empty<Real>(B * T * E), dx = y, ddt = y, hT = empty<Real>(B * E * N), dh0 = hT, dA = hT;
+  auto checkpoints = empty<Real>(B * chunk_count(T) * N * E), dD = empty<Real>(B * E);
+  auto dBm = empty<Real>(tile_count(E) * B * T * N), dCm = dBm;
+  std::vector<Real> scratch(scan_scratch_size(N) + kScratchAlignmentBytes);
+  void* aligned = scratch.data();
+  std::size_t space = scratch.size() * sizeof(Real);
+  auto* const work = static_cast<Real*>(
+      std::align(kScratchAlignmentBytes, scan_scratch_size(N) * sizeof(Real), aligned, space));
+
+  const ScanShape shape = {B, T, E, N};
+  const ScanForward<Real> forward = {shape,     x.data(), dt.data(), A.data(),  Bm.data(),         Cm.data(),
+                                     D.data(), nullptr,  y.data(),  hT.data(), checkpoints.data()};
+  const ScanBackward<Real> backward = {shape,    x.data(),           dt.data(), A.data(), Bm.data(),  Cm.data(),
+                                       D.data(), checkpoints.data(), dy.data(), nullptr,  dx.data(),  ddt.data(),
+                                       dh0.data(), dBm.data(),       dCm.data(), dA.data(), dD.data()};
+  for (const auto* kernel : scan_kernels<Real>()) {
+    if (!can_run(*kernel, detect_cpu_flags())) continue;
+    const auto run_forward = [&](std::int64_t b, std::int64_t tile) { kernel->forward(forward, b, tile, work); };
+    const auto run_backward = [&](std::int64_t b, std::int64_t tile) { kernel->backward(backward, b, tile, work); };
+    print(kernel->name, best_seconds(B, E, run_forward), best_seconds(B, E, run_backward),
+          static_cast<double>(B * T * E * N));
+  }
+}
+
+template <typename Real>
+void bench_conv(std::int64_t B, std::int64_t T, std::int64_t E) {
+  const std::int64_t W = kConvWidth;
+  const auto x = normal<Real>(B * T * E), dy = normal<Real>(B * T * E);
+  const auto weight = normal<Real>(E * W), bias = normal<Real>(E);
+  auto y = empty<Real>(B * T * E), dx = y, window = empty<Real>(B * E * (W - 1)), dwindow = window;
+  auto dweight = empty<Real>(B * E * W), dbias = empty<Real>(B * E);
+  std::vector<Real> scratch(conv_scratch_size(W) + kScratchAlignmentBytes);
+  void* aligned = scratch.data();
+  std::size_t space = scratch.size() * sizeof(Real);
+  auto* const work = static_cast<Real*>(
+      std::align(kScratchAlignmentBytes, conv_scratch_size(W) * sizeof(Real), aligned, space));
+
+  const ConvShape shape = {B, T, E, W};
+  const ConvForward<Real> forward = {shape, x.data(), weight.data(), bias.data(), nullptr, y.data(), window.data()};
+  const ConvBackward<Real> backward = {shape,   x.data(),  weight.data(),  bias.data(),    nullptr,    dy.data(),
+                                       nullptr, dx.data(), dwindow.data(), dweight.data(), dbias.data()};
+  for (const auto* kernel : conv_kernels<Real>()) {
+    if (!can_run(*kernel, detect_cpu_flags())) continue;
+    const auto run_forward = [&](std::int64_t b, std::int64_t tile) { kernel->forward(forward, b, tile, work); };
+    const auto run_backward = [&](std::int64_t b, std::int64_t tile) { kernel->backward(backward, b, tile, work); };
+    print(kernel->name, best_seconds(B, E, run_forward), best_seconds(B, E, run_backward),
+          static_cast<double>(B * T * E));
+  }
+}
+
+}  // namespace
+}  // namespace moss
+
+int main(int argc, char** argv) {
+  std::int64_t shape[] = {8, 256, 512, 16};
+  if (argc != 1 && argc != 5) {
+    std::fprintf(stderr, "usage: kernels_bench [B T E N]\n");
+    return 2;
+  }
+  for (int i = 1; i < argc; ++i) shape[i - 1] = std::strtoll(argv[i], nullptr, 10);
+  const auto [B, T, E, N] = shape;
+  std::printf("B %lld, T %lld, E %lld, N %lld, one thread\n", static_cast<long long>(B), static_cast<long long>(T),
+              static_cast<long long>(E), static_cast<long long>(N));
+  moss::bench_scan<float>(B, T, E, N);
+  moss::bench_scan<double>(B, T, E, N);
+  moss::bench_conv<float>(B, T, E);
+  moss::bench_conv<double>(B, T, E);
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the C++ kernel tests share: seeded inputs, scratch that betrays a read before a write, comparison with a
+// reference.
+
+#ifndef MOSS_TESTS_KERNELS_COMPARE_H_
+#define MOSS_TESTS_KERNELS_COMPARE_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "tile.h"
+
+namespace moss_tests {
+
+// Largest difference from the reference, as a part of the reference's largest value. The kernels differ from it by
+// their fp32 arithmetic only: a chain or sum of at most ~300 terms here, with some 10 roundings of 2^-24 each, which
+// partly cancel. A wrong index or a missing term is an error of the order of 1.
+constexpr double kTolerance = 1e-4;
+
+// Every array is its own allocation of the exact size, so that the address sanitizer sees any step over an end.
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : engine_(seed) {}
+
+  Floats normal(std::int64_t size, double scale = 1, double shift = 0) {
+    std::normal_distribution<double> distribution(shift, scale);
+    Floats values(static_cast<std::size_t>(size));
+    for (float& value : values) value = static_cast<float>(distribution(engine_));
+    return values;
+  }
+
+ private:
+  std::mt19937 engine_;
+};
+
+inline Doubles doubles(const Floats& values) { return Doubles(values.begin(), values.end()); }
+
+template <typename Real>
+std::vector<Real> unset(std::int64_t size) {
+  return std::vector<Real>(static_cast<std::size_t>(size), std::numeric_limits<Real>::quiet_NaN());
+}
+
+// Scratch of exactly the size a kernel asks for, full of NaN.
+template <typename Real>
+struct Scratch {
+  struct Free {
+    void operator()(Real* data) const {
+      ::operator delete(data, std::align_val_t(moss::kScratchAlignmentBytes));
+    }
+  };
+  std::unique_ptr<Real, Free> data;
+
+  explicit Scratch(std::size_t size)
+      : data(static_cast<Real*>(::operator new(size * sizeof(Real), std::align_val_t(moss::kScratchAlignmentBytes)))) {
+    for (std::size_t i = 0; i < size; ++i) data.get()[i] = std::numeric_limits<Real>::quiet_NaN();
+  }
+};
+
+// Prints the first element that is too far from the reference; true where there is none.
+inline bool close(const std::string& what, const Floats& found, const Doubles& expected) {
+  double largest = 0;
+  for (double value : expected) largest = std::fmax(largest, std::fabs(value));
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (std::fabs(static_cast<double>(found[i]) - expected[i]) <= kTolerance * largest) continue;
+    std::printf("FAILED %s: element %zu of %zu is %.9g, reference %.9g, largest %.9g\n", what.c_str(), i,
+                expected.size(), static_cast<double>(found[i]), expected[i], largest);
+    return false;
+  }
+  return true;
+}
+
+}  // namespace moss_tests
+
+#endif  // MOSS_TESTS_KERNELS_COMPARE_H_

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel is used where: a pure function of the CPU's flags, tested with invented ones."""
+
+from itertools import combinations
+
+import pytest
+
+from mossquant.kernels import available, cpu_flags, selected
+
+OPERATIONS = ("scan", "conv")
+# Where the x86-64 kernels are compiled in, as a machine with every flag would see it.
+HAS_X86 = len(available("scan", flags=["avx2", "avx512"])) == 4
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.skipif(not HAS_X86, reason="the x86-64 kernels are not compiled in on this processor")
+def test_best_that_the_flags_allow(op: str) -> None:
+    assert selected(op, flags=["avx2", "avx512"]) == f"moss_{op}_f32_avx512"
+    assert selected(op, flags=["avx512"]) == f"moss_{op}_f32_avx512"
+    assert selected(op, flags=["avx2"]) == f"moss_{op}_f32_avx2"
+    assert selected(op, flags=[]) == f"moss_{op}_f32_portable"
+    assert available(op, flags=["avx2", "avx512"]) == tuple(
+        f"moss_{op}_f32_{isa}" for isa in ("avx512", "avx2", "portable", "scalar")
+    )
+    assert available(op, flags=["avx2"]) == tuple(f"moss_{op}_f32_{isa}" for isa in ("avx2", "portable", "scalar"))
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scalar_is_last_and_always_there(op: str, dtype: str) -> None:
+    known = ("avx2", "avx512")
+    for flags in (flags for size in range(3) for flags in combinations(known, size)):
+        names = available(op, dtype=dtype, flags=flags)
+        assert names[0] == selected(op, dtype=dtype, flags=flags)
+        assert names[-1] == f"moss_{op}_f{dtype[5:]}_scalar"
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_this_machine_is_the_default(op: str) -> None:
+    assert selected(op) == selected(op, flags=cpu_flags())
+    assert available(op) == available(op, flags=cpu_flags())
+
+
+def test_unknown_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="flags: 'avx3' is not known"):
+        selected("scan", flags=["avx3"])
+    with pytest.raises(ValueError, match="no kernels for operation 'sort' and dtype 'float32'"):
+        available("sort")
+    with pytest.raises(ValueError, match="no kernels for operation 'scan' and dtype 'int8'"):
+        available("scan", dtype="int8")
