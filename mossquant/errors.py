@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user did wrong, in one line: what was found, where, and what to do about it.
+
+Everything else that is raised is a bug of ours. The command line turns `InputError` into exit status 2 and any
+other exception into 70, so raise `InputError` only where the input is at fault.
+"""
+
+from collections.abc import Sequence
+
+__all__ = ["InputError"]
+
+_LISTED = 8
+
+
+class InputError(ValueError):
+    """Bad input or usage. The message is one line and tells the user what to do.
+
+    Names out of files (a tensor's, a key's) end up in it: characters that would break the line, or tell the terminal
+    something, are shown escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+    @classmethod
+    def listing(cls, what: str, offenders: Sequence[str], advice: str) -> "InputError":
+        """All offenders at once: ``what: first; second; … and 12 more. advice``.
+
+        Args:
+            what: what is wrong, with where (a file or folder), without a full stop.
+            offenders: one short phrase each; the first eight are printed, the rest are counted.
+            advice: what to do, one sentence.
+        """
+        shown = "; ".join(offenders[:_LISTED])
+        rest = len(offenders) - _LISTED
+        more = f"; and {rest} more" if rest > 0 else ""
+        return cls(f"{what}: {shown}{more}. {advice}")

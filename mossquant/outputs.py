@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs that appear whole or not at all.
+
+A file or folder is written under a hidden temporary name beside its destination, flushed to disk, then renamed.
+A process killed at any point leaves nothing at the output path, or what was there before; what it left beside it
+(`.NAME.partial-PID`) is removed by the next run that writes to the same path.
+"""
+
+import ctypes
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mossquant.errors import InputError
+
+__all__ = ["check_free", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
+
+_PARTIAL = ".partial-"
+
+# Of renameat2(2), which Python has no name for.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def check_free(path: Path, *, force: bool = False) -> None:
+    """Say early that an output cannot be written.
+
+    Raises:
+        InputError: something is at `path` and `force` is off, it holds the working folder, or the folder above it is
+            not a folder, not reachable or not writable.
+    """
+    try:
+        if (path.exists() or path.is_symlink()) and not force:
+            raise InputError(f"{path} exists already; choose another output path or pass --force to replace it")
+        if Path.cwd().resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{path} holds the working folder, so it is not replaced; choose another output path")
+        above = path.absolute().parent
+        while not above.exists() and above != above.parent:
+            above = above.parent
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another output path") from None
+    if not above.is_dir():
+        raise InputError(f"{above} is not a folder, so {path} cannot be written; choose another output path")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{above} is not writable, so {path} cannot be written; choose another output path")
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends without an exception."""
+    check_free(path, force=force)
+    with _beside(path) as partial:
+        partial.mkdir()
+        yield partial
+        for entry in sorted(partial.rglob("*")):
+            _flush(entry)
+        _flush(partial)
+        _put(partial, path)
+
+
+@contextmanager
+def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a path to write to, in the same folder; it becomes `path` when the block ends without an exception."""
+    check_free(path, force=force)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
+    with _beside(path) as partial:
+        yield partial
+        _flush(partial)
+        partial.replace(path.absolute())
+        _flush(partial.parent)
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as this project stores it: UTF-8, indented, keys in the given order, one newline at the end; no NaN."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `json_bytes(value)` to `path` (inside a folder that is itself written aside)."""
+    path.write_bytes(json_bytes(value))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A free temporary name beside `path`. If the block fails, nothing stays: not it, not folders made to hold it."""
+    path = path.absolute()
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
+        if not _alive(left.name.removeprefix(f".{path.name}{_PARTIAL}").removesuffix("-old")):
+            _remove(left)
+    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if path.is_file():
+            os.fchmod(handle, 0o644)  # safetensors writes files that only their owner can read
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Rename a folder to its destination. What was there is removed once the new folder is in its place."""
+    path = path.absolute()
+    if not (path.exists() or path.is_symlink()):
+        partial.rename(path)
+    elif not _exchange(partial, path):
+        old = partial.with_name(partial.name + "-old")
+        path.rename(old)
+        partial.rename(path)
+        _remove(old)
+    _flush(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    names = os.fsencode(one), os.fsencode(other)
+    return call is not None and call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

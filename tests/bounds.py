@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every tolerance of the tests, with its reason. A bound is never widened to make a test pass.
+
+Differences are the largest absolute ones; logits of the test models lie within ±10, scan outputs within ±30.
+"""
+
+FORMS_FLOAT64 = 1e-10
+"""Sequential, chunked, fused and step forms against one another: some 10⁴ roundings of 1e-16 of values up to 30."""
+
+REFERENCE_FLOAT64 = 1e-9
+"""Our model in float64 against the scalar loop in plain Python: another order of every sum."""
+
+SAME_SUM_FLOAT64 = 1e-12
+"""The same terms in another order (experts permuted, or stacked) in float64, one pass of a few blocks."""
+
+FORMS_FLOAT32 = 2e-4
+"""The forms in fp32: 1e-7 of values up to 30, summed over up to 100 steps."""
+
+TRANSFORMERS_FLOAT32 = 1e-4
+"""Logits in fp32 against `transformers`: two orders of the same sums."""
+
+TRANSFORMERS_FLOAT64 = 1e-6
+"""Logits in float64 against `transformers`, which computes norm, A and scan in fp32, for logits up to 3."""
+
+TRANSFORMERS_WITHOUT_CASTS = 1e-11
+"""The same with its casts to fp32 turned into float64: what is left is the order of sums."""
+
+PLANTED_FAULT = 1e-3
+"""What a planted fault has to move at least, where the bound is 1e-9: a test that could not fail would be none."""
+
+CUT_NATS = 2e-5
+"""Nats a token of one text in other pieces, batches or forms, in fp32: logits within ±10 are rounded at 1e-6 each."""
+
+CODE_ROUNDING = 2.0**-16
+"""In units of a scale: w / s and code · s are each rounded to fp32 (2⁻²⁴) of at most 128 units."""
+
+SUM_ROUNDING = 1e-6
+"""Relative: two fp32 sums of squares over a row, added in different orders."""

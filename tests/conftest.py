@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small model for tests of the whole line: two blocks, four experts of each kind, a dt_rank that fills no group."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small import random_model, write_model
+
+from mossquant.config import MossNetConfig
+
+torch.set_num_threads(1)
+
+TINY = MossNetConfig(
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    time_step_rank=12,
+    num_ssm_experts=4,
+    num_ssm_experts_per_tok=2,
+    num_mlp_experts=4,
+    num_mlp_experts_per_tok=2,
+    mlp_intermediate_size=96,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> MossNetConfig:
+    """The shape of the small model."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its checkpoint, in bf16, with routers that decide. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return write_model(folder, random_model(TINY, seed=7, dtype=torch.float32), dtype=torch.bfloat16)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs appear whole or not at all, whatever happens on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mossquant import outputs
+from mossquant.errors import InputError
+from mossquant.outputs import check_free, file_sha256, json_bytes, new_file, new_folder, write_json
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "deep" / "er" / "out") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a").write_text("a")
+        assert not (tmp_path / "deep" / "er" / "out").exists()
+    assert (tmp_path / "deep" / "er" / "out" / "inner" / "a").read_text() == "a"
+    assert names(tmp_path / "deep" / "er") == ["out"]
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with new_file(tmp_path / "deep" / "out.json") as partial:
+        write_json(partial, {"é": [1]})
+        assert names(tmp_path / "deep") == [partial.name]
+    assert (tmp_path / "deep" / "out.json").read_bytes() == '{\n "é": [\n  1\n ]\n}\n'.encode()
+    assert names(tmp_path / "deep") == ["out.json"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise error
+
+    with pytest.raises(error), new_folder(tmp_path / "deep" / "er" / "out") as partial:
+        fail(partial / "a")
+    with pytest.raises(error), new_file(tmp_path / "out.json") as partial:
+        fail(partial)
+    assert names(tmp_path) == []
+
+
+def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", force=True):
+        raise RuntimeError
+    with pytest.raises(RuntimeError), new_file(tmp_path / "file", force=True):
+        raise RuntimeError
+    assert names(tmp_path) == ["file", "out"]
+    assert (tmp_path / "out" / "old").read_text() == (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "where the system cannot swap"])
+def test_force_replaces(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not swap:
+        monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").write_text("kept")
+    for name in ("folder", "file", "link"):
+        with new_folder(tmp_path / name, force=True) as partial:
+            (partial / "new").write_text("new")
+        assert names(tmp_path / name) == ["new"]
+    assert names(tmp_path) == ["file", "folder", "link", "target"]
+    assert names(tmp_path / "target") == ["kept"], "a link is replaced, not what it points to"
+    with new_file(tmp_path / "plain") as partial:
+        partial.write_text("1")
+    with new_file(tmp_path / "plain", force=True) as partial:
+        partial.write_text("2")
+    assert (tmp_path / "plain").read_text() == "2"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose renameat2 swaps two folders")
+def test_replacing_a_folder_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader finds the old folder or the new one: the only system call that touches the path is the swap."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("the path was free for a moment"))
+    with new_folder(tmp_path / "out", force=True) as partial:
+        (partial / "new").write_text("new")
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_paths_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "folder" / "inner")
+    for path, force, message in (
+        (tmp_path / "file", False, "exists already; .*--force"),
+        (tmp_path / "folder", False, "exists already"),
+        (tmp_path / "dangling", False, "exists already"),
+        (tmp_path / "file" / "below", False, "is not a folder"),
+        (tmp_path / "folder", True, "holds the working folder"),
+        (Path(), True, "holds the working folder"),
+        (Path("/"), True, "holds the working folder"),
+        (tmp_path / ("n" * 300), False, "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_free(path, force=force)
+        with pytest.raises(InputError, match=message), new_folder(path, force=force):
+            pytest.fail("the block must not run")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="is a folder, and a file"), new_file(tmp_path / "other", force=True):
+        pytest.fail("the block must not run")
+    (tmp_path / "other").rmdir()
+    check_free(tmp_path / "new" / "newer")
+    assert names(tmp_path) == ["dangling", "file", "folder"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root, who may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(InputError, match="is not writable"):
+            check_free(tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from mossquant.outputs import {kind}
+with {kind}(Path(sys.argv[1]), force=True) as partial:
+    ({file}).write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["out", "odd [name] *"])
+@pytest.mark.parametrize("kind", ["new_folder", "new_file"])
+def test_a_killed_process_leaves_nothing_that_the_next_run_does_not_clear(tmp_path: Path, kind: str, name: str) -> None:
+    program = KILLED.format(kind=kind, file="partial" if kind == "new_file" else "partial / 'a'")
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / name)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / name).exists()
+    assert len(names(tmp_path)) == 1, "the partial output lies beside"
+    with getattr(outputs, kind)(tmp_path / name) as partial:
+        (partial if kind == "new_file" else partial / "a").write_text("whole")
+    assert names(tmp_path) == [name]
+
+
+def test_another_running_process_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / f".out.partial-{os.getppid()}"
+    theirs.mkdir()
+    ours = tmp_path / f".out.partial-{os.getpid()}"  # of an earlier process that had our number
+    ours.mkdir()
+    with new_folder(tmp_path / "out") as partial:
+        assert partial == ours
+        assert names(partial) == []
+    assert names(tmp_path) == [theirs.name, "out"]
+
+
+def test_json_is_the_same_bytes_and_never_nan() -> None:
+    assert json_bytes({"b": 1, "a": 0.1}) == b'{\n "b": 1,\n "a": 0.1\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_bytes({"x": float("nan")})
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models for tests: every kind of block, sizes that no group and no vector width divides, weights that matter."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mossquant.checkpoint import write_checkpoint
+from mossquant.config import MossNetConfig
+from mossquant.model import MossNet, tensor_specs
+
+__all__ = ["CONFIGS", "SMALL", "difference", "random_model", "random_tokens", "write_model"]
+
+SMALL = MossNetConfig(
+    vocab_size=53,
+    hidden_size=20,
+    num_hidden_layers=2,
+    time_step_rank=3,
+    state_size=5,
+    num_ssm_experts=4,
+    num_ssm_experts_per_tok=2,
+    num_mlp_experts=4,
+    num_mlp_experts_per_tok=2,
+    mlp_intermediate_size=13,
+)
+
+CONFIGS: dict[str, MossNetConfig] = {
+    "experts": SMALL,
+    "mamba": replace(SMALL, num_ssm_experts=1, num_mlp_experts=0, mlp_intermediate_size=0),
+    "pruned": replace(SMALL, num_ssm_experts=(3, 1), num_mlp_experts=(0, 1)),
+    "untied": replace(SMALL, tie_word_embeddings=False, expand=3, conv_kernel=2, num_ssm_experts_per_tok=1),
+    "all chosen": replace(SMALL, num_ssm_experts=3, num_ssm_experts_per_tok=5, num_mlp_experts_per_tok=3),
+}
+
+
+def random_model(config: MossNetConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> MossNet:
+    """A model in which everything matters: routers that decide, norms, biases and D that are not their first values.
+
+    The weights are fp32 values, so that a checkpoint in fp32 holds them exactly.
+    """
+    model = MossNet(config)
+    model.reset_parameters(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            size = 0.8 if name.endswith("router") else 0.2
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model.to(dtype).requires_grad_(False)
+
+
+def random_tokens(config: MossNetConfig, batch: int, time: int, *, seed: int = 0) -> torch.Tensor:
+    """Tokens [B, T]."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    return torch.randint(config.vocab_size, (batch, time), generator=generator)
+
+
+def write_model(folder: Path, model: MossNet, *, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of the model in `folder`, which is made."""
+    folder.mkdir()
+    specs = {spec.name: model.parameter_of(spec) for spec in tensor_specs(model.config)}
+    write_checkpoint(folder, model.config, lambda spec: specs[spec.name], dtype=dtype)
+    return folder
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest absolute difference of two tensors of one shape; NaN where either has one."""
+    assert one.shape == other.shape
+    return float((one.detach().double() - other.detach().double()).abs().max())
