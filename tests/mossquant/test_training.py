@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`train` from text files to a checkpoint: the same bytes whether or not it was killed on the way."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from mossquant import config as configs
+from mossquant.checkpoint import Checkpoint
+from mossquant.config import MossNetConfig
+from mossquant.errors import InputError
+from mossquant.trainer import Progress, Schedule
+from mossquant.training import train
+
+SMALL = MossNetConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, time_step_rank=5)
+SCHEDULE = Schedule(steps=4, batch=2, window=8, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs.PRESETS, "tiny", SMALL)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} holds the number {i * i % 97}\n" for i in range(400)))
+    return str(path)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(text: str, tmp_path: Path) -> None:
+    train("tiny", [text], tmp_path / "whole", schedule=SCHEDULE)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train("tiny", [text], tmp_path / "broken", schedule=SCHEDULE, snapshot_every=1, shown=kill)
+    assert not (tmp_path / "broken").exists()
+    said: list[str] = []
+    train("tiny", [text], tmp_path / "broken", schedule=SCHEDULE, said=said.append)
+    assert any("going on from step 2" in line for line in said)
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+
+
+def test_the_checkpoint_says_what_it_has_seen(text: str, tmp_path: Path) -> None:
+    trained = train("tiny", [text], tmp_path / "out", schedule=SCHEDULE)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert checkpoint.torch_dtype == "bfloat16"
+    assert checkpoint.seen_text() == (hashlib.sha256(Path(text).read_bytes()).hexdigest(),)
+    assert checkpoint.tokenizer_path is not None
+    assert trained.tokens == 4 * 2 * 8
+
+
+def test_a_byte_level_model_needs_no_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "binary"
+    path.write_bytes(bytes(range(256)) * 8)
+    train("tiny", [str(path)], tmp_path / "out", tokenizer="bytes", schedule=SCHEDULE)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert checkpoint.config.vocab_size == 256
+    assert checkpoint.tokenizer_path is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "content", "message"),
+    [
+        ("huge", b"text" * 1000, "unknown preset 'huge'; known presets: tiny"),
+        ("tiny", b"", "is empty"),
+        ("tiny", b"\xff\xfe" * 4000, "not UTF-8|UTF-8"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    preset: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        train(preset, [str(path)], tmp_path / "out", schedule=SCHEDULE)
+    assert not (tmp_path / "out").exists()
