@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantize`: execute a recipe on a checkpoint, tensor by tensor.
+
+Tensors are read from the memory-mapped checkpoint one at a time and matrices are solved in blocks of rows, so that
+peak memory is bounded by the largest tensor (and the writer's shard), not by the model. The output folder appears whole
+or not at all; the same checkpoint, recipe and release give the same bytes.
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mossquant.calibration.nearest import SOLVERS, Solver, fixed_sum
+from mossquant.capabilities import check
+from mossquant.checkpoint import Checkpoint
+from mossquant.errors import InputError
+from mossquant.formats import NumberFormat, get_format
+from mossquant.locate import locate
+from mossquant.outputs import check_free, new_folder
+from mossquant.packing import pack
+from mossquant.plan import KEPT_DTYPES, Ledger, Plan, make_plan
+from mossquant.quantized_writer import COPIES, QuantizedWriter, container_bytes
+from mossquant.recipe import load_recipe
+from mossquant.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
+
+__all__ = ["Progress", "disk_bytes", "memory_bytes", "quantize"]
+
+Progress = Callable[[str, int, int], None]
+"""(tensor just finished, weights done, weights in all)."""
+
+_BLOCK_WEIGHTS = 1 << 18
+"""Weights solved at once: few enough to stay near a core, enough to make each operation worth its call."""
+
+_BLOCK_ARRAYS = 12
+"""fp32 arrays of a block's size that solving it holds, at most."""
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path = "int4",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Ledger:
+    """Quantize a full-precision checkpoint.
+
+    Args:
+        model: a checkpoint folder, or the name "tiny".
+        output: folder to write; nothing may be there, unless `force`.
+        recipe: a recipe's name ("int8", "int4") or a YAML file (`mossquant.recipe`).
+        force: replace what is at `output`.
+        dry_run: make and check the plan, write nothing.
+        progress: called after each tensor.
+
+    Returns:
+        The ledger: the plan with bytes written and relative errors (a plan without them where `dry_run`).
+
+    Raises:
+        InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a plan that the recipe's targets
+            cannot hold, an output that cannot be written or has too little room: before any work.
+    """
+    asked = load_recipe(recipe)
+    folder, destination = locate(model).require("checkpoint", verb="quantize"), Path(output)
+    if not dry_run:
+        check_free(destination, force=force)
+    checkpoint = Checkpoint.open(folder)
+    plan = make_plan(checkpoint.config, {name: checkpoint.dtype(name) for name in checkpoint.specs}, asked)
+    check(plan, asked.targets)
+    if dry_run:
+        return plan
+    copied = sum((folder / name).stat().st_size for name in COPIES if (folder / name).is_file())
+    _check_room(destination, disk_bytes(plan) + copied)
+    total, done = sum(entry.count for entry in plan.tensors), 0
+    with (
+        new_folder(destination, force=force) as partial,
+        QuantizedWriter(partial, checkpoint, asked, plan) as writer,
+    ):
+        for entry in plan.tensors:
+            tensor = checkpoint.tensor(entry.name)
+            if entry.kept is not None:
+                writer.add_kept(entry.name, tensor.to(KEPT_DTYPES[entry.kept]))
+            else:
+                matrix = checkpoint.specs[entry.name].to_matrix(tensor)
+                words, scales, error = _execute(matrix, get_format(entry.format or ""), SOLVERS[entry.solver or ""])
+                writer.add_quantized(entry.name, words, scales, relative_error=error)
+            done += entry.count
+            if progress is not None:
+                progress(entry.name, done, total)
+    return writer.ledger
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Room that the output folder needs, at most, without a tokenizer."""
+    return plan.predicted_bytes + container_bytes(plan)
+
+
+def memory_bytes(plan: Plan) -> int:
+    """Memory that executing a plan needs beside Python: the writer's open file or shard, one tensor, one block."""
+    whole = disk_bytes(plan)
+    largest = max(entry.stored_bytes + entry.predicted_bytes for entry in plan.tensors)
+    longest = max(entry.padded_columns for entry in plan.tensors)
+    held = whole if whole <= ONE_FILE_BYTES else SHARD_BYTES + largest
+    return held + largest + _BLOCK_ARRAYS * 4 * max(_BLOCK_WEIGHTS, longest)
+
+
+def _execute(matrix: Tensor, form: NumberFormat, solver: Solver) -> tuple[Tensor, Tensor, float]:
+    """Packed codes, scales and ‖W − Q‖ / ‖W‖ of a matrix in its stored type, block of rows by block of rows."""
+    rows, columns = matrix.shape
+    words = torch.empty((rows, form.padded_columns(columns) * form.bits // 32), dtype=torch.int32)
+    scales = torch.empty((rows, form.groups(columns)), dtype=form.scale_dtype)
+    step = max(1, _BLOCK_WEIGHTS // form.padded_columns(columns))
+    lost = norm = 0.0
+    for start in range(0, rows, step):
+        block = matrix[start : start + step].float().contiguous()
+        found = solver(block, form)
+        words[start : start + step] = pack(found.codes, form.bits)
+        scales[start : start + step] = found.scales
+        exact = block.double()
+        lost += float(fixed_sum((found.dequantize().double() - exact).square().flatten()))
+        norm += float(fixed_sum(exact.square().flatten()))
+    return words, scales, math.sqrt(lost / norm) if norm > 0 else 0.0
+
+
+def _check_room(destination: Path, needed: int) -> None:
+    above = destination.absolute().parent
+    while not above.exists():
+        above = above.parent
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise InputError(
+            f"{above} has {free / 1e6:.0f} MB free and {destination} needs {needed / 1e6:.0f} MB; "
+            "free some, or choose another disk"
+        )

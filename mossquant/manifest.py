@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`manifest.json` of a quantized checkpoint: what the folder holds, what it was made from and by, what it has seen."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from mossquant.errors import InputError
+from mossquant.outputs import file_sha256
+
+__all__ = ["FileRecord", "Manifest", "Parent", "SeenText", "file_offenders", "read_json", "read_manifest"]
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Strict):
+    """Size and hash of one file."""
+
+    sha256: Sha256
+    bytes: int
+
+
+class Parent(_Strict):
+    """The full-precision checkpoint that a quantized one was made from: stored type, size, and file name → SHA-256."""
+
+    torch_dtype: str
+    parameters: int
+    bytes: int
+    files: dict[FileName, Sha256]
+
+
+class SeenText(_Strict):
+    """SHA-256 of the texts that the model was trained and calibrated on."""
+
+    training: list[str]
+    calibration: list[str]
+
+
+class Manifest(_Strict):
+    """`manifest.json`. `payload_bytes` are codes, padding, scales and kept tensors; headers and shapes come on top."""
+
+    version: Literal[1]
+    kind: Literal["quantized checkpoint"]
+    release: str
+    recipe: str
+    payload_bytes: int
+    files: dict[FileName, FileRecord]
+    parent: Parent
+    text: SeenText
+
+
+_REQUIRED = ("config.json", "recipe.yaml", "ledger.json")
+_MAX_JSON_BYTES = 1 << 26
+
+
+def read_json(path: Path) -> Any:
+    """The content of a stored JSON file. Raises `InputError` where it is none."""
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise InputError(f"{path} is larger than 64 MB; copy the folder again, or quantize again")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not JSON; copy the folder again, or quantize again") from None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`. Raises `InputError`: missing, of another version, or not a manifest."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no manifest.json, so mossquant did not write it; give a folder that it wrote")
+    values = read_json(path)
+    if isinstance(values, dict) and values.get("version") != 1:
+        release = str(values.get("release", "a newer release"))[:40]
+        raise InputError(
+            f"{path}: version {values.get('version')!r} was written by mossquant {release}; use that release"
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
+        raise InputError.listing(
+            f"{path} is not a manifest", offenders, "Copy the folder again, or quantize again."
+        ) from None
+
+
+def file_offenders(folder: Path, manifest: Manifest, *, check_hashes: bool) -> list[str]:
+    """What differs between a folder and its manifest; contents only with `check_hashes`."""
+    offenders = [f"manifest.json does not list {name}" for name in _REQUIRED if name not in manifest.files]
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            offenders.append(f"{name} is missing")
+        elif path.stat().st_size != record.bytes:
+            offenders.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.bytes}")
+        elif check_hashes and file_sha256(path) != record.sha256:
+            offenders.append(f"{name} has another SHA-256 than the manifest says")
+    return offenders

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lines of a plan: one for a tensor, one for the input of linear layers, one for a state array."""
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import ConfigDict
+
+__all__ = ["KEPT_DTYPES", "FormatSummary", "SiteEntry", "StateEntry", "TensorEntry", "kept_name"]
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+KEPT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types in which a tensor is kept, by name."""
+
+
+def kept_name(dtype: torch.dtype) -> str:
+    """Name of a type in which a tensor is kept."""
+    return next(name for name, known in KEPT_DTYPES.items() if known == dtype)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What becomes of one tensor.
+
+    Attributes:
+        name: its name in the checkpoint.
+        role: its role.
+        shape: its shape in the checkpoint.
+        rows: rows of its matrix view.
+        columns: columns of its matrix view, without padding.
+        padded_columns: columns as stored (those of the view where it is kept).
+        format: its number format, None where it is kept.
+        kept: the type in which it is kept, None where it is quantized.
+        solver: how scales and codes are found, None where it is kept.
+        reason: why this format, or why it is kept.
+        stored_bytes: bytes in the checkpoint that it comes from.
+        predicted_bytes: bytes of codes, padding and scales, or of the kept values.
+        written_bytes: bytes written; None before the run.
+        relative_error: ‖W − Q‖ / ‖W‖; None before the run.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    rows: int
+    columns: int
+    padded_columns: int
+    format: str | None
+    kept: str | None
+    solver: str | None
+    reason: str
+    stored_bytes: int
+    predicted_bytes: int
+    written_bytes: int | None = None
+    relative_error: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    @property
+    def storage(self) -> str:
+        """Format, or the type in which it is kept."""
+        return self.format or self.kept or ""
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """The format of the vectors that enter some linear layers.
+
+    Attributes:
+        name: name of the site.
+        role: its role.
+        width: length of the vector.
+        tensors: weights that it is multiplied with; those that are kept see it in fp32.
+        format: activation format.
+        block: values that share a scale, None where the format has no blocks.
+        reason: why this format.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    role: str
+    width: int
+    tensors: tuple[str, ...]
+    format: str
+    block: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """The format in which a state array is carried from token to token; `shape` is without the batch axis."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    format: str
+
+
+@dataclass(frozen=True)
+class FormatSummary:
+    """What one format holds of a model; `bits_per_weight` is over its own weights."""
+
+    storage: str
+    tensors: int
+    weights: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 · bytes / weights."""
+        return 8 * self.bytes / self.weights

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one interface of everything that can be run: the PyTorch model, an .onnx, later a .pte and an NPU program.
+
+    state = runner.initial_state(batch)
+    logits, state = runner(tokens, state, logits="last")
+
+Perplexity, divergence, generation, parity and bench are written once against it, so that they always measure what
+ships. Tokens are int64 arrays [B, T], logits are float arrays [B, T, V] ("all") or [B, 1, V] ("last").
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Arrays", "Floats", "LogitsWanted", "Runner", "RunnerInfo", "State", "Tokens", "UsedStateError"]
+
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+Arrays = Mapping[str, NDArray[np.float32]]
+LogitsWanted = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class RunnerInfo:
+    """What a Runner is and what it can take.
+
+    Attributes:
+        path: what was opened, as the user gave it.
+        kind: "checkpoint", "quantized checkpoint" or "onnx".
+        vocab_size: V; tokens must lie in 0..V-1.
+        activations: activation format of the linear inputs: "fp32", "int8_block", or "planned".
+        state_format: format in which the state is carried.
+        weights: recipe name, or the stored dtype of a checkpoint ("bfloat16").
+        max_batch: largest batch, None for any.
+        max_chunk: most tokens in one call, None for any.
+        files: file name → SHA-256 of what was loaded.
+        weight_bytes: bytes stored for the weights (payload: codes, scales, padding, unquantized tensors).
+        file_bytes: bytes on disk of the program or weights, without the tokenizer.
+        parameters: number of parameters of the full-precision model.
+        config: the model's config as JSON.
+        seen_text: SHA-256 of texts that the model was trained or calibrated on.
+    """
+
+    path: str
+    kind: str
+    vocab_size: int
+    activations: str
+    state_format: str
+    weights: str
+    weight_bytes: int
+    file_bytes: int
+    parameters: int
+    config: Mapping[str, Any]
+    max_batch: int | None = None
+    max_chunk: int | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    seen_text: tuple[str, ...] = ()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 × bytes stored for the weights ÷ parameters of the full-precision model."""
+        return 8 * self.weight_bytes / self.parameters
+
+
+class State:
+    """Opaque recurrent state of one Runner; a call consumes it, so that the runtime may update it in place."""
+
+    def __init__(self, payload: Any, batch: int) -> None:
+        self._payload: Any = payload
+        self.batch = batch
+
+    def take(self) -> Any:
+        """The payload, once. Raises `UsedStateError` on a second use."""
+        payload = self.peek()
+        self._payload = None
+        return payload
+
+    def peek(self) -> Any:
+        """The payload, without consuming it. Raises `UsedStateError` if it was consumed."""
+        if self._payload is None:
+            raise UsedStateError(
+                "this state was consumed by an earlier call; keep the one that the call returned, or runner.copy(state)"
+            )
+        return self._payload
+
+
+class UsedStateError(RuntimeError):
+    """A state was given to a second call."""
+
+
+class Runner(Protocol):
+    """Runs a language model with explicit recurrent state."""
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What this is and what it can take."""
+        ...
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before the first token."""
+        ...
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        """Advance by tokens [B, T], T ≥ 1; consumes `state`.
+
+        Returns:
+            Logits [B, 1, V] of the last position ("last": the head is paid once) or [B, T, V] ("all"), and the state.
+
+        Raises:
+            InputError: tokens outside the vocabulary, no tokens, a batch other than the state's.
+            UsedStateError: `state` was consumed before.
+        """
+        ...
+
+    def copy(self, state: State) -> State:
+        """An independent copy; `state` stays usable."""
+        ...
+
+    def read(self, state: State) -> dict[str, NDArray[np.float32]]:
+        """The state as named fp32 arrays [B, …], the same names and shapes on every Runner of a model."""
+        ...
+
+    def write(self, arrays: Arrays) -> State:
+        """The inverse of `read`. Raises InputError on missing, unexpected or misshapen arrays."""
+        ...

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantize` from end to end: bytes as predicted, the same every time, nothing left behind, bad input refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import bounds
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import CONFIGS, random_model, write_model
+
+import mossquant.outputs
+from mossquant.calibration.quantize import disk_bytes, memory_bytes, quantize
+from mossquant.checkpoint import Checkpoint
+from mossquant.config import MossNetConfig
+from mossquant.errors import InputError
+from mossquant.quantized import QuantizedCheckpoint
+from mossquant.recipe import RECIPES, Recipe
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_predicted_is_written_to_the_byte(config: str, dtype: torch.dtype, recipe: str, tmp_path: Path) -> None:
+    model = random_model(CONFIGS[config], dtype=torch.float32)
+    source = write_model(tmp_path / "model", model, dtype=dtype)
+    ledger = quantize(source, tmp_path / "out", recipe=recipe)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    payload = sum(tensor.nbytes for name, tensor in stored.items() if not name.endswith("_shape"))
+    assert payload == ledger.written_bytes == ledger.predicted_bytes
+    plan = quantize(source, tmp_path / "none", recipe=recipe, dry_run=True)
+    assert [entry.predicted_bytes for entry in plan.tensors] == [entry.written_bytes for entry in ledger.tensors]
+    assert not (tmp_path / "none").exists()
+    folder_bytes = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert folder_bytes <= disk_bytes(plan)
+    assert memory_bytes(plan) > max(entry.stored_bytes for entry in plan.tensors)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_errors_in_the_ledger(checkpoint_folder: Path, tmp_path: Path, recipe: str) -> None:
+    """Against a direct computation from the two folders; kept tensors have none."""
+    ledger = quantize(checkpoint_folder, tmp_path / "out", recipe=recipe)
+    before, after = Checkpoint.open(checkpoint_folder), QuantizedCheckpoint.open(tmp_path / "out")
+    for entry in ledger.tensors:
+        exact, found = before.tensor(entry.name).double(), after.value(entry.name).double()
+        assert found.shape == exact.shape
+        error = ((found - exact).norm() / exact.norm()).item()
+        assert entry.relative_error == pytest.approx(error, rel=bounds.SUM_ROUNDING, abs=1e-12)
+        if entry.kept is not None:
+            assert torch.equal(found, exact)
+        else:
+            assert 0 < error < (0.2 if "int4" in entry.storage else 0.012)
+
+
+def test_same_bytes_twice(checkpoint_folder: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        quantize(checkpoint_folder, tmp_path / name, recipe="int4")
+    moved = shutil.copytree(checkpoint_folder, tmp_path / "elsewhere")
+    quantize(moved, tmp_path / "third", recipe="int4")
+    assert digests(tmp_path / "first") == digests(tmp_path / "second") == digests(tmp_path / "third")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "first").glob("*.json"))
+    assert str(tmp_path).encode() not in written
+
+
+def test_shards_hold_the_same_tensors(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(checkpoint_folder, tmp_path / "one", recipe="int8")
+    monkeypatch.setattr("mossquant.tensorfiles.ONE_FILE_BYTES", 10_000)
+    monkeypatch.setattr("mossquant.tensorfiles.SHARD_BYTES", 30_000)
+    quantize(checkpoint_folder, tmp_path / "many", recipe="int8")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
+    one, many = (QuantizedCheckpoint.open(tmp_path / name) for name in ("one", "many"))
+    for name in one.specs:
+        assert torch.equal(one.value(name), many.value(name))
+
+
+def test_copies_tokenizer_and_training(checkpoint_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    seen = hashlib.sha256(b"text").hexdigest()
+    (source / "training.json").write_text(json.dumps({"version": 1, "text": [{"name": "a", "sha256": seen}]}))
+    (source / "tokenizer.json").write_text("{}")
+    quantize(source, tmp_path / "out")
+    opened = QuantizedCheckpoint.open(tmp_path / "out")
+    assert opened.tokenizer_path == tmp_path / "out" / "tokenizer.json"
+    assert opened.seen_text() == (seen,)
+    assert opened.parent["files"] == Checkpoint.open(source).hashes()
+
+
+def test_progress_reaches_the_end(checkpoint_folder: Path, tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    ledger = quantize(
+        checkpoint_folder, tmp_path / "out", progress=lambda name, done, total: steps.append((name, done, total))
+    )
+    assert [step[0] for step in steps] == [entry.name for entry in ledger.tensors]
+    assert steps[-1][1] == steps[-1][2] == ledger.parameters
+    assert all(earlier[1] < later[1] for earlier, later in pairwise(steps))
+
+
+def test_solver_of_the_recipe_is_used(checkpoint_folder: Path, tmp_path: Path) -> None:
+    text = Recipe.named("int4").text
+    (tmp_path / "plain.yaml").write_text(text.replace("solver: nearest-mse", "solver: nearest"))
+    plain = quantize(checkpoint_folder, tmp_path / "plain", recipe=tmp_path / "plain.yaml")
+    clipped = quantize(checkpoint_folder, tmp_path / "clipped", recipe="int4")
+    for a, b in zip(plain.tensors, clipped.tensors, strict=True):
+        assert (a.solver, b.solver) == ((None, None) if a.kept else ("nearest", "nearest-mse"))
+        assert b.relative_error is not None
+        assert a.relative_error is not None
+        assert b.relative_error <= a.relative_error * (1 + bounds.SUM_ROUNDING)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def break_it(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return break_it
+
+
+def not_a_number(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.layers.1.mixer.D"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def wrong_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.layers.1.mixer.D"] = tensors["backbone.layers.1.mixer.D"][:-1].clone()
+    del tensors["backbone.norm_f.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (remove("config.json"), "holds neither config.json nor a program"),
+    "no tensors": (remove("model.safetensors"), "holds no model.safetensors"),
+    "truncated": (
+        rewrite("model.safetensors", lambda data: data[:-100]),
+        "model.safetensors is not a safetensors file",
+    ),
+    "pickle": (rewrite("model.safetensors", lambda data: pickle.dumps({"a": 1})), "a pickle"),
+    "NaN": (not_a_number, "backbone.layers.1.mixer.D holds NaN"),
+    "wrong shape": (
+        wrong_shape,
+        "backbone.norm_f.weight is missing; backbone.layers.1.mixer.D has shape [127], needs [128]",
+    ),
+    "too many experts": (
+        rewrite("config.json", lambda data: data.replace(b'"num_ssm_experts": 4', b'"num_ssm_experts": 1000000000000')),
+        "num_ssm_experts has 1000000000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models(checkpoint_folder: Path, tmp_path: Path, name: str) -> None:
+    break_it, message = BAD_MODELS[name]
+    source = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    break_it(source)
+    refused(source, tmp_path / "out", message)
+
+
+def refused(model: Path | str, output: Path, message: str, *, recipe: str | Path = "int4") -> None:
+    """Refused with one line, and nothing left beside what was there."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(InputError) as caught:
+        quantize(model, output, recipe=recipe)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(output.parent.iterdir()) == before
+
+
+def test_refusals(checkpoint_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused(tmp_path / "none", out, "does not exist")
+    refused(checkpoint_folder, out, "unknown recipe 'int5'", recipe="int5")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    refused(tmp_path / "model.onnx", out, "is of kind 'onnx', but quantize needs: checkpoint")
+    quantize(checkpoint_folder, out)
+    refused(out, tmp_path / "again", "is of kind 'quantized checkpoint', but quantize needs: checkpoint")
+    refused(checkpoint_folder, out, "exists already")
+    quantize(checkpoint_folder, out, force=True, recipe="int8")
+    assert QuantizedCheckpoint.open(out).recipe_name == "int8"
+
+
+def test_refused_by_a_target(checkpoint_folder: Path, tmp_path: Path) -> None:
+    text = Recipe.named("int4").text.replace('role: "*.router", keep: fp32', 'role: "*.router", format: int8')
+    (tmp_path / "mine.yaml").write_text(text)
+    refused(checkpoint_folder, tmp_path / "out", "onnx holds no codes for", recipe=tmp_path / "mine.yaml")
+
+
+def test_no_room(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(checkpoint_folder, tmp_path / "out", "MB free")
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anonymous memory (the mapped checkpoint apart) grows by less than `memory_bytes`, itself a part of the model."""
+    config = MossNetConfig(vocab_size=256, hidden_size=256, num_hidden_layers=40, time_step_rank=16)
+    source = write_model(tmp_path / "model", random_model(config, dtype=torch.float32))
+    for module in ("mossquant.tensorfiles", "mossquant.calibration.quantize"):
+        monkeypatch.setattr(f"{module}.ONE_FILE_BYTES", 1 << 20)
+        monkeypatch.setattr(f"{module}.SHARD_BYTES", 1 << 20)
+    plan = quantize(source, tmp_path / "out", recipe="int8", dry_run=True)
+    said = memory_bytes(plan)
+    assert said < plan.stored_bytes / 4
+
+    def work() -> None:
+        done, seen = threading.Event(), [anonymous_bytes()]
+
+        def look() -> None:
+            while not done.wait(0.001):
+                seen.append(anonymous_bytes())
+
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        quantize(source, tmp_path / "out", recipe="int8")
+        done.set()
+        watcher.join()
+        (tmp_path / "grown").write_text(f"{max(seen) - seen[0]} {len(seen)}")
+
+    in_child(work)
+    grown, looks = map(int, (tmp_path / "grown").read_text().split())
+    assert grown < said
+    assert looks > 100
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run in a forked process; its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def kill_self(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("point", ["first tensor", "middle", "last tensor", "ledger", "manifest", "flush", "rename"])
+def test_killed_at_any_point_leaves_nothing(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    out = tmp_path / "out"
+    names = list(Checkpoint.open(checkpoint_folder).specs)
+    fatal = {"first tensor": names[0], "middle": names[len(names) // 2], "last tensor": names[-1]}.get(point)
+
+    def work() -> None:
+        if point in ("ledger", "manifest"):
+            write = mossquant.outputs.write_json
+            monkeypatch.setattr(
+                "mossquant.quantized_writer.write_json",
+                lambda path, value: kill_self() if path.stem == point else write(path, value),
+            )
+        elif point == "flush":
+            monkeypatch.setattr(os, "fsync", kill_self)
+        elif point == "rename":
+            monkeypatch.setattr(Path, "rename", kill_self)
+        quantize(checkpoint_folder, out, progress=lambda name, done, total: kill_self() if name == fatal else None)
+
+    assert os.WTERMSIG(in_child(work)) == signal.SIGKILL
+    assert not out.exists()
+    assert len(list(tmp_path.iterdir())) == 1, "the killed run should have got as far as its hidden folder"
+    quantize(checkpoint_folder, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the next run removes what was left"
+    quantize(checkpoint_folder, tmp_path / "whole")
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_killed_from_outside_leaves_nothing(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """As a user would: another process, killed at times spread over its whole run."""
+    code = (
+        "import sys, torch; from mossquant.calibration.quantize import quantize; "
+        "torch.set_num_threads(1); print(flush=True);"
+        "[quantize(sys.argv[1], sys.argv[2], force=True) for _ in range(1000)]"
+    )
+    for delay in (0.02, 0.1):
+        out = tmp_path / f"{delay}" / "out"
+        command = [sys.executable, "-c", code, str(checkpoint_folder), str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        if out.exists():
+            QuantizedCheckpoint.open(out)
+        quantize(checkpoint_folder, out, force=True)
+        assert QuantizedCheckpoint.open(out).recipe_name == "int4"
