@@ -24,6 +24,9 @@ __all__ = ["check_free", "file_sha256", "json_bytes", "new_file", "new_folder", 
 
 _PARTIAL = ".partial-"
 
+# Every folder that we write holds one of these; --force replaces no other folder.
+_OURS = ("config.json", "manifest.json")
+
 # Of renameat2(2), which Python has no name for.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -33,14 +36,16 @@ def check_free(path: Path, *, force: bool = False) -> None:
     """Say early that an output cannot be written.
 
     Raises:
-        InputError: something is at `path` and `force` is off, it holds the working folder, or the folder above it is
-            not a folder, not reachable or not writable.
+        InputError: something is at `path` and `force` is off; it holds the working folder, or files that are not ours;
+            or the folder above it is not a folder, not reachable or not writable.
     """
     try:
         if (path.exists() or path.is_symlink()) and not force:
             raise InputError(f"{path} exists already; choose another output path or pass --force to replace it")
         if Path.cwd().resolve().is_relative_to(path.resolve()):
             raise InputError(f"{path} holds the working folder, so it is not replaced; choose another output path")
+        if path.is_dir() and not path.is_symlink() and any(path.iterdir()) and not _ours(path):
+            raise InputError(f"{path} is a folder that mossquant did not write, so it is not replaced; choose another")
         above = path.absolute().parent
         while not above.exists() and above != above.parent:
             above = above.parent
@@ -62,6 +67,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         for entry in sorted(partial.rglob("*")):
             _flush(entry)
         _flush(partial)
+        check_free(path, force=force)  # something may have appeared meanwhile
         _put(partial, path)
 
 
@@ -74,6 +80,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     with _beside(path) as partial:
         yield partial
         _flush(partial)
+        check_free(path, force=force)
         partial.replace(path.absolute())
         _flush(partial.parent)
 
@@ -92,6 +99,10 @@ def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _ours(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _OURS)
 
 
 @contextmanager

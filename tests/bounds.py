@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every tolerance of the tests, with its reason. A bound is never widened to make a test pass.
 
-Differences are the largest absolute ones; logits of the test models lie within ±10, scan outputs within ±30.
+Differences are the largest absolute ones; logits of the test models lie within ±10, scan outputs within ±40.
 """
 
 FORMS_FLOAT64 = 1e-10
-"""Sequential, chunked, fused and step forms against one another: some 10⁴ roundings of 1e-16 of values up to 30."""
+"""Sequential, chunked, fused and step forms against one another: some 10⁴ roundings of 1e-16 of values up to 40."""
 
 REFERENCE_FLOAT64 = 1e-9
 """Our model in float64 against the scalar loop in plain Python: another order of every sum."""
@@ -13,8 +13,8 @@ REFERENCE_FLOAT64 = 1e-9
 SAME_SUM_FLOAT64 = 1e-12
 """The same terms in another order (experts permuted, or stacked) in float64, one pass of a few blocks."""
 
-FORMS_FLOAT32 = 2e-4
-"""The forms in fp32: 1e-7 of values up to 30, summed over up to 100 steps."""
+FORMS_FLOAT32 = 5e-5
+"""The forms in fp32 against float64: half a rounding of 40 is 2e-6, and some twenty of them may meet in one sum."""
 
 TRANSFORMERS_FLOAT32 = 1e-4
 """Logits in fp32 against `transformers`: two orders of the same sums."""
@@ -36,3 +36,12 @@ CODE_ROUNDING = 2.0**-16
 
 SUM_ROUNDING = 1e-6
 """Relative: two fp32 sums of squares over a row, added in different orders."""
+
+ONNX_FP32 = 1e-5
+"""Relative to the largest logit: onnxruntime in fp32 against our model in float64 (a router's tie would show here)."""
+
+ONNX_INT8_MEDIAN = 2e-6
+"""Relative, the median over positions: int8 activations on the same codes; a rounding tie may upset single ones."""
+
+ONNX_CUT = 1e-6
+"""Relative: one text read by an .onnx in other pieces or batches; its kernels may sum in another order."""

@@ -207,18 +207,18 @@ def test_a_config_that_does_not_fit_the_tensors(folder: Path) -> None:
 )
 def test_a_giant_config_is_refused_quickly(folder: Path, changes: dict[str, int]) -> None:
     change_config(folder, **changes)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InputError, match="is not a valid MossNet config"):
         Checkpoint.open(folder)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_the_largest_config_that_is_allowed_is_refused_in_time(folder: Path) -> None:
     change_config(folder, num_hidden_layers=64, num_ssm_experts=512, num_mlp_experts=512)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InputError, match=r"and \d+ more"):
         Checkpoint.open(folder)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:

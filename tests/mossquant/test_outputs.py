@@ -50,14 +50,14 @@ def test_nothing_is_left_when_the_block_fails(tmp_path: Path, error: type[BaseEx
 
 def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("old")
     (tmp_path / "file").write_text("old")
     with pytest.raises(RuntimeError), new_folder(tmp_path / "out", force=True):
         raise RuntimeError
     with pytest.raises(RuntimeError), new_file(tmp_path / "file", force=True):
         raise RuntimeError
     assert names(tmp_path) == ["file", "out"]
-    assert (tmp_path / "out" / "old").read_text() == (tmp_path / "file").read_text() == "old"
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "file").read_text() == "old"
 
 
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "where the system cannot swap"])
@@ -65,7 +65,7 @@ def test_force_replaces(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPa
     if not swap:
         monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").write_text("old")
+    (tmp_path / "folder" / "manifest.json").write_text("old")
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "target").mkdir()
@@ -81,6 +81,21 @@ def test_force_replaces(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPa
     with new_file(tmp_path / "plain", force=True) as partial:
         partial.write_text("2")
     assert (tmp_path / "plain").read_text() == "2"
+
+
+def test_force_leaves_a_folder_of_someone_else_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    with pytest.raises(InputError, match="did not write"), new_folder(tmp_path / "photos", force=True):
+        raise AssertionError("must not be reached")
+    assert names(tmp_path / "photos") == ["cat.jpg"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exists already"), new_folder(tmp_path / "out"):
+        (tmp_path / "out").write_text("another run's")
+    assert (tmp_path / "out").read_text() == "another run's"
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose renameat2 swaps two folders")

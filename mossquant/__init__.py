@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mossquant compresses MossNet and Mamba language models for phones, and measures what ships.
+
+The public functions, one for each verb of the command line. They are loaded when first used, so that importing
+`mossquant` stays quick and a target's runtime is needed only by who uses that target.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mossquant.calibration.quantize import quantize
+    from mossquant.eval.bench import bench
+    from mossquant.eval.compare import compare
+    from mossquant.eval.demo import demo
+    from mossquant.eval.generate import generate
+    from mossquant.eval.info import info
+    from mossquant.eval.open import open_runner
+    from mossquant.eval.perplexity import perplexity
+    from mossquant.eval.verify import verify
+    from mossquant.importing import import_mamba
+    from mossquant.targets.export import export
+    from mossquant.training import train
+
+__all__ = [
+    "bench",
+    "compare",
+    "demo",
+    "export",
+    "generate",
+    "import_mamba",
+    "info",
+    "open_runner",
+    "perplexity",
+    "quantize",
+    "train",
+    "verify",
+]
+
+_WHERE = {
+    "bench": "mossquant.eval.bench",
+    "compare": "mossquant.eval.compare",
+    "demo": "mossquant.eval.demo",
+    "export": "mossquant.targets.export",
+    "generate": "mossquant.eval.generate",
+    "import_mamba": "mossquant.importing",
+    "info": "mossquant.eval.info",
+    "open_runner": "mossquant.eval.open",
+    "perplexity": "mossquant.eval.perplexity",
+    "quantize": "mossquant.calibration.quantize",
+    "train": "mossquant.training",
+    "verify": "mossquant.eval.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'mossquant' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

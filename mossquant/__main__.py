@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m mossquant` is the `mossquant` command."""
+
+from mossquant.cli import run
+
+run()
