@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An artifact, what one target ships: a folder with the program, `tokenizer.json` if there is one, `manifest.json`.
+
+The manifest says what a consumer has to know without opening the program: files with size and hash, inputs and outputs,
+the operators that the runtime must have, and the oldest release of it that does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mossquant.errors import InputError
+from mossquant.manifest import FileName, FileRecord, read_json
+from mossquant.outputs import file_sha256, write_json
+
+__all__ = [
+    "Artifact",
+    "ArtifactManifest",
+    "Port",
+    "Runtime",
+    "read_artifact_manifest",
+    "write_artifact_manifest",
+]
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Port(_Strict):
+    """An input or output: name, element type, and sizes, symbolic ones by name ("B" batch, "T" time)."""
+
+    name: str
+    type: str
+    shape: list[int | str]
+
+
+class Runtime(_Strict):
+    """What runs the program: operators by domain, the version of each domain, the oldest release that has them."""
+
+    name: str
+    minimum: str
+    domains: dict[str, int]
+    operators: dict[str, list[str]]
+
+
+class ArtifactManifest(_Strict):
+    """`manifest.json` of an artifact; `model` is what the program says about itself."""
+
+    version: Literal[1] = 1
+    kind: Literal["artifact"] = "artifact"
+    target: str
+    release: str
+    program: FileName
+    files: dict[FileName, FileRecord]
+    inputs: list[Port]
+    outputs: list[Port]
+    runtime: Runtime
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it holds.
+        notes: what the user should know about it, one line each.
+    """
+
+    folder: Path
+    manifest: ArtifactManifest
+    notes: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The target's name."""
+        return self.manifest.target
+
+    @property
+    def program(self) -> Path:
+        """The program file."""
+        return self.folder / self.manifest.program
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """File name → size and SHA-256."""
+        return self.manifest.files
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the program and its weights, without the tokenizer."""
+        return sum(record.bytes for name, record in self.files.items() if name != TOKENIZER)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Artifact":
+        """Open an artifact folder and compare every file with the manifest.
+
+        Raises:
+            InputError: no manifest, or files that are missing, of another size or hash: all offenders at once.
+        """
+        manifest = read_artifact_manifest(folder / MANIFEST)
+        offenders = []
+        for name, record in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                offenders.append(f"{name} is missing")
+            elif path.stat().st_size != record.bytes:
+                offenders.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.bytes}")
+            elif file_sha256(path) != record.sha256:
+                offenders.append(f"{name} has another SHA-256 than the manifest says")
+        if offenders:
+            raise InputError.listing(f"{folder} is damaged", offenders, "Copy the folder again, or export again.")
+        return cls(folder, manifest)
+
+
+def read_artifact_manifest(path: Path) -> ArtifactManifest:
+    """Read and check a `manifest.json`. Raises `InputError`: missing, of another version, or not an artifact's."""
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing, so {path.parent} is not an artifact; give a folder that `mossquant export` wrote"
+        )
+    values = read_json(path)
+    if isinstance(values, dict) and values.get("version") != 1:
+        release = str(values.get("release", "a newer release"))[:40]
+        raise InputError(
+            f"{path}: version {values.get('version')!r} was written by mossquant {release}; use that release"
+        )
+    try:
+        return ArtifactManifest.model_validate(values)
+    except ValidationError as error:
+        offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
+        raise InputError.listing(
+            f"{path} is not the manifest of an artifact", offenders, "Copy the folder again, or export again."
+        ) from None
+
+
+def write_artifact_manifest(
+    folder: Path,
+    *,
+    target: str,
+    release: str,
+    program: str,
+    inputs: list[Port],
+    outputs: list[Port],
+    runtime: Runtime,
+    model: dict[str, Any],
+) -> ArtifactManifest:
+    """Write the manifest of what lies in `folder`, which is written aside."""
+    files = {
+        path.name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = ArtifactManifest(
+        target=target,
+        release=release,
+        program=program,
+        files=files,
+        inputs=inputs,
+        outputs=outputs,
+        runtime=runtime,
+        model=model,
+    )
+    write_json(folder / MANIFEST, manifest.model_dump())
+    return manifest

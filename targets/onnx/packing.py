@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes and scales in the layout of onnxruntime's MatMulNBits and GatherBlockQuantized; values are never changed.
+
+    codes  int8 [N, K]    →  uint8 [N, blocks, block · bits / 8]: code + 2^(bits−1), first code in the low bits
+    scales [N, groups]    →  as they are; one a row is spread over the blocks in the graph
+
+K is padded to whole blocks with code 0. A block is the format's `activation_block`: the group, or 32 where a row has
+one scale.
+"""
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mossquant.formats import NumberFormat, QuantizedTensor
+
+__all__ = ["DTYPES", "blocks_of", "packed_codes", "padded_codes", "to_numpy"]
+
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float16: ir.DataType.FLOAT16,
+}
+
+
+def blocks_of(number_format: NumberFormat, columns: int) -> int:
+    """Blocks of a row of `columns` columns."""
+    return -(-columns // number_format.activation_block)
+
+
+def padded_codes(tensor: QuantizedTensor) -> NDArray[np.int8]:
+    """Codes [N, blocks · block]: what the checkpoint holds, padded with zeros to whole blocks."""
+    codes: NDArray[np.int8] = tensor.codes.numpy()
+    block = tensor.format.activation_block
+    width = blocks_of(tensor.format, tensor.columns) * block
+    return np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
+
+
+def packed_codes(codes: NDArray[np.int8], number_format: NumberFormat) -> NDArray[np.uint8]:
+    """Codes [N, blocks · block] → bytes [N, blocks, block · bits / 8]."""
+    block, bits = number_format.activation_block, number_format.bits
+    unsigned = (codes.view(np.uint8) + np.uint8(1 << (bits - 1))).reshape(codes.shape[0], -1, block)
+    if bits == 4:
+        unsigned = unsigned & np.uint8(15)
+        unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << np.uint8(4))
+    return unsigned
+
+
+def to_numpy(tensor: Tensor) -> NDArray[np.generic]:
+    """A tensor as an array of the same type, bfloat16 included."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: NDArray[np.generic] = tensor.numpy()
+    return array

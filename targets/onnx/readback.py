@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads weights back from an .onnx on disk: from its nodes, what each of them sees, not from how it was written.
+
+Initializers are taken from the protobuf or the file of external weights; the few nodes between them and the node that
+uses them (Cast, Expand, Mul, …) are evaluated here, in numpy.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from mossquant.targets.onnx.metadata import Opened
+
+__all__ = ["FileGraph", "Matrix", "expanded"]
+
+Array = NDArray[Any]
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
+_RANGE = re.compile(r"^(.*\.experts\.)(\d+)-(\d+)(\..*)$")
+
+
+def expanded(name: str) -> list[str]:
+    """The names that a name with a range of experts stands for: `experts.0-2.w1` → `experts.0.w1`, …"""
+    found = _RANGE.match(name)
+    if found is None:
+        return [name]
+    before, first, last, after = found.groups()
+    return [f"{before}{number}{after}" for number in range(int(first), int(last) + 1)]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a matmul or a table sees.
+
+    Attributes:
+        bits: bits of a code, None where the values are floats.
+        block: columns that share a scale, 0 where the values are floats.
+        codes: [N, blocks · block] signed codes; or [N, K] float values.
+        scales: [N, blocks] fp32; empty where the values are floats.
+    """
+
+    bits: int | None
+    block: int
+    codes: Array
+    scales: Array
+
+
+class FileGraph:
+    """The nodes and initializers of a program, branches and loops included; names are unique over all of them.
+
+    Attributes:
+        named: name → node, of the nodes that have one.
+        lookups: nodes that gather rows, of a table or of something that is known at run time only.
+        stored: name → initializer.
+        read: names of the initializers that were looked at.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self.named: dict[str, onnx.NodeProto] = {}
+        self.lookups: list[onnx.NodeProto] = []
+        self.stored: dict[str, onnx.TensorProto] = {}
+        self.read: set[str] = set()
+        self._producer: dict[str, onnx.NodeProto] = {}
+        self._consumers: dict[str, list[onnx.NodeProto]] = {}
+        self._values: dict[str, Array | None] = {}
+        self._folder = opened.path.parent
+        self._add(opened.proto.graph)
+
+    def _add(self, graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
+            self.stored[tensor.name] = tensor
+        for node in graph.node:
+            if node.name:
+                self.named[node.name] = node
+            if node.op_type in _LOOKUPS:
+                self.lookups.append(node)
+            for name in node.output:
+                self._producer[name] = node
+            for name in node.input:
+                self._consumers.setdefault(name, []).append(node)
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    self._add(attribute.g)
+
+    def value(self, name: str) -> Array | None:
+        """A value that depends on initializers alone; None where it is known at run time only."""
+        if name not in self._values:
+            self._values[name] = self._evaluate(name)
+        return self._values[name]
+
+    def forget(self) -> None:
+        """Drop the values that are held so far."""
+        self._values.clear()
+
+    def _evaluate(self, name: str) -> Array | None:
+        if name in self.stored:
+            self.read.add(name)
+            return _array(self.stored[name], self._folder)
+        node = self._producer.get(name)
+        if node is None or node.op_type not in _OPERATORS:
+            return None
+        inputs = [self.value(one) for one in node.input]
+        known = [value for value in inputs if value is not None]
+        return None if len(known) < len(inputs) else _OPERATORS[node.op_type](node, *known)
+
+    def used(self, name: str) -> list[Array]:
+        """What the nodes that run see of an initializer: every last constant value that follows from it."""
+        found: list[Array] = []
+        for node in self._consumers.get(name, []):
+            output = self.value(node.output[0])
+            if output is not None:
+                found += self.used(node.output[0])
+            else:
+                own = self.value(name)
+                assert own is not None
+                found.append(own)
+        return found
+
+    def matrix(self, node: onnx.NodeProto) -> Matrix | None:
+        """The weights of a matmul or table; None where it has none that are constant."""
+        at = 0 if node.op_type in _LOOKUPS else 1
+        data = self.value(node.input[at])
+        if data is None:
+            return None
+        if node.op_type in ("Gather", "FusedMatMul"):
+            return Matrix(None, 0, data, np.empty(0, np.float32))
+        scales = self.value(node.input[2])
+        if scales is None:
+            return None
+        given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+        bits, block = int(given["bits"]), int(given["block_size"])
+        low = data if bits == 8 else np.stack((data & 15, data >> 4), -1)
+        codes = low.reshape(len(data), -1).astype(np.int16) - (1 << (bits - 1))
+        return Matrix(bits, block, codes, scales.reshape(len(data), -1))
+
+
+def _array(tensor: onnx.TensorProto, folder: Path) -> Array:
+    """The values of an initializer, bfloat16 as its own type."""
+    if not tensor.external_data:
+        return numpy_helper.to_array(tensor)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / where["location"]).open("rb") as file:
+        file.seek(int(where["offset"]))
+        data = file.read(int(where["length"]))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.frombuffer(data, dtype).reshape(tuple(tensor.dims))
+
+
+def _reshape(node: onnx.NodeProto, x: Array, shape: Array) -> Array:
+    return x.reshape([x.shape[axis] if size == 0 else int(size) for axis, size in enumerate(shape)])
+
+
+def _slice(node: onnx.NodeProto, x: Array, starts: Array, ends: Array, axes: Array) -> Array:
+    for start, end, axis in zip(starts.tolist(), ends.tolist(), axes.tolist(), strict=True):
+        x = x[(slice(None),) * axis + (slice(start, min(end, x.shape[axis])),)]
+    return x
+
+
+def _transpose(node: onnx.NodeProto, x: Array) -> Array:
+    return x.transpose(node.attribute[0].ints)
+
+
+def _concat(node: onnx.NodeProto, *parts: Array) -> Array:
+    return np.concatenate(parts, node.attribute[0].i)
+
+
+# All casts are to fp32, from bfloat16, float16 and int8: exact.
+_OPERATORS: dict[str, Callable[..., Array]] = {
+    "Cast": lambda node, x: x.astype(np.float32),
+    "Concat": _concat,
+    "Exp": lambda node, x: np.exp(x),
+    "Expand": lambda node, x, shape: np.broadcast_to(x, tuple(shape)),
+    "Mul": lambda node, x, y: x * y,
+    "Neg": lambda node, x: -x,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Transpose": _transpose,
+}

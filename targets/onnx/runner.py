@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs an .onnx of ours on stock onnxruntime (CPU); nothing but its path is needed. Letters as in `mossquant.model`.
+
+The state lives in two sets of arrays that are bound to the session: a call reads one and writes the other, so that in a
+decode loop only tokens and logits cross into Python.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from mossquant.errors import InputError
+from mossquant.locate import locate
+from mossquant.outputs import file_sha256
+from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
+from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
+from mossquant.targets.onnx.metadata import Metadata, read_metadata
+from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
+
+__all__ = ["OnnxRunner"]
+
+ROWS_AT_ONCE = 512
+"""Rows (B · T) in one run of the graph: bounds the memory of a long prefill, and costs no speed."""
+
+_AGAIN = "copy the artifact's folder again, or export again"
+# onnxruntime reads these where they lie: they must outlive every run.
+_ALL, _LAST = np.array([0], np.int64), np.array([-1], np.int64)
+_LOAD_ERRORS = (errors.InvalidProtobuf, errors.InvalidGraph, errors.Fail, errors.InvalidArgument, errors.NotImplemented)
+
+
+class OnnxRunner:
+    """A `mossquant.runner.Runner` of an .onnx file or the artifact folder that holds it."""
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        """Open an .onnx.
+
+        Args:
+            path: the file, or the artifact's folder.
+            threads: threads inside an operator; None: as many as there are cores.
+
+        Raises:
+            InputError: no .onnx of ours; one that is damaged or cut short; external weights or a tokenizer that do not
+                belong to it; an onnxruntime that is too old.
+        """
+        self._given = str(path)
+        self._path = locate(path).require("onnx", verb="the ONNX Runner")
+        self._metadata = read_metadata(self._path)
+        _check_runtime(self._path, self._metadata)
+        self._files = _checked_files(self._path, self._metadata)
+        self._session = _session(self._path, threads)
+        self._shapes = _state_shapes(self._path, self._session)
+        self._vocab_size = int(self._session.get_outputs()[0].shape[-1])
+
+    @cached_property
+    def info(self) -> RunnerInfo:
+        """What this is and what it can take."""
+        metadata = self._metadata
+        data_bytes = metadata.data.bytes if metadata.data else 0
+        return RunnerInfo(
+            path=self._given,
+            kind="onnx",
+            vocab_size=self._vocab_size,
+            activations=metadata.activations,
+            state_format=metadata.state_format,
+            weights=metadata.weights,
+            weight_bytes=metadata.weight_bytes,
+            file_bytes=self._path.stat().st_size + data_bytes,
+            parameters=metadata.parameters,
+            config=metadata.config,
+            files=self._files,
+            seen_text=tuple(metadata.seen_text),
+        )
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the file says about itself."""
+        return self._metadata
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before the first token: zeros."""
+        checked_batch(batch)
+        arrays = {name: np.zeros((batch, *shape), np.float32) for name, shape in self._shapes.items()}
+        return State(_Carried(self._session, arrays), batch)
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        """Advance by tokens [B, T]; see `mossquant.runner.Runner`."""
+        checked_tokens(tokens, state, self._vocab_size)
+        ids = np.ascontiguousarray(tokens, dtype=np.int64)
+        carried: _Carried = state.take()
+        batch, time = ids.shape
+        if time == 1:
+            return carried.step(ids, self._vocab_size), State(carried, batch)
+        piece, every = max(1, ROWS_AT_ONCE // batch), logits == "all"
+        found: Floats = np.empty((batch, time if every else 1, self._vocab_size), np.float32)
+        for start in range(0, time, piece):
+            end = min(start + piece, time)
+            if every and (batch == 1 or end - start == time):
+                carried.piece(ids[:, start:end], found[:, start:end])
+            elif every:
+                part = np.empty((batch, end - start, self._vocab_size), np.float32)
+                carried.piece(ids[:, start:end], part)
+                found[:, start:end] = part
+            else:
+                carried.piece(ids[:, start:end], found)
+        return found, State(carried, batch)
+
+    def copy(self, state: State) -> State:
+        """An independent copy; `state` stays usable."""
+        carried: _Carried = state.peek()
+        return State(_Carried(self._session, carried.read()), state.batch)
+
+    def read(self, state: State) -> dict[str, NDArray[np.float32]]:
+        """The state as named fp32 arrays [B, …]."""
+        carried: _Carried = state.peek()
+        return carried.read()
+
+    def write(self, arrays: Arrays) -> State:
+        """The inverse of `read`."""
+        batch = checked_arrays(arrays, self._shapes)
+        own = {name: np.array(arrays[name], np.float32, order="C") for name in self._shapes}
+        return State(_Carried(self._session, own), batch)
+
+
+class _Carried:
+    """The state of some streams, bound to the session; it owns the arrays that it is given."""
+
+    def __init__(self, session: ort.InferenceSession, arrays: dict[str, NDArray[np.float32]]) -> None:
+        self._session = session
+        self._sets = (arrays, {name: np.empty_like(array) for name, array in arrays.items()})
+        self._turn = 0
+        self._bindings: dict[tuple[int, bool], ort.IOBinding] = {}
+        self._token: NDArray[np.int64] | None = None
+        self._logits: NDArray[np.float32] | None = None
+
+    def read(self) -> dict[str, NDArray[np.float32]]:
+        """A copy of the arrays."""
+        return {name: array.copy() for name, array in self._sets[self._turn].items()}
+
+    def step(self, tokens: Tokens, vocab_size: int) -> Floats:
+        """Advance by one token [B, 1] → logits [B, 1, V]."""
+        if self._token is None or self._logits is None:
+            self._token = np.empty_like(tokens)
+            self._logits = np.empty((len(tokens), 1, vocab_size), np.float32)
+        self._token[:] = tokens
+        if (self._turn, True) not in self._bindings:
+            self._bind(self._binding(step=True), self._token, self._logits)
+        self._run(self._binding(step=True))
+        return self._logits.copy()
+
+    def piece(self, tokens: Tokens, logits: Floats) -> None:
+        """Advance by tokens [B, T]; fills logits [B, T, V], or [B, 1, V] with those of the last position."""
+        binding, own = self._binding(step=False), np.ascontiguousarray(tokens)
+        self._bind(binding, own, logits)
+        self._run(binding)
+
+    def _binding(self, *, step: bool) -> ort.IOBinding:
+        """Reads the current set and writes the other; for steps, tokens and logits are bound once and for all."""
+        key = (self._turn, step)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            for name, array in self._sets[self._turn].items():
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+            for name, array in self._sets[1 - self._turn].items():
+                binding.bind_ortvalue_output(name + STATE_OUT, ort.OrtValue.ortvalue_from_numpy(array))
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def _bind(self, binding: ort.IOBinding, tokens: Tokens, logits: Floats) -> None:
+        first = _ALL if logits.shape[1] == tokens.shape[1] else _LAST
+        binding.bind_ortvalue_input(TOKENS, ort.OrtValue.ortvalue_from_numpy(tokens))
+        binding.bind_ortvalue_input(FIRST_LOGIT, ort.OrtValue.ortvalue_from_numpy(first))
+        binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
+
+    def _run(self, binding: ort.IOBinding) -> None:
+        self._session.run_with_iobinding(binding)
+        self._turn = 1 - self._turn
+
+
+def _session(path: Path, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} cannot be loaded ({reason}); copy the artifact's folder again, or export again"
+        ) from None
+
+
+def _check_runtime(path: Path, metadata: Metadata) -> None:
+    if _release(ort.__version__) < _release(metadata.runtime_minimum):
+        needed, found = metadata.runtime_minimum, ort.__version__
+        raise InputError(f"{path} needs onnxruntime {needed} or later and {found} is installed; upgrade it")
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
+
+
+def _checked_files(path: Path, metadata: Metadata) -> Mapping[str, str]:
+    """File name → SHA-256 of what is loaded, compared where the program says what it must be."""
+    files = {path.name: file_sha256(path)}
+    if metadata.data is not None:
+        data = path.parent / metadata.data.name
+        files[data.name] = file_sha256(data)
+        if files[data.name] != metadata.data.sha256:
+            raise InputError(f"{data} is not the file that {path.name} was written with (another SHA-256); {_AGAIN}")
+    tokenizer = path.parent / "tokenizer.json"
+    expected = metadata.tokenizer_sha256
+    if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
+        raise InputError(f"{tokenizer} is not the tokenizer of {path.name} (another SHA-256); {_AGAIN}")
+    return files
+
+
+def _state_shapes(path: Path, session: ort.InferenceSession) -> dict[str, tuple[int, ...]]:
+    """State name → shape without the batch axis, from the inputs; every one of them must come out again."""
+    inputs: dict[str, Any] = {port.name: port.shape for port in session.get_inputs()}
+    outputs = {port.name: port.shape for port in session.get_outputs()}
+    states = {name: shape for name, shape in inputs.items() if name not in (TOKENS, FIRST_LOGIT)}
+    wrong = [name for name in (TOKENS, FIRST_LOGIT) if name not in inputs]
+    wrong += [name for name in (LOGITS, *(name + STATE_OUT for name in states)) if name not in outputs]
+    if wrong:
+        raise InputError.listing(f"{path} lacks inputs or outputs", wrong, "Export it again.")
+    return {name: tuple(int(size) for size in shape[1:]) for name, shape in states.items()}

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an .onnx holds the weights of its checkpoint: code for code, scale for scale, kept tensors bit for bit.
+
+The checkpoint says what must be there; `readback` says what the file's nodes see. Nothing may be missing and nothing
+may be left over.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mossquant.checkpoint import Checkpoint
+from mossquant.errors import InputError
+from mossquant.formats import QuantizedTensor
+from mossquant.locate import Located, locate
+from mossquant.quantized import QuantizedCheckpoint
+from mossquant.targets.onnx.metadata import open_program
+from mossquant.targets.onnx.readback import FileGraph, Matrix, expanded
+from mossquant.tensors import TensorSpec, View
+
+__all__ = ["WeightsReport", "verify"]
+
+_CONSTANT_ELEMENTS = 16
+_EXP_TOLERANCE = 1e-6
+"""Relative: −exp(A_log) is computed when the file is loaded, to within a rounding or two of any other exp."""
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What reading back the weights of an artifact found.
+
+    Attributes:
+        path: the program.
+        tensors: tensors compared.
+        weights: their elements.
+        differences: one line for each tensor that differs, with the first place where it does; and what is left over.
+    """
+
+    path: str
+    tensors: int
+    weights: int
+    differences: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every code and value is the checkpoint's."""
+        return not self.differences
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        if self.passed:
+            return "all equal"
+        more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
+        return self.differences[0] + more
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "tensors": self.tensors,
+            "weights": self.weights,
+            "passed": self.passed,
+            "differences": list(self.differences),
+        }
+
+
+def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> WeightsReport:
+    """Compare every weight in an .onnx with the checkpoint that it was lowered from.
+
+    Args:
+        checkpoint: the quantized checkpoint; the full-precision one for an artifact of that.
+        artifact: the .onnx, or the folder that holds it.
+
+    Raises:
+        InputError: one of them cannot be read, or the artifact is of a model of another shape.
+    """
+    source_at = checkpoint if isinstance(checkpoint, Located) else locate(checkpoint)
+    folder = source_at.require("checkpoint", "quantized checkpoint", verb="verify")
+    at = artifact if isinstance(artifact, Located) else locate(artifact)
+    opened = open_program(at.require("onnx", verb="verify"))
+    quantized = source_at.kind == "quantized checkpoint"
+    source = QuantizedCheckpoint.open(folder) if quantized else Checkpoint.open(folder)
+    if source.config != opened.config:
+        raise InputError(
+            f"{at.given} is a model of another shape than {source_at.given}; give what it was lowered from"
+        )
+    graph = FileGraph(opened)
+    differences: list[str] = []
+    for spec in source.specs.values():
+        differences += _differences(graph, source, spec)
+        graph.forget()
+    differences += [f"{name[:100]} is in the file and belongs to no tensor" for name in _left_over(graph)]
+    count = sum(spec.count for spec in source.specs.values())
+    return WeightsReport(at.given, len(source.specs), count, tuple(differences))
+
+
+def _left_over(graph: FileGraph) -> list[str]:
+    """Initializers that no tensor accounts for, apart from the few numbers of the graph's shapes and indices."""
+    unread = graph.stored.keys() - graph.read
+    return sorted(name for name in unread if "." in name or math.prod(graph.stored[name].dims) > _CONSTANT_ELEMENTS)
+
+
+def _differences(graph: FileGraph, source: Checkpoint | QuantizedCheckpoint, spec: TensorSpec) -> Iterator[str]:
+    """At most one line for each place where the file holds the tensor."""
+    expected: QuantizedTensor | NDArray[np.float32]
+    if isinstance(source, QuantizedCheckpoint):
+        kept = not source.is_quantized(spec.name)
+        expected = _values(spec, source.kept(spec.name)) if kept else source.quantized(spec.name)
+    else:
+        expected = _values(spec, source.tensor(spec.name))
+    name = spec.name.removeprefix("backbone.").removesuffix(".weight") if spec.layer is not None else spec.name
+    if spec.view is View.MATRIX and spec.role != "ssm.A_log":
+        places = _matrices(graph, name, spec)
+        found = [_compare(spec, matrix, expected) for matrix in places]
+    else:
+        found = [_compare_small(graph, name, spec, expected)]
+    if not found:
+        found = ["is not in the file"]
+    yield from (f"{spec.name}: {what}" for what in found if what is not None)
+
+
+def _values(spec: TensorSpec, tensor: torch.Tensor) -> NDArray[np.float32]:
+    """A kept tensor's matrix view as fp32, which is exact."""
+    values: NDArray[np.float32] = spec.to_matrix(tensor).float().contiguous().numpy()
+    return values
+
+
+def _matrices(graph: FileGraph, name: str, spec: TensorSpec) -> list[Matrix]:
+    """What every node that reads this matrix sees of it: its own rows or blocks where experts are stacked."""
+    nodes = [node for node_name, node in graph.named.items() if name in expanded(node_name)]
+    if spec.role == "embedding":
+        nodes += graph.lookups
+    found = []
+    for node in nodes:
+        matrix = graph.matrix(node)
+        if matrix is None:
+            continue
+        stacked = expanded(node.name)
+        if len(stacked) > 1:
+            matrix = _part(matrix, stacked.index(name), len(stacked), rows=spec.role != "ssm.expert.dt_proj")
+        found.append(matrix)
+    return found
+
+
+def _part(matrix: Matrix, index: int, count: int, *, rows: bool) -> Matrix:
+    """One expert of a stacked matrix: its rows, or its columns."""
+    if rows:
+        each = len(matrix.codes) // count
+        own = slice(index * each, (index + 1) * each)
+        return Matrix(matrix.bits, matrix.block, matrix.codes[own], matrix.scales[own])
+    codes = np.array_split(matrix.codes, count, axis=1)[index]
+    scales = matrix.scales if matrix.bits is None else np.array_split(matrix.scales, count, axis=1)[index]
+    return Matrix(matrix.bits, matrix.block, codes, scales)
+
+
+def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArray[np.float32]) -> str | None:
+    if not isinstance(expected, QuantizedTensor):
+        if found.bits is not None:
+            return f"has {found.bits}-bit codes, the checkpoint keeps it in a float type"
+        return _first(found.codes, expected, "value")
+    form = expected.format
+    if (found.bits, found.block) != (form.bits, form.activation_block):
+        held = "float values" if found.bits is None else f"{found.bits}-bit codes in blocks of {found.block}"
+        return f"has {held}, the checkpoint has {form.name}"
+    codes = expected.codes.numpy()
+    padding = found.codes.shape[1] - codes.shape[1]
+    if padding < 0 or len(found.codes) != len(codes):
+        return f"has {list(found.codes.shape)} codes, the checkpoint has {list(codes.shape)}"
+    difference = _first(found.codes, np.pad(codes, ((0, 0), (0, padding))), "code")
+    if difference is not None:
+        return difference
+    scales = expected.scales.float().numpy()
+    spread = scales if scales.shape == found.scales.shape else np.broadcast_to(scales, found.scales.shape)
+    return _first(found.scales, spread, "scale")
+
+
+def _compare_small(
+    graph: FileGraph, name: str, spec: TensorSpec, expected: QuantizedTensor | NDArray[np.float32]
+) -> str | None:
+    """Codes and scales as stored, then the values that the nodes of the graph make of them."""
+    stored = next((one for one in graph.stored if name in expanded(one)), None)
+    data = None if stored is None else graph.value(stored)
+    if stored is None or data is None:
+        return "is not in the file"
+    index, count = expanded(stored).index(name), len(expanded(stored))
+    rows = spec.matrix_shape[0]
+    own = slice(index * rows, (index + 1) * rows)
+    if isinstance(expected, QuantizedTensor):
+        scales = graph.value(f"{stored}.scale")
+        if scales is None:
+            return "has no scales in the file"
+        difference = _first(data.reshape(rows * count, -1)[own], expected.codes.numpy(), "code")
+        difference = difference or _first(
+            scales.astype(np.float32).reshape(rows * count, -1)[own], expected.scales.float().numpy(), "scale"
+        )
+        values = expected.dequantize().numpy()
+    else:
+        difference, values = _first(data.astype(np.float32).reshape(rows * count, -1)[own], expected, "value"), expected
+    if difference is not None:
+        return difference
+    return _compare_used(graph.used(stored), spec, values)
+
+
+def _compare_used(used: list[NDArray[Any]], spec: TensorSpec, values: NDArray[np.float32]) -> str | None:
+    """What the nodes that run see of a small tensor: of an expert's, the rows of all experts, one after the other."""
+    if spec.role == "ssm.A_log":
+        decay = -np.exp(values.astype(np.float64)).T
+        close = len(used) == 1 and used[0].shape == decay.shape and np.allclose(used[0], decay, _EXP_TOLERANCE, 0)
+        return None if close else "is not used as −exp(A_log) transposed"
+    rows, columns = spec.matrix_shape
+    seen = np.concatenate([part.reshape(-1) for part in used]) if used else np.empty(0, np.float32)
+    first, fits = rows * (spec.expert or 0), seen.size == rows * columns
+    if spec.expert is not None:
+        fits = seen.size % columns == 0 and seen.size >= (first + rows) * columns
+    if not fits:
+        return f"is used as {seen.size} values, the checkpoint has {values.size}"
+    return _first(seen.reshape(-1, columns)[first : first + rows], values, "decoded value")
+
+
+def _first(found: NDArray[Any], expected: NDArray[Any], what: str) -> str | None:
+    """The first place where two arrays differ, in words."""
+    if found.shape != expected.shape:
+        return f"has {list(found.shape)} {what}s, the checkpoint has {list(expected.shape)}"
+    if found.dtype == expected.dtype == np.float32:
+        found, expected = np.ascontiguousarray(found), np.ascontiguousarray(expected)
+        places = np.argwhere(found.view(np.uint32) != expected.view(np.uint32))
+    else:
+        places = np.argwhere(found != expected)
+    if len(places) == 0:
+        return None
+    place = tuple(int(one) for one in places[0])
+    return f"{what} {list(place)} is {found[place]:g}, the checkpoint has {expected[place]:g} ({len(places)} differ)"

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights as initializers, and the nodes that read them.
+
+    linear     MatMulNBits on packed codes; FusedMatMul where the matrix was kept in a float type
+    table      GatherBlockQuantized (an embedding; a tied head shares its codes)
+    decoded    small tensors: codes · scales as plain nodes
+
+Scales and kept tensors are stored in their own type: a bf16 initializer behind Cast, a row's scale [N, 1] behind
+Expand. onnxruntime folds these and the decoded tensors when it loads the file, so that a step runs none of them.
+
+An initializer is called after its tensor, in a layer without `backbone.` and `.weight`; its scales end in `.scale`.
+Experts that are stacked in one matmul are `experts.FIRST-LAST`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from mossquant.formats import NumberFormat
+from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
+from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_codes, padded_codes, to_numpy
+from mossquant.targets.onnx.source import Source
+
+__all__ = ["SCALE", "Progress", "Stack", "Weights", "initializer_name"]
+
+Progress = Callable[[str, int, int], None]
+"""(what was just written, bytes done, bytes in all)."""
+Stack = Literal["outputs", "inputs"]
+SCALE = ".scale"
+
+
+def initializer_name(names: Sequence[str]) -> str:
+    """The initializer that holds these tensors (several: one per expert, consecutive)."""
+    first, last = (_short(name) for name in (names[0], names[-1]))
+    if len(names) == 1:
+        return first
+    before, _, rest = first.partition(".experts.")
+    number, _, after = rest.partition(".")
+    end = last.partition(".experts.")[2].partition(".")[0]
+    return f"{before}.experts.{number}-{end}.{after}"
+
+
+class Weights:
+    """Puts the weights of a source into graphs.
+
+    Attributes:
+        source: where they come from.
+        stored_bytes: bytes of all initializers made so far.
+    """
+
+    def __init__(self, source: Source, progress: Progress | None = None) -> None:
+        self.source = source
+        self.stored_bytes = 0
+        self._progress, self._written = progress, 0
+        self._tables: dict[str, tuple[Value, Value]] = {}
+
+    def runs(self, names: Sequence[str]) -> list[list[str]]:
+        """Cut a list of tensors into runs that can share one node: same format or type, same activations."""
+
+        def storage(name: str) -> tuple[str, bool]:
+            found = self.source.format(name)
+            if found is None:
+                return str(self.source.dtype(name)), False
+            return found.name, self.source.spec(name).site is not None and self.source.int8_activations(name)
+
+        return [list(run) for _, run in groupby(names, key=storage)]
+
+    def padded_inputs(self, name: str) -> int:
+        """Inputs of a linear with padding to whole blocks."""
+        columns = self.source.spec(name).matrix_shape[1]
+        found = self.source.format(name)
+        return columns if found is None else blocks_of(found, columns) * found.activation_block
+
+    def linear(
+        self, graph: Graph, x: Value, names: Sequence[str], *, stack: Stack = "outputs", bias: Value | None = None
+    ) -> Value:
+        """x [..., K] · Wᵀ + bias → [..., N].
+
+        Args:
+            graph: where the weights and the node go.
+            x: the input.
+            names: one tensor, or a run of experts' tensors.
+            stack: experts lie one after the other along the outputs, or along the inputs, each padded to whole blocks.
+            bias: [N].
+        """
+        number_format, name = self.source.format(names[0]), initializer_name(names)
+        rows, columns = self.source.spec(names[0]).matrix_shape
+        if stack == "outputs":
+            rows *= len(names)
+        elif len(names) > 1:
+            columns = len(names) * self.padded_inputs(names[0])
+        if number_format is None:
+            weight = self._float(graph, names, (rows, columns), stack)
+            y = graph.op("FusedMatMul", [x, weight], {"transB": 1}, domain=MICROSOFT, name=name)
+            return y if bias is None else graph.op("Add", [y, bias])
+        codes, scales = self._matrix(graph, names, number_format, stack)
+        attributes = {
+            "K": columns,
+            "N": rows,
+            "bits": number_format.bits,
+            "block_size": number_format.activation_block,
+        }
+        if self.source.int8_activations(names[0]):
+            attributes["accuracy_level"] = 4
+        inputs = [x, codes, scales] + ([None, None, bias] if bias is not None else [])
+        return graph.op("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)
+
+    def table(self, graph: Graph, tokens: Value, name: str) -> Value:
+        """Rows of an embedding [V, D] for tokens [B, T] → [B · T, D]."""
+        count, width = self.source.spec(name).matrix_shape
+        number_format = self.source.format(name)
+        if number_format is None:
+            table = self._float(graph, [name], (count, width), "outputs")
+            return graph.reshape(graph.op("Gather", [table, tokens], {"axis": 0}), -1, width)
+        codes, scales = self._matrix(graph, [name], number_format, "outputs")
+        block, blocks = number_format.activation_block, blocks_of(number_format, width)
+        attributes = {"gather_axis": 0, "quantize_axis": 2, "block_size": block, "bits": number_format.bits}
+        cube = graph.reshape(scales, count, blocks, 1)
+        found = graph.op("GatherBlockQuantized", [codes, tokens, cube], attributes, domain=MICROSOFT)
+        rows = graph.reshape(found, -1, blocks * block)
+        return rows if blocks * block == width else graph.slice(rows, 0, width, 1)
+
+    def decoded(self, graph: Graph, names: Sequence[str]) -> Value:
+        """The fp32 matrix view [rows, columns] of small tensors, stacked along the rows."""
+        one_rows, columns = self.source.spec(names[0]).matrix_shape
+        rows, number_format, name = one_rows * len(names), self.source.format(names[0]), initializer_name(names)
+        if number_format is None:
+            return self._float(graph, names, (rows, columns), "outputs")
+        groups, padded = number_format.groups(columns), number_format.padded_columns(columns)
+
+        def read() -> NDArray[np.generic]:
+            parts = [self.source.quantized(one).codes for one in names]
+            return to_numpy(torch.cat(parts).view(rows, groups, -1))
+
+        codes = self._store(graph, name, ir.DataType.INT8, (rows, groups, padded // groups), read)
+        scale = self._scales(graph, names, number_format, "outputs", (rows, groups, 1))
+        value = graph.op("Mul", [graph.op("Cast", [codes], {"to": ir.DataType.FLOAT}), scale])
+        value = graph.reshape(value, rows, padded)
+        return value if padded == columns else graph.slice(value, 0, columns, 1)
+
+    def vector(self, graph: Graph, name: str) -> Value:
+        """A small tensor as fp32 [n]."""
+        return graph.reshape(self.decoded(graph, [name]), -1)
+
+    def _matrix(
+        self, graph: Graph, names: Sequence[str], number_format: NumberFormat, stack: Stack
+    ) -> tuple[Value, Value]:
+        """Codes [N, blocks, bytes] and fp32 scales [N, blocks] of a run. A tied table is stored once."""
+        name = initializer_name(names)
+        if name in self._tables:
+            return self._tables[name]
+        rows, columns = self.source.spec(names[0]).matrix_shape
+        blocks, many = blocks_of(number_format, columns), len(names)
+        axis, N, each = (0, rows * many, 1) if stack == "outputs" else (1, rows, many)
+        blob = number_format.activation_block * number_format.bits // 8
+
+        def read() -> NDArray[np.generic]:
+            parts = [padded_codes(self.source.quantized(one)) for one in names]
+            return packed_codes(np.concatenate(parts, axis), number_format)
+
+        codes = self._store(graph, name, ir.DataType.UINT8, (N, each * blocks, blob), read)
+        if number_format.group_size is not None:
+            scales = self._scales(graph, names, number_format, stack, (N, each * blocks))
+        else:
+            row_scales = self._scales(graph, names, number_format, stack, (N, each, 1))
+            spread = graph.op("Expand", [row_scales, graph.ints(N, each, blocks)])
+            scales = graph.reshape(spread, N, each * blocks)
+        if self.source.spec(names[0]).layer is None:
+            self._tables[name] = (codes, scales)
+        return codes, scales
+
+    def _scales(
+        self, graph: Graph, names: Sequence[str], number_format: NumberFormat, stack: Stack, shape: tuple[int, ...]
+    ) -> Value:
+        """Scales of a run as fp32, in this shape."""
+
+        def read() -> NDArray[np.generic]:
+            axis = 0 if stack == "outputs" else 1
+            return to_numpy(torch.cat([self.source.quantized(one).scales for one in names], axis)).reshape(shape)
+
+        kind = DTYPES[number_format.scale_dtype]
+        return _as_float(graph, self._store(graph, initializer_name(names) + SCALE, kind, shape, read))
+
+    def _float(self, graph: Graph, names: Sequence[str], shape: tuple[int, int], stack: Stack) -> Value:
+        """Kept tensors as an fp32 matrix, stored in their own type. A tied table is stored once."""
+        name = initializer_name(names)
+        if name in self._tables:
+            return self._tables[name][0]
+
+        def read() -> NDArray[np.generic]:
+            parts = [self.source.spec(one).to_matrix(self.source.kept(one)) for one in names]
+            return to_numpy(torch.cat(parts, 0 if stack == "outputs" else 1))
+
+        kind = DTYPES[self.source.dtype(names[0])]
+        value = _as_float(graph, self._store(graph, name, kind, shape, read))
+        if self.source.spec(names[0]).layer is None:
+            self._tables[name] = (value, value)
+        return value
+
+    def _store(
+        self,
+        graph: Graph,
+        name: str,
+        kind: ir.DataType,
+        shape: tuple[int, ...],
+        read: Callable[[], NDArray[np.generic]],
+    ) -> Value:
+        size = math.prod(shape) * kind.bitwidth // 8
+        self.stored_bytes += size
+
+        def reported() -> NDArray[np.generic]:
+            array = read()
+            self._written += size
+            if self._progress is not None:
+                self._progress(name, self._written, self.stored_bytes)
+            return array
+
+        return graph.weight(name, kind, shape, reported)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("backbone.").removesuffix(".weight") if ".layers." in name else name
+
+
+def _as_float(graph: Graph, value: Value) -> Value:
+    if value.dtype == ir.DataType.FLOAT:
+        return value
+    return graph.op("Cast", [value], {"to": ir.DataType.FLOAT})

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference Runner: the PyTorch model of a checkpoint, or of a quantized checkpoint's dequantized weights.
+
+A quantized checkpoint is run with fp32 activations (what the weights alone cost) or with the activation formats of its
+plan modelled, so that an artifact can be judged against its own arithmetic. Letters as in `mossquant.model`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mossquant.activation_formats import activation_model
+from mossquant.checkpoint import Checkpoint, load_model
+from mossquant.errors import InputError
+from mossquant.forward import Activation, Forward
+from mossquant.locate import Located, locate
+from mossquant.model import MossNet, state_specs
+from mossquant.quantized import QuantizedCheckpoint
+from mossquant.routing import Routing
+from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
+from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
+from mossquant.scan import Form
+
+__all__ = ["TorchRunner"]
+
+ROWS_AT_ONCE = 2048
+"""Rows (B · T) that go through the model in one piece: bounds the memory of a long prefill, and keeps matmuls large."""
+
+
+class TorchRunner:
+    """Runs a MossNet in PyTorch, in float32 or float64; logits come in the type computed in.
+
+    One token is a decode step; more are scanned (`form`), in pieces of `ROWS_AT_ONCE` rows.
+    """
+
+    def __init__(
+        self, model: MossNet, info: RunnerInfo, *, activation: Activation | None = None, form: Form | None = None
+    ) -> None:
+        """Run a model that is in memory already.
+
+        Args:
+            model: the model; its parameters' type and device are what is computed with.
+            info: what it is.
+            activation: models quantized inputs of the linears; None leaves them as they are.
+            form: scan form for more than one token; None: the fused kernel, "chunked" off the CPU.
+        """
+        self._model, self._info = model, info
+        self._dtype, self._device = model.norm_f.dtype, model.norm_f.device
+        self._specs = state_specs(model.config)
+        scan: Form = form or ("kernel" if self._device.type == "cpu" else "chunked")
+        self._forward = Forward(form=scan, activation=activation)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | Located,
+        *,
+        activations: str = "fp32",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        form: Form | None = None,
+        threads: int | None = None,
+    ) -> "TorchRunner":
+        """Load a checkpoint or a quantized checkpoint.
+
+        Args:
+            path: a folder, or the name of the bundled model.
+            activations: "planned" models the activation formats of a quantized checkpoint's plan, the name of a format
+                that one at every input of quantized weights; "fp32" models none.
+            dtype: float32 or float64; weights are converted, activations and state computed in it.
+            device: where to run.
+            form: scan form for more than one token; None chooses by device.
+            threads: threads of PyTorch's CPU operators, for the whole process; None leaves them.
+
+        Raises:
+            InputError: nothing that can be run is there, an unknown activation format, or one for a checkpoint that is
+                not quantized.
+        """
+        located = path if isinstance(path, Located) else locate(path)
+        folder = located.require("checkpoint", "quantized checkpoint", verb="the PyTorch Runner")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if located.kind == "checkpoint":
+            if activations != "fp32":
+                raise InputError(f"{located.given} is not quantized, so it has no {activations} activations; take fp32")
+            checkpoint = Checkpoint.open(folder)
+            info = _checkpoint_info(located.given, checkpoint, dtype)
+            return cls(load_model(checkpoint, dtype=dtype).to(device), info, form=form)
+        quantized = QuantizedCheckpoint.open(folder)
+        model = MossNet(quantized.config, dtype=dtype)
+        for name, spec in quantized.specs.items():
+            model.parameter_of(spec).copy_(quantized.value(name).view(spec.shape))
+        activation = None if activations == "fp32" else activation_model(quantized, activations)
+        info = _quantized_info(located.given, quantized, activations, dtype)
+        return cls(model.requires_grad_(False).eval().to(device), info, activation=activation, form=form)
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What this is and what it can take."""
+        return self._info
+
+    @property
+    def model(self) -> MossNet:
+        """The PyTorch model; not to be changed."""
+        return self._model
+
+    def with_activation(self, activation: Activation | None, *, name: str) -> "TorchRunner":
+        """The same weights behind another model of the activations, called `name` in its info."""
+        info = replace(self._info, activations=name)
+        return TorchRunner(self._model, info, activation=activation, form=self._forward.form)
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before the first token: zeros."""
+        return State(self._model.initial_state(checked_batch(batch)), batch)
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        """Advance by tokens [B, T]; see `mossquant.runner.Runner`."""
+        checked_tokens(tokens, state, self._info.vocab_size)
+        return self._run(tokens, state, logits, self._forward)
+
+    def run_with_taps(
+        self, tokens: Tokens, state: State, *, logits: LogitsWanted = "all"
+    ) -> tuple[Floats, State, dict[str, Floats]]:
+        """Like a call; also gives what the model's taps show.
+
+        Returns:
+            Logits, the state, and name → values [B, T, …]: router logits [B, T, X] under "layers.3.mlp.router" and
+            "layers.3.mixer.router", block outputs [B, T, D] under "layers.3".
+        """
+        checked_tokens(tokens, state, self._info.vocab_size)
+        seen: dict[str, list[Floats]] = {}
+
+        def tap(name: str, value: Tensor) -> None:
+            rows = value.reshape(state.batch, -1, value.shape[-1])
+            seen.setdefault(name, []).append(rows.cpu().numpy())
+
+        found, state = self._run(tokens, state, logits, replace(self._forward, tap=tap))
+        return found, state, {name: np.concatenate(parts, 1) for name, parts in seen.items()}
+
+    def run_with_margins(
+        self, tokens: Tokens, state: State, *, logits: LogitsWanted = "all"
+    ) -> tuple[Floats, State, Floats]:
+        """Like a call; also says how near any router was to another choice of experts.
+
+        Returns:
+            Logits, the state, and margins [B, T]: over all routers, the smallest distance between the last logit that
+            was chosen and the first that was not; infinite where no router leaves an expert out.
+        """
+        checked_tokens(tokens, state, self._info.vocab_size)
+        batch, time = tokens.shape
+        margins: dict[str, list[Tensor]] = {}
+
+        def watch(name: str, routing: Routing) -> Routing:
+            chosen = routing.chosen.shape[1]
+            if routing.logits is not None and chosen < routing.experts:
+                top = torch.topk(routing.logits, chosen + 1, dim=-1).values
+                margins.setdefault(name, []).append((top[:, -2] - top[:, -1]).view(batch, -1))
+            return routing
+
+        found, state = self._run(tokens, state, logits, replace(self._forward, reroute=watch))
+        smallest: Floats = np.full((batch, time), np.inf)
+        for parts in margins.values():
+            smallest = np.minimum(smallest, torch.cat(parts, 1).cpu().numpy())
+        return found, state, smallest
+
+    def copy(self, state: State) -> State:
+        """An independent copy; the model never changes a state array in place, so that sharing them is enough."""
+        return State(dict(state.peek()), state.batch)
+
+    def read(self, state: State) -> dict[str, NDArray[np.float32]]:
+        """The state as named fp32 arrays [B, …]."""
+        payload: Mapping[str, Tensor] = state.peek()
+        return {name: value.to("cpu", torch.float32, copy=True).numpy() for name, value in payload.items()}
+
+    def write(self, arrays: Arrays) -> State:
+        """The inverse of `read`."""
+        shapes = {spec.name: spec.shape for spec in self._specs}
+        batch = checked_arrays(arrays, shapes)
+        state = {name: torch.tensor(arrays[name], dtype=self._dtype, device=self._device) for name in shapes}
+        return State(state, batch)
+
+    def _run(self, tokens: Tokens, state: State, wanted: LogitsWanted, forward: Forward) -> tuple[Floats, State]:
+        batch, time = tokens.shape
+        carried: Mapping[str, Tensor] = state.take()
+        piece = max(1, ROWS_AT_ONCE // batch)
+        whole = wanted == "all" and time > piece
+        every = np.empty((batch, time, self._info.vocab_size), _numpy_type(self._dtype)) if whole else None
+        found = np.empty(0, np.float32)
+        with torch.inference_mode():
+            ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self._device)
+            for start in range(0, time, piece):
+                part = ids[:, start : start + piece]
+                run = forward.step() if part.shape[1] == 1 else forward
+                hidden, carried = self._model.hidden(part, carried, run)
+                if wanted == "all":
+                    found = self._model.head(hidden, run).cpu().numpy()
+                    if every is not None:
+                        every[:, start : start + piece] = found
+                elif start + piece >= time:
+                    found = self._model.head(hidden[:, -1:], run).cpu().numpy()
+        return found if every is None else every, State(carried, batch)
+
+
+def _numpy_type(dtype: torch.dtype) -> type[np.floating[Any]]:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def _state_format(dtype: torch.dtype) -> str:
+    return "fp64" if dtype == torch.float64 else "fp32"
+
+
+def _checkpoint_info(given: str, checkpoint: Checkpoint, dtype: torch.dtype) -> RunnerInfo:
+    files = checkpoint.hashes()
+    return RunnerInfo(
+        path=given,
+        kind="checkpoint",
+        vocab_size=checkpoint.config.vocab_size,
+        activations="fp32",
+        state_format=_state_format(dtype),
+        weights=checkpoint.torch_dtype,
+        weight_bytes=checkpoint.stored_bytes,
+        file_bytes=sum((checkpoint.folder / name).stat().st_size for name in files if name != "config.json"),
+        parameters=checkpoint.parameters,
+        config=checkpoint.config.to_json(torch_dtype=checkpoint.torch_dtype),
+        files=files,
+        seen_text=checkpoint.seen_text(),
+    )
+
+
+def _quantized_info(given: str, quantized: QuantizedCheckpoint, activations: str, dtype: torch.dtype) -> RunnerInfo:
+    return RunnerInfo(
+        path=given,
+        kind="quantized checkpoint",
+        vocab_size=quantized.config.vocab_size,
+        activations=activations,
+        state_format=_state_format(dtype),
+        weights=quantized.recipe_name,
+        weight_bytes=quantized.payload_bytes,
+        file_bytes=quantized.file_bytes,
+        parameters=quantized.parameters,
+        config=quantized.config.to_json(torch_dtype=quantized.torch_dtype),
+        files=quantized.hashes(),
+        seen_text=quantized.seen_text(),
+    )

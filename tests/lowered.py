@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models, quantized and lowered to .onnx: one folder a model and recipe, made once a session."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from small import CONFIGS, random_model, random_tokens, write_model
+
+from mossquant.calibration.quantize import quantize
+from mossquant.config import MossNetConfig
+from mossquant.targets.export import export
+from mossquant.targets.onnx import OnnxRunner
+from mossquant.targets.registry import Activations
+from mossquant.targets.torch.runner import TorchRunner
+
+__all__ = ["MODELS", "RECIPES", "Lowered", "Workshop", "relative"]
+
+WIDE = MossNetConfig(
+    vocab_size=80,
+    hidden_size=48,
+    num_hidden_layers=2,
+    time_step_rank=12,
+    num_ssm_experts=4,
+    num_ssm_experts_per_tok=2,
+    num_mlp_experts=(4, 3),
+    num_mlp_experts_per_tok=2,
+    mlp_intermediate_size=70,
+)
+MODELS: dict[str, MossNetConfig] = {
+    **CONFIGS,
+    "wide": WIDE,
+    "mamba48": replace(WIDE, time_step_rank=48, num_ssm_experts=1, num_mlp_experts=0, mlp_intermediate_size=0),
+    "no window": replace(WIDE, conv_kernel=1, num_mlp_experts=(0, 4)),
+}
+"""Beside the small ones: rows of several blocks, a dt_rank of one block and a half, a convolution of width 1."""
+
+_REST = """
+  - {role: "*norm*", keep: fp32, why: "few bytes"}
+  - {role: "*.router", keep: fp32, why: "few bytes", optional: true}
+  - {role: ssm.A_log, format: int8}
+  - {role: "ssm.conv*", format: int8_g32}
+  - {role: ssm.expert.dt_bias, format: int8_g32}
+  - {role: ssm.D, format: int8_g32}
+"""
+_G128 = f"""version: 1
+name: int4-g128
+targets: [torch, onnx]
+weights: {_REST}
+  - {{role: "*", format: int4_g128}}
+activations:
+  - {{role: "*", format: int8_block}}
+state:
+  - {{role: "*", format: fp32}}
+"""
+_MIXED = f"""version: 1
+name: mixed
+targets: [torch, onnx]
+weights:
+  - {{match: "*.experts.1.x_proj.weight", keep: stored, why: "a test"}}
+  - {{match: "*.experts.2.x_proj.weight", format: int8}}
+  - {{match: "*.experts.0.dt_proj.weight", keep: fp32, why: "a test"}}
+  - {{match: "*.experts.2.dt_proj.weight", format: int8_g32}}
+  - {{match: "*.experts.3.dt_proj.weight", format: int8}}
+  - {{match: "*.experts.1.dt_proj.bias", keep: stored, why: "a test"}}
+  - {{match: "*.layers.1.mixer.D", keep: stored, why: "a test"}}
+  - {{match: "*.layers.1.mixer.in_proj.weight", keep: stored, why: "a test"}}
+  - {{match: "*.mlp.experts.2.w2.weight", format: int8}}
+  - {{match: "*.mlp.experts.1.w3.weight", format: int8_g32}} {_REST}
+  - {{role: "*", format: int4_g32}}
+activations:
+  - {{match: layers.1.mixer.out_proj.input, format: fp32}}
+  - {{role: "*", format: int8_block}}
+state:
+  - {{role: "*", format: fp32}}
+"""
+RECIPES = {"int4": "int4", "int8": "int8", "g128": _G128, "mixed": _MIXED}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A checkpoint, quantized or not, and its artifact."""
+
+    config: MossNetConfig
+    checkpoint: Path
+    artifact: Path
+
+    @property
+    def program(self) -> Path:
+        return self.artifact / "model.onnx"
+
+    @cached_property
+    def runner(self) -> OnnxRunner:
+        return OnnxRunner(self.artifact, threads=1)
+
+    def reference(self, *, activations: str = "planned") -> TorchRunner:
+        """The PyTorch model of the checkpoint in float64."""
+        return TorchRunner.open(self.checkpoint, activations=activations, dtype=torch.float64)
+
+    def proto(self) -> onnx.ModelProto:
+        return onnx.load(self.program)
+
+    def tokens(self, batch: int, time: int, *, seed: int = 0) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = random_tokens(self.config, batch, time, seed=seed).numpy()
+        return found
+
+
+class Workshop:
+    """Makes checkpoints and artifacts when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[tuple[str, str | None, Activations | None], Lowered] = {}
+
+    def __call__(self, model: str, recipe: str | None = None, activations: Activations | None = None) -> Lowered:
+        """The model lowered; without a recipe in full precision (its checkpoint is stored in bf16)."""
+        key = (model, recipe, activations)
+        if key not in self._made:
+            checkpoint = self.checkpoint(model, recipe)
+            artifact = checkpoint.with_name(f"{checkpoint.name}-{activations}-onnx")
+            export(checkpoint, artifact, activations=activations)
+            self._made[key] = Lowered(MODELS[model], checkpoint, artifact)
+        return self._made[key]
+
+    def checkpoint(self, model: str, recipe: str | None = None) -> Path:
+        """The checkpoint of a model, or what the recipe makes of it."""
+        name = model.replace(" ", "-")
+        folder = self._folder / name
+        if not folder.exists():
+            write_model(folder, random_model(MODELS[model], dtype=torch.float32), dtype=torch.bfloat16)
+        if recipe is None:
+            return folder
+        quantized = self._folder / f"{name}-{recipe}"
+        if not quantized.exists():
+            text = RECIPES[recipe]
+            if text != recipe:
+                path = self._folder / f"{recipe}.yaml"
+                path.write_text(text)
+                text = str(path)
+            quantize(folder, quantized, recipe=text)
+        return quantized
+
+
+def relative(found: NDArray[np.floating], expected: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Largest difference at every position, relative to the largest expected value: [B, T, V] → [B, T]."""
+    assert found.shape == expected.shape
+    scale = np.abs(expected).max()
+    return np.asarray(np.abs(found.astype(np.float64) - expected).max(-1) / scale)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX Runner keeps the protocol's promises, and refuses what it was not given whole."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from lowered import Lowered, Workshop
+from numpy.typing import NDArray
+
+from mossquant.errors import InputError
+from mossquant.outputs import file_sha256
+from mossquant.runner import UsedStateError
+from mossquant.targets.onnx import OnnxRunner
+from mossquant.targets.onnx import export as exporting
+from mossquant.targets.onnx import runner as module
+
+
+@pytest.fixture(scope="module")
+def lowered(workshop: Workshop) -> Lowered:
+    return workshop("wide", "int4")
+
+
+@pytest.fixture
+def folder(lowered: Lowered, tmp_path: Path) -> Path:
+    """A copy of an artifact, to damage."""
+    return Path(shutil.copytree(lowered.artifact, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def external(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An artifact with its weights in a file beside it."""
+    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+    from mossquant.targets.export import export
+
+    return export(workshop.checkpoint("wide", "int4"), tmp_path / "external").folder
+
+
+def test_info(lowered: Lowered) -> None:
+    info = lowered.runner.info
+    assert (info.path, info.kind, info.weights) == (str(lowered.artifact), "onnx", "int4")
+    assert (info.activations, info.state_format, info.vocab_size) == ("int8_block", "fp32", lowered.config.vocab_size)
+    assert (info.max_batch, info.max_chunk) == (None, None)
+    assert info.file_bytes == lowered.program.stat().st_size
+    assert info.files == {"model.onnx": file_sha256(lowered.program)}
+    assert 4.5 < info.bits_per_weight < 8
+    assert info.config["model_type"] == "mossnet"
+
+
+def test_a_file_and_its_folder_are_the_same(lowered: Lowered) -> None:
+    assert OnnxRunner(lowered.program, threads=1).info.files == lowered.runner.info.files
+
+
+@pytest.mark.parametrize(("batch", "time"), [(1, 1), (3, 1), (1, 7), (2, 7)])
+def test_last_is_the_last_of_all(lowered: Lowered, batch: int, time: int) -> None:
+    runner, tokens = lowered.runner, lowered.tokens(batch, time)
+    every, _ = runner(tokens, runner.initial_state(batch), logits="all")
+    last, _ = runner(tokens, runner.initial_state(batch), logits="last")
+    assert every.shape == (batch, time, lowered.config.vocab_size)
+    assert every.dtype == last.dtype == np.float32
+    np.testing.assert_allclose(last, every[:, -1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_pieces_give_what_one_run_gives(lowered: Lowered, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    runner, tokens = lowered.runner, lowered.tokens(batch, 23)
+    whole, end = runner(tokens, runner.initial_state(batch), logits="all")
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 8 * batch)
+    pieces, state = runner(tokens, runner.initial_state(batch), logits="all")
+    last, _ = runner(tokens, runner.initial_state(batch))
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=0, atol=1e-5)
+    for name, array in runner.read(state).items():
+        np.testing.assert_allclose(array, runner.read(end)[name], rtol=0, atol=1e-5)
+
+
+def test_logits_belong_to_the_caller(lowered: Lowered) -> None:
+    runner, tokens = lowered.runner, lowered.tokens(1, 3)
+    state = runner.initial_state(1)
+    first, state = runner(tokens[:, :1], state)
+    kept = first.copy()
+    for time in (1, 2):
+        _, state = runner(tokens[:, time : time + 1], state)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_state_is_consumed(lowered: Lowered) -> None:
+    runner, tokens = lowered.runner, lowered.tokens(1, 3)
+    state = runner.initial_state(1)
+    _, after = runner(tokens, state)
+    for use in (lambda: runner(tokens, state), lambda: runner.copy(state), lambda: runner.read(state)):
+        with pytest.raises(UsedStateError, match="consumed by an earlier call"):
+            use()
+    runner(tokens, after)
+
+
+def test_a_refused_call_consumes_nothing(lowered: Lowered) -> None:
+    runner, tokens = lowered.runner, lowered.tokens(1, 3)
+    state = runner.initial_state(1)
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        runner(tokens + 1000, state)
+    runner(tokens, state)
+
+
+def test_a_copy_goes_its_own_way(lowered: Lowered) -> None:
+    runner, tokens = lowered.runner, lowered.tokens(2, 9)
+    _, state = runner(tokens, runner.initial_state(2))
+    other = runner.copy(state)
+    expected, end = runner(tokens, state, logits="all")
+    for time in range(3):
+        runner_tokens = tokens[:, time : time + 1]
+        _, end = runner(runner_tokens, end)
+    found, _ = runner(tokens, other, logits="all")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_read_and_write(lowered: Lowered) -> None:
+    runner, tokens = lowered.runner, lowered.tokens(2, 9)
+    _, state = runner(tokens, runner.initial_state(2))
+    arrays = runner.read(state)
+    assert arrays["layers.1.mixer.ssm"].shape == (2, lowered.config.d_inner, lowered.config.state_size)
+    assert arrays["layers.1.mixer.conv"].shape == (2, lowered.config.d_inner, lowered.config.conv_kernel - 1)
+    written = runner.write(arrays)
+    kept = {name: array.copy() for name, array in arrays.items()}
+    expected, _ = runner(tokens, state)
+    found, _ = runner(tokens, written)
+    np.testing.assert_array_equal(found, expected)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, kept[name])
+
+
+def test_a_state_of_the_pytorch_model_can_be_carried_on(lowered: Lowered) -> None:
+    runner, reference, tokens = lowered.runner, lowered.reference(), lowered.tokens(1, 9)
+    _, state = reference(tokens, reference.initial_state(1))
+    arrays = reference.read(state)
+    for name, array in runner.read(runner.write(arrays)).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.array([[0, 80]]), "token 80 is outside the vocabulary of 80"),
+        (np.array([[-1, 3]]), "token -1 is outside the vocabulary of 80"),
+        (np.zeros((1, 0), np.int64), "no tokens"),
+        (np.zeros((2, 3), np.int64), "batch 2 and the state has 1"),
+        (np.zeros(3, np.int64), r"give integers \[batch, time\]"),
+        (np.zeros((1, 3)), r"give integers \[batch, time\]"),
+    ],
+)
+def test_bad_tokens(lowered: Lowered, tokens: NDArray[np.int64], message: str) -> None:
+    runner = lowered.runner
+    with pytest.raises(InputError, match=message):
+        runner(tokens, runner.initial_state(1))
+
+
+def test_bad_states(lowered: Lowered) -> None:
+    runner = lowered.runner
+    arrays = runner.read(runner.initial_state(1))
+    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm is missing"):
+        runner.write({name: array for name, array in arrays.items() if name != "layers.0.mixer.ssm"})
+    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm has shape"):
+        runner.write({**arrays, "layers.0.mixer.ssm": arrays["layers.0.mixer.conv"]})
+    with pytest.raises(InputError, match="a batch of 0"):
+        runner.initial_state(0)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 5000, 0.5, 0.999])
+def test_a_file_that_was_cut_short(folder: Path, kept: float) -> None:
+    program = folder / "model.onnx"
+    data = program.read_bytes()
+    program.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    with pytest.raises(InputError, match=r"not a readable ONNX file|holds no mossquant metadata"):
+        OnnxRunner(folder)
+
+
+@pytest.mark.parametrize("content", [b"plain text, not a program\n" * 20, b"PK\x03\x04 pickle", bytes(5000)])
+def test_other_files(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"not a readable ONNX file|holds no mossquant metadata"):
+        OnnxRunner(path)
+
+
+def test_a_graph_that_is_damaged(folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    proto.graph.node[5].input[0] = "nothing"
+    onnx.save(proto, folder / "model.onnx")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        OnnxRunner(folder)
+
+
+def test_another_programs_onnx(folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    del proto.metadata_props[:]
+    onnx.save(proto, folder / "model.onnx")
+    with pytest.raises(InputError, match="holds no mossquant metadata"):
+        OnnxRunner(folder)
+
+
+def test_metadata_of_another_release(folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    proto.metadata_props[0].value = proto.metadata_props[0].value.replace('"version":1', '"version":2')
+    onnx.save(proto, folder / "model.onnx")
+    with pytest.raises(InputError, match=r"version: .*another release of mossquant wrote it"):
+        OnnxRunner(folder)
+
+
+def test_a_missing_state(folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    gone = next(port for port in proto.graph.output if port.name == "layers.1.mixer.ssm.out")
+    proto.graph.output.remove(gone)
+    onnx.save(proto, folder / "model.onnx")
+    with pytest.raises(InputError, match=r"lacks inputs or outputs: layers\.1\.mixer\.ssm\.out"):
+        OnnxRunner(folder)
+
+
+def test_external_weights_compute_the_same(lowered: Lowered, external: Path) -> None:
+    runner, tokens = OnnxRunner(external, threads=1), lowered.tokens(2, 9)
+    assert set(runner.info.files) == {"model.onnx", "model.onnx.data"}
+    assert runner.info.weight_bytes == lowered.runner.info.weight_bytes
+    found, _ = runner(tokens, runner.initial_state(2), logits="all")
+    expected, _ = lowered.runner(tokens, lowered.runner.initial_state(2), logits="all")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_external_weights_that_are_not_there(external: Path) -> None:
+    (external / "model.onnx.data").rename(external / "elsewhere.data")
+    with pytest.raises(InputError, match=r"model\.onnx\.data is missing"):
+        OnnxRunner(external)
+
+
+def test_external_weights_that_were_cut_short(external: Path) -> None:
+    data = external / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"has \d+ bytes, model\.onnx needs \d+"):
+        OnnxRunner(external)
+
+
+def test_external_weights_of_another_model(external: Path) -> None:
+    data = external / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(InputError, match="another SHA-256"):
+        OnnxRunner(external)
+
+
+def test_a_tokenizer_of_another_model(workshop: Workshop, tmp_path: Path) -> None:
+    from mossquant.targets.export import export
+
+    checkpoint = Path(shutil.copytree(workshop.checkpoint("experts"), tmp_path / "model"))
+    (checkpoint / "tokenizer.json").write_text("{}")
+    artifact = export(checkpoint, tmp_path / "artifact")
+    assert OnnxRunner(artifact.folder).metadata.tokenizer_sha256 == file_sha256(checkpoint / "tokenizer.json")
+    (artifact.folder / "tokenizer.json").write_text("[]")
+    with pytest.raises(InputError, match=r"is not the tokenizer of model\.onnx"):
+        OnnxRunner(artifact.folder)
+
+
+def test_an_older_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "__version__", "1.22.1")
+    with pytest.raises(InputError, match=r"needs onnxruntime 1\.23\.2 or later and 1\.22\.1 is installed"):
+        OnnxRunner(folder)
+
+
+def test_what_is_no_program(workshop: Workshop) -> None:
+    with pytest.raises(InputError, match="is of kind 'checkpoint', but the ONNX Runner needs: onnx"):
+        OnnxRunner(workshop.checkpoint("wide"))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest of an artifact is believed only where it can be compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mossquant.errors import InputError
+from mossquant.targets.artifact import Artifact, Port, Runtime, write_artifact_manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model.onnx").write_bytes(b"program")
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    write_artifact_manifest(
+        tmp_path,
+        target="onnx",
+        release="0.1.0",
+        program="model.onnx",
+        inputs=[Port(name="tokens", type="int64", shape=["B", "T"])],
+        outputs=[],
+        runtime=Runtime(name="onnxruntime", minimum="1.23.2", domains={"ai.onnx": 21}, operators={"ai.onnx": ["Add"]}),
+        model={},
+    )
+    return tmp_path
+
+
+def test_round_trip(folder: Path) -> None:
+    artifact = Artifact.open(folder)
+    assert artifact.target == "onnx"
+    assert artifact.program == folder / "model.onnx"
+    assert artifact.bytes == len(b"program")
+    assert set(artifact.files) == {"model.onnx", "tokenizer.json"}
+    assert artifact.manifest.inputs[0].shape == ["B", "T"]
+
+
+def test_all_offenders_at_once(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"another")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"model\.onnx has another SHA-256 .*; tokenizer\.json is missing"):
+        Artifact.open(folder)
+    (folder / "model.onnx").write_bytes(b"longer than before")
+    with pytest.raises(InputError, match=r"model\.onnx has 18 bytes, the manifest says 7"):
+        Artifact.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, r"version 2 was written by mossquant 0\.1\.0; use that release"),
+        ({"kind": "quantized checkpoint"}, "is not the manifest of an artifact: kind"),
+        ({"more": 1}, "is not the manifest of an artifact: more"),
+        ({"program": "../model.onnx"}, "is not the manifest of an artifact: program"),
+        ({"files": {"/etc/passwd": {"sha256": "ab" * 32, "bytes": 1}}}, "is not the manifest of an artifact: files"),
+    ],
+)
+def test_bad_manifests(folder: Path, change: dict[str, object], message: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        Artifact.open(folder)
+
+
+def test_a_folder_without_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not an artifact; give a folder that `mossquant export` wrote"):
+        Artifact.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("no JSON")
+    with pytest.raises(InputError, match="is not JSON"):
+        Artifact.open(tmp_path)

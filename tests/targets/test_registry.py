@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets by name."""
+
+import pytest
+
+from mossquant.capabilities import CAPABILITIES
+from mossquant.errors import InputError
+from mossquant.targets.registry import exporters, get_exporter
+
+
+def test_every_target_is_one_that_plans_are_checked_against() -> None:
+    assert set(exporters()) <= set(CAPABILITIES)
+    assert "onnx" in exporters()
+
+
+def test_an_unknown_target() -> None:
+    with pytest.raises(InputError, match="unknown target 'tflite'; known targets: onnx"):
+        get_exporter("tflite")

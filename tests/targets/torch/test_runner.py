@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference Runner keeps the protocol's promises, on every kind of model."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from bounds import FORMS_FLOAT32, FORMS_FLOAT64
+from numpy.typing import NDArray
+from small import CONFIGS, SMALL, random_model, random_tokens, write_model
+
+from mossquant.errors import InputError
+from mossquant.forward import Forward
+from mossquant.model import state_specs
+from mossquant.runner import UsedStateError
+from mossquant.targets.torch import runner as module
+from mossquant.targets.torch.runner import TorchRunner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with experts of both kinds."""
+    return write_model(tmp_path_factory.mktemp("runner") / "model", random_model(SMALL))
+
+
+def _tokens(batch: int, time: int) -> NDArray[np.int64]:
+    return random_tokens(SMALL, batch, time).numpy()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_the_models(tmp_path: Path, name: str) -> None:
+    model = random_model(CONFIGS[name])
+    runner = TorchRunner.open(write_model(tmp_path / "model", model), dtype=torch.float64)
+    tokens = random_tokens(CONFIGS[name], 2, 9)
+    expected, _ = model(tokens, run=Forward(form="sequential"))
+    found, _ = runner(tokens.numpy(), runner.initial_state(2), logits="all")
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=FORMS_FLOAT64)
+
+
+def test_info_says_what_it_is(folder: Path) -> None:
+    info = TorchRunner.open(folder).info
+    assert (info.path, info.kind, info.activations, info.state_format) == (str(folder), "checkpoint", "fp32", "fp32")
+    assert info.weights == "float32"
+    assert info.weight_bytes == 4 * info.parameters
+    assert info.bits_per_weight == 32
+    assert info.file_bytes == (folder / "model.safetensors").stat().st_size
+    assert set(info.files) == {"config.json", "model.safetensors"}
+
+
+def test_last_is_the_last_of_all(folder: Path) -> None:
+    runner = TorchRunner.open(folder)
+    every, _ = runner(_tokens(2, 9), runner.initial_state(2), logits="all")
+    last, _ = runner(_tokens(2, 9), runner.initial_state(2))
+    assert every.shape == (2, 9, SMALL.vocab_size)
+    assert every.dtype == np.float32
+    assert last.shape == (2, 1, SMALL.vocab_size)
+    np.testing.assert_allclose(last[:, 0], every[:, -1], rtol=0, atol=FORMS_FLOAT32)
+
+
+@pytest.mark.parametrize("wanted", ["all", "last"])
+def test_a_long_prefill_in_pieces_equals_one_piece(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: Literal["all", "last"]
+) -> None:
+    runner = TorchRunner.open(folder, dtype=torch.float64)
+    whole, after = runner(_tokens(2, 33), runner.initial_state(2), logits=wanted)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 16)  # eight tokens at a time; the last piece is a single step
+    cut, cut_after = runner(_tokens(2, 33), runner.initial_state(2), logits=wanted)
+    np.testing.assert_allclose(cut, whole, rtol=0, atol=FORMS_FLOAT64)
+    for name, value in runner.read(after).items():
+        np.testing.assert_allclose(runner.read(cut_after)[name], value, rtol=0, atol=1e-6)
+
+
+def test_prefill_then_steps_equals_one_prefill(folder: Path) -> None:
+    runner, tokens = TorchRunner.open(folder, dtype=torch.float64), _tokens(3, 12)
+    whole, _ = runner(tokens, runner.initial_state(3), logits="all")
+    _, state = runner(tokens[:, :7], runner.initial_state(3))
+    for at in range(7, 12):
+        step, state = runner(tokens[:, at : at + 1], state)
+        np.testing.assert_allclose(step[:, 0], whole[:, at], rtol=0, atol=FORMS_FLOAT64)
+
+
+def test_a_consumed_state_is_refused_and_a_copy_is_not(folder: Path) -> None:
+    runner, tokens = TorchRunner.open(folder), _tokens(1, 4)
+    state = runner.initial_state()
+    kept = runner.copy(state)
+    first, _ = runner(tokens, state)
+    with pytest.raises(UsedStateError):
+        runner(tokens, state)
+    with pytest.raises(UsedStateError):
+        runner.read(state)
+    again, _ = runner(tokens, kept)
+    assert np.array_equal(first, again)
+
+
+def test_bad_tokens_leave_the_state_usable(folder: Path) -> None:
+    runner = TorchRunner.open(folder)
+    state = runner.initial_state(2)
+    for tokens, message in (
+        (np.full((2, 1), SMALL.vocab_size), "token 53 is outside the vocabulary of 53"),
+        (np.full((2, 1), -1), "token -1 is outside"),
+        (np.zeros((2, 0), np.int64), "no tokens"),
+        (np.zeros((1, 3), np.int64), "batch 1 and the state has 2"),
+        (np.zeros(3, np.int64), r"shape \[3\]"),
+        (np.zeros((2, 1)), "type float64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            runner(tokens, state)  # type: ignore[arg-type]
+    runner(_tokens(2, 1), state)
+
+
+def test_read_and_write_are_inverse(folder: Path) -> None:
+    runner, tokens = TorchRunner.open(folder), _tokens(2, 6)
+    _, state = runner(tokens, runner.initial_state(2))
+    arrays = runner.read(state)
+    assert {name: value.shape for name, value in arrays.items()} == {
+        spec.name: (2, *spec.shape) for spec in state_specs(SMALL)
+    }
+    assert {value.dtype for value in arrays.values()} == {np.dtype(np.float32)}
+    written = runner.write(arrays)
+    for value in arrays.values():
+        value[:] = 0  # what was read and what was written are copies
+    expected, _ = runner(tokens, state)
+    found, _ = runner(tokens, written)
+    assert np.array_equal(found, expected)
+
+
+def test_write_names_every_wrong_array(folder: Path) -> None:
+    runner = TorchRunner.open(folder)
+    arrays = runner.read(runner.initial_state(2))
+    arrays["other"] = arrays.pop("layers.0.mixer.conv")
+    arrays["layers.0.mixer.ssm"] = arrays["layers.0.mixer.ssm"][:, :, :-1]
+    with pytest.raises(InputError) as caught:
+        runner.write(arrays)
+    for part in ("layers.0.mixer.conv is missing", "other is unexpected", "layers.0.mixer.ssm has shape [2, 40, 4]"):
+        assert part in str(caught.value)
+    arrays = runner.read(runner.initial_state(2))
+    arrays["layers.0.mixer.ssm"] = arrays["layers.0.mixer.ssm"][:1]
+    with pytest.raises(InputError, match="batches of 1, 2 are mixed"):
+        runner.write(arrays)
+
+
+def test_taps_show_routers_and_blocks(folder: Path) -> None:
+    runner, tokens = TorchRunner.open(folder), _tokens(2, 5)
+    plain, _ = runner(tokens, runner.initial_state(2), logits="all")
+    logits, _, taps = runner.run_with_taps(tokens, runner.initial_state(2))
+    assert np.array_equal(logits, plain)
+    assert {name: value.shape for name, value in taps.items()} == {
+        **{f"layers.{i}.{part}.router": (2, 5, 4) for i in range(2) for part in ("mixer", "mlp")},
+        **{f"layers.{i}": (2, 5, SMALL.hidden_size) for i in range(2)},
+    }
+
+
+def test_margins_are_the_smallest_over_the_routers(folder: Path) -> None:
+    runner, tokens = TorchRunner.open(folder), _tokens(2, 5)
+    _, _, taps = runner.run_with_taps(tokens, runner.initial_state(2))
+    _, _, margins = runner.run_with_margins(tokens, runner.initial_state(2))
+    ordered = [-np.sort(-value, -1) for name, value in taps.items() if name.endswith("router")]
+    expected = np.min([value[..., 1] - value[..., 2] for value in ordered], 0)
+    assert margins.shape == (2, 5)
+    np.testing.assert_allclose(margins, expected, rtol=0, atol=1e-6)
+
+
+def test_margins_without_routers_are_infinite(tmp_path: Path) -> None:
+    runner = TorchRunner.open(write_model(tmp_path / "mamba", random_model(CONFIGS["mamba"])))
+    assert np.isinf(runner.run_with_margins(_tokens(1, 3), runner.initial_state())[2]).all()
+
+
+def test_another_model_of_the_activations(folder: Path) -> None:
+    runner, tokens = TorchRunner.open(folder), _tokens(1, 8)
+    seen: set[str] = set()
+
+    def halves(name: str, x: torch.Tensor) -> torch.Tensor:
+        seen.add(name)
+        return x / 2
+
+    other = runner.with_activation(halves, name="halves")
+    assert other.info.activations == "halves"
+    expected, _ = runner(tokens, runner.initial_state())
+    found, _ = other(tokens, other.initial_state())
+    assert np.abs(found - expected).max() > 0.1
+    assert "backbone.embeddings.weight" in seen
+
+
+def test_an_unquantized_checkpoint_plans_no_activations(folder: Path) -> None:
+    with pytest.raises(InputError, match="has no planned activations"):
+        TorchRunner.open(folder, activations="planned")
+
+
+def test_a_batch_of_none_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="batch of 0"):
+        TorchRunner.open(folder).initial_state(0)
