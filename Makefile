@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml $(shell find mossquant calibration kernels targets eval -type f \
   -not -name '*.so' -not -name '*.pyc' 2>/dev/null | grep -v -e __pycache__ -e partial-)
-# The installed package is what is tested; keep every run on the threads it was given.
 export PYTHONDONTWRITEBYTECODE := 1
+# The installed package is what is tested: without this, the folder that make runs in would be imported instead.
+export PYTHONSAFEPATH := 1
 
 .PHONY: demo test test-all lint cpp-test clean check-tools
 
@@ -29,7 +30,7 @@ test-all: lint cpp-test
 
 lint: $(VENV)/.installed $(VENV)/.tools
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p mossquant
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p mossquant
 
 cpp-test: $(VENV)/.tools
 	$(BIN)/cmake -G Ninja -S kernels -B build/cpp-tests -DMOSS_PYTHON=OFF -DMOSS_TESTS=ON >/dev/null
@@ -40,12 +41,15 @@ check-tools:
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { \
 	  echo "mossquant needs a C++17 compiler and found none; install one (Debian: apt-get install g++) and run make again" >&2; exit 2; }
 
-# The interpreter: python3.11 if there is one, else any python3 that is new enough and can make a virtual environment.
+# The interpreter: python3.11 if there is one, else any that is new enough, can make a virtual environment and has the
+# headers that a C++ module is built with.
+USABLE := import os, sys, sysconfig, venv, ensurepip; \
+  sys.exit(sys.version_info < (3, 11) or not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
 $(VENV)/bin/python: | check-tools
 	@for candidate in $(PYTHON) python3.11 python3 python3.12 python3.13; do \
-	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  if "$$candidate" -c '$(USABLE)' 2>/dev/null; then \
 	    echo "creating $(VENV) with $$candidate"; exec "$$candidate" -m venv $(VENV); fi; done; \
-	  echo "mossquant needs Python 3.11 or newer with the venv module and found none; install it (Debian: apt-get install python3.11-venv), or name one: make PYTHON=/path/to/python3.11" >&2; exit 2
+	  echo "mossquant needs Python 3.11 or newer with the venv module and headers and found none; install it (Debian: apt-get install python3.11-venv python3.11-dev), or name one: make PYTHON=/path/to/python3.11" >&2; exit 2
 
 # torch first and exactly: a range would admit releases that bring gigabytes of CUDA.
 $(VENV)/.torch: pyproject.toml | $(VENV)/bin/python

@@ -68,7 +68,7 @@ def quantize(
     asked = load_recipe(recipe)
     folder, destination = locate(model).require("checkpoint", verb="quantize"), Path(output)
     if not dry_run:
-        check_free(destination, force=force)
+        check_free(destination, force=force, inputs=[folder])
     checkpoint = Checkpoint.open(folder)
     plan = make_plan(checkpoint.config, {name: checkpoint.dtype(name) for name in checkpoint.specs}, asked)
     check(plan, asked.targets)

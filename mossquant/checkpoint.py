@@ -6,7 +6,7 @@ and `training.json` (how it was made, with the hashes of the texts that it has s
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,6 @@ def write_checkpoint(
     *,
     dtype: torch.dtype,
     training: Mapping[str, Any] | None = None,
-    copies: Iterable[Path] = (),
 ) -> None:
     """Write a checkpoint into an existing, empty folder (itself written aside with `mossquant.outputs.new_folder`).
 
@@ -167,7 +166,6 @@ def write_checkpoint(
         tensor: gives each tensor in turn.
         dtype: stored type.
         training: content of `training.json`.
-        copies: files copied into the folder under their own names (a tokenizer, a licence).
     """
     specs = tensor_specs(config)
     write_json(folder / "config.json", config.to_json(torch_dtype=DTYPE_NAMES[dtype]))
@@ -177,8 +175,6 @@ def write_checkpoint(
             writer.add(spec.name, tensor(spec).to(dtype))
     if training is not None:
         write_json(folder / "training.json", dict(training))
-    for source in copies:
-        (folder / source.name).write_bytes(source.read_bytes())
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> MossNet:

@@ -6,19 +6,22 @@ what to do; 70 an error that we did not foresee. Results go to stdout, progress 
 """
 
 import errno
+import io
+import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mossquant.errors import InputError
+from mossquant.errors import InputError, printable
+from mossquant.release import release
 
 if TYPE_CHECKING:
     from mossquant.trainer import Progress as TrainingProgress
@@ -27,7 +30,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="mossquant",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,12 +39,36 @@ app = typer.Typer(
 )
 
 _QUIET, _DEBUG = "--quiet", "--debug"
-_UNFORESEEN = 70
+_GATE_FAILED, _BAD_INPUT, _UNFORESEEN, _STOPPED = 1, 2, 70, 130
 # Errors of the system that are the user's to mend, not ours: a full disk, a file-size limit, a forbidden folder.
 _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
-_out = Console(highlight=False, soft_wrap=False)
-_err = Console(stderr=True, highlight=False)
+_PIPED_WIDTH = 10_000
+"""Characters of a line where nothing says how wide it may be: tables in a file or a pipe get the width they need."""
+_MOST_THREADS = 1024
+_MOST_TOKENS = 1 << 24
+_MOST_SEED = (1 << 63) - 1
+_STEPS_A_LINE = 100
+_REPORT = b'{\n "version": '
+
+
+class _Console(Console):
+    """Plain text, nothing in it read as markup. Once the reader has gone (`| head`) it is silent: the verb goes on, so
+    that what it writes is whole and its exit status is its own."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        piped = "COLUMNS" not in os.environ and not (stream is not None and stream.isatty())
+        width = _PIPED_WIDTH if piped else None
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _drop_stdout()
+
+
+_out = _Console(stderr=False)
+_err = _Console(stderr=True)
 _quiet = False
 
 
@@ -50,11 +76,14 @@ class _Reported(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+Model = Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, an artifact, or tiny")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="int8, int4, or a recipe file (.yaml)")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="what to write")]
 Force = Annotated[bool, typer.Option("--force", help="replace an output that exists")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result as JSON to this file")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all of them if not given")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=_MOST_THREADS, help="CPU threads; all of them if not given")
+]
 TextOption = Annotated[
     Path | None, typer.Option("--text", help="text file to measure on; the bundled held-out text if not given")
 ]
@@ -73,10 +102,10 @@ def options(
     show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
     if show_version:
-        _out.print(f"mossquant {version('mossquant')}")
+        _show(f"mossquant {release()}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        _out.print(context.get_help())
+        typer.echo(context.get_help())
         raise typer.Exit
 
 
@@ -89,17 +118,15 @@ def demo(output: Output = Path("demo"), tokens: Tokens = 65536, threads: Threads
     from mossquant.eval.demo import demo as run
     from mossquant.eval.tables import demo_table
 
-    _json_free(json)
+    _json_free(json, output)
     with _bar("measuring") as shown:
         report = run(output, tokens=tokens or 65536, threads=threads, said=_say, progress=shown)
-    _out.print(demo_table(report))
-    for line in report.closing():
-        _out.print(line, soft_wrap=True)
+    _show(demo_table(report), *report.closing())
     _write_json(json, report)
 
 
 @app.command()
-def info(path: Annotated[str, typer.Argument(metavar="PATH")], json: Json = None) -> None:
+def info(path: Model, json: Json = None) -> None:
     """What a checkpoint, quantized checkpoint or artifact is: shapes, experts, bytes by format, ledger, hashes.
 
     Example: mossquant info tiny
@@ -109,8 +136,7 @@ def info(path: Annotated[str, typer.Argument(metavar="PATH")], json: Json = None
 
     _json_free(json)
     report = run(path)
-    for table in info_tables(report):
-        _out.print(table)
+    _show(*info_tables(report))
     _write_json(json, report)
 
 
@@ -124,7 +150,9 @@ def train(
     batch: Annotated[int, typer.Option("--batch", min=1, help="windows a step; half of them carry state")] = 16,
     window: Annotated[int, typer.Option("--window", min=2, help="tokens a window")] = 256,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="peak learning rate")] = 3e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="initial weights and order of the text")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=_MOST_SEED, help="initial weights and order of the text")
+    ] = 0,
     device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="cpu or cuda")] = "cpu",
     dtype: Annotated[
         Literal["bfloat16", "float32", "float16"], typer.Option("--dtype", help="stored type")
@@ -135,7 +163,7 @@ def train(
 ) -> None:
     """Train a MossNet from text. A killed run goes on from its last snapshot when the same command is given again.
 
-    Example: mossquant train --preset tiny --text book.txt -o my-model --steps 1000
+    Example: mossquant train --text book.txt -o my-model --steps 1000
     """
     import torch
 
@@ -161,12 +189,12 @@ def train(
             shown=shown,
             said=_say,
         )
-    _out.print(f"{trained.output}: {trained.tokens} tokens seen, {trained.loss:.3f} nats a token at the end")
+    _show(f"{trained.output}: {trained.tokens:,} tokens seen, {trained.loss:.3f} nats a token at the end")
 
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="FOLDER")],
+    source: Annotated[str, typer.Argument(metavar="FOLDER", help="the Mamba, or a MossNet to add a tokenizer to")],
     output: Output,
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="a tokenizer.json to take along")] = None,
     dtype: Annotated[
@@ -184,12 +212,12 @@ def import_(
     imported = import_mamba(Path(source), output, tokenizer=tokenizer, dtype=dtype, force=force)
     for note in imported.notes:
         _say(note)
-    _out.print(f"{output}: imported; quantize it with: mossquant quantize {output} -r int4 -o {output}-int4")
+    _show(f"{output}: imported; quantize it with: {_command('quantize', output, '-r', 'int4', '-o', f'{output}-int4')}")
 
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="PATH")],
+    model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
     recipe: Recipe = "int4",
     dry_run: Annotated[
@@ -205,15 +233,14 @@ def quantize(
     from mossquant.calibration.quantize import quantize as run
     from mossquant.eval.tables import plan_tables
 
-    _json_free(json)
+    _json_free(json, output)
     if output is None and not dry_run:
         raise InputError("no output folder was given; say where to write with -o FOLDER, or look first with --dry-run")
     with _named_bar("quantizing") as shown:
         plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
-    for table in plan_tables(plan):
-        _out.print(table)
-    if not dry_run:
-        _out.print(f"{output}: lower it with: mossquant export {output} --target onnx -o {output}-onnx", soft_wrap=True)
+    _show(*plan_tables(plan))
+    if output is not None and not dry_run:
+        _show(f"{output}: lower it with: {_command('export', output, '--target', 'onnx', '-o', f'{output}-onnx')}")
     _write_json(json, plan)
 
 
@@ -225,13 +252,12 @@ def recipes() -> None:
     """
     from mossquant.eval.tables import recipe_tables
 
-    for table in recipe_tables():
-        _out.print(table)
+    _show(*recipe_tables())
 
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(metavar="PATH")],
+    model: Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, quantized or not, or tiny")],
     output: Output,
     target: Annotated[str, typer.Option("--target", help="onnx")] = "onnx",
     activations: Annotated[
@@ -250,12 +276,12 @@ def export(
         artifact = run(model, output, target=target, activations=activations, force=force, progress=shown)
     for note in artifact.notes:
         _say(note)
-    _out.print(f"{artifact.program}: {artifact.bytes} bytes", soft_wrap=True)
+    _show(f"{artifact.program}: {artifact.bytes:,} bytes; verify it with: {_command('verify', model, output)}")
 
 
 @app.command()
 def perplexity(
-    model: Annotated[str, typer.Argument(metavar="PATH")],
+    model: Model,
     text: TextOption = None,
     tokens: Tokens = None,
     streams: Streams = 1,
@@ -283,14 +309,16 @@ def perplexity(
             allow_seen=allow_seen,
             progress=shown,
         )
-    _out.print(perplexity_table(report))
+    _show(perplexity_table(report))
     _write_json(json, report)
 
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE")],
-    candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATE...")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="the original; usually the full-precision checkpoint")],
+    candidates: Annotated[
+        list[str], typer.Argument(metavar="CANDIDATE", help="checkpoints and artifacts to compare with it")
+    ],
     text: TextOption = None,
     tokens: Tokens = None,
     streams: Streams = 1,
@@ -324,17 +352,17 @@ def compare(
             allow_seen=allow_seen,
             progress=shown,
         )
-    _out.print(comparison_table(report))
+    _show(comparison_table(report))
     _write_json(json, report)
     if report.gate_failed:
         _err.print(f"gate failed: perplexity rose by more than {max_ppl_increase}", soft_wrap=True)
-        raise typer.Exit(1)
+        raise typer.Exit(_GATE_FAILED)
 
 
 @app.command()
 def verify(
-    quantized: Annotated[str, typer.Argument(metavar="QUANTIZED")],
-    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...")],
+    quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="the checkpoint that it was lowered from")],
+    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx or its folder")],
     weights_only: Annotated[bool, typer.Option("--weights-only", help="read back the weights and stop")] = False,
     text: TextOption = None,
     positions: Annotated[int, typer.Option("--positions", min=1, help="single steps that are compared")] = 2000,
@@ -361,23 +389,23 @@ def verify(
             threads=threads,
             progress=shown,
         )
-    _out.print(parity_table(report))
+    _show(parity_table(report))
     _write_json(json, report)
     if not report.passed:
         for line in report.failures():
             _err.print(line, soft_wrap=True)
-        raise typer.Exit(1)
+        raise typer.Exit(_GATE_FAILED)
 
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="PATH")],
-    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="- reads stdin")] = None,
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="text to continue; - reads stdin")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="read the prompt from a file")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="most tokens to add")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="draw from the likeliest tokens of this total")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of the draws")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=_MOST_SEED, help="of the draws")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="end before this string; may be repeated")] = None,
     threads: Threads = None,
 ) -> None:
@@ -391,11 +419,6 @@ def generate(
     given = _prompt(prompt, prompt_file)
     opened = open_model(model, threads=threads)
     tokenizer = opened.tokenizer
-
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
     run(
         opened.runner,
         tokenizer,
@@ -405,17 +428,17 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop or (),
-        on_text=write,
+        on_text=_write,
     )
-    write("\n")
+    _write("\n")
 
 
 @app.command()
 def bench(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="what to time")],
     threads: Threads = None,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="tokens of the prefill")] = 512,
-    decode: Annotated[int, typer.Option("--decode", min=1, help="steps of the decode")] = 64,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, max=_MOST_TOKENS, help="tokens of the prefill")] = 512,
+    decode: Annotated[int, typer.Option("--decode", min=1, max=_MOST_TOKENS, help="steps of the decode")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="turns that count")] = 5,
     json: Json = None,
 ) -> None:
@@ -429,56 +452,100 @@ def bench(
     _json_free(json)
     with _bar("timing") as shown:
         report = run(paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, progress=shown)
-    _out.print(bench_table(report))
+    _show(bench_table(report))
     _write_json(json, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. `arguments` are without the program's name."""
-    global _quiet
+    global _out, _err, _quiet
     given = list(sys.argv[1:] if arguments is None else arguments)
-    ours = given[: given.index("--")] if "--" in given else given
-    _quiet, debug = _QUIET in ours, _DEBUG in ours
-    given = [item for item in given if item not in (_QUIET, _DEBUG)]
+    # After "--" there are no options: a prompt may be spelled like one.
+    end = given.index("--") if "--" in given else len(given)
+    ours, rest = given[:end], given[end:]
+    _out, _err, _quiet, debug = _Console(stderr=False), _Console(stderr=True), _QUIET in ours, _DEBUG in ours
     try:
-        status = app(given, prog_name="mossquant", standalone_mode=False)
+        command = typer.main.get_command(app)
+        words = [word for word in ours if word not in (_QUIET, _DEBUG)] + rest
+        with command.make_context("mossquant", words) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return ended.exit_code
     except InputError as error:
         return _refuse(str(error))
     except typer.exceptions.TyperException as error:
-        return _refuse(f"{error.format_message().rstrip('.')}; see mossquant --help")
+        return _refuse(_usage(error))
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            return 0
         if error.errno in _SYSTEM:
             return _refuse(f"{error.filename or 'output'}: {error.strerror}; free space or choose another path")
         return _unforeseen(error, debug)
-    except (KeyboardInterrupt, typer.Abort):
-        _err.print("stopped")
-        return 130
+    except KeyboardInterrupt:
+        _complain("stopped")
+        return _STOPPED
     except Exception as error:  # the one place where anything may be caught: it becomes status 70
         return _unforeseen(error, debug)
-    return status if isinstance(status, int) else 0
+    return 0
+
+
+def _usage(error: typer.exceptions.TyperException) -> str:
+    context: Any = getattr(error, "ctx", None)
+    command = "mossquant" if context is None else context.command_path
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
 
 
 def _refuse(message: str) -> int:
-    sys.stderr.write(f"mossquant: {' '.join(message.split())}\n")
-    return 2
+    _complain(message)
+    return _BAD_INPUT
 
 
 def _unforeseen(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     name = type(error).__name__
-    sys.stderr.write(
-        f"mossquant: an error that we did not foresee ({name}: {' '.join(str(error).split())[:200]}); "
-        "please report it, with the output of the same command and --debug\n"
+    _complain(
+        f"an error that we did not foresee ({name}: {' '.join(str(error).split())[:200]}); "
+        "please report it, with the output of the same command and --debug"
     )
     return _UNFORESEEN
 
 
+def _complain(message: str) -> None:
+    sys.stderr.write(f"mossquant: {printable(message)}\n")
+
+
+def _show(*parts: RenderableType) -> None:
+    """Print results: tables, and lines of text, which are never broken."""
+    for part in parts:
+        if isinstance(part, str):
+            _out.print(printable(part), soft_wrap=True)
+        else:
+            _out.print(part, crop=False)
+
+
 def _say(line: str) -> None:
+    """Print a note, unless --quiet."""
     if not _quiet:
-        _err.print(line, soft_wrap=True, markup=False)
+        _err.print(printable(line), soft_wrap=True)
+
+
+def _write(piece: str) -> None:
+    """Print a piece of a text that is being generated; ends the verb once the reader has gone (`| head`)."""
+    try:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+        raise typer.Exit from None
+
+
+def _drop_stdout() -> None:
+    """Send what is still to be printed nowhere: else Python complains about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _command(*words: str | Path) -> str:
+    """A command to try next, for a shell."""
+    return shlex.join(["mossquant", *map(str, words)])
 
 
 @contextmanager
@@ -503,23 +570,41 @@ def _named_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def _training_bar(steps: int) -> Iterator[Callable[["TrainingProgress"], None]]:
+    """Progress of a training, from its first step on: a bar on a terminal, a line now and then elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, disable=_quiet) as progress:
-        task = progress.add_task("training", total=steps)
+    progress = Progress(*columns, console=_err, disable=_quiet or not _err.is_terminal)
+    task = progress.add_task("training", total=steps)
 
-        def shown(step: "TrainingProgress") -> None:
-            text = f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s"
+    def shown(step: "TrainingProgress") -> None:
+        text = f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s"
+        if _err.is_terminal:
+            progress.start()
             progress.update(task, completed=step.step, description=text)
+        elif step.step % _STEPS_A_LINE == 0:
+            _say(f"step {step.step} of {steps}: {text}")
 
+    try:
         yield shown
+    finally:
+        progress.stop()
 
 
-def _json_free(path: Path | None) -> None:
-    """A report may replace an older one, but not a folder."""
+def _json_free(path: Path | None, output: Path | None = None) -> None:
+    """A report may replace an older one, but nothing else, and not the output."""
     from mossquant.outputs import check_free
 
-    if path is not None:
-        check_free(path, force=not path.is_dir())
+    if path is None:
+        return
+    if output is not None and path.absolute() == output.absolute():
+        raise InputError(f"{path} was given both for the output and for --json; choose another path for one of them")
+    check_free(path, force=_is_report(path))
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_REPORT)) == _REPORT
 
 
 def _write_json(path: Path | None, report: _Reported) -> None:
@@ -553,7 +638,17 @@ def _prompt(argument: str | None, file: Path | None) -> str | bytes:
 
 def run() -> None:
     """Entry point of the installed command."""
-    sys.exit(main())
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: nothing comes or goes there
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # results come out under any encoding
+    status = main()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Field names continue Hugging Face's Mamba config; `mlp_intermediate_size` has th
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class MossNetConfig:
             if field.name in values:
                 value = values[field.name]
                 known[field.name] = tuple(value) if isinstance(value, list) else value
-            elif field.name in ("vocab_size", "hidden_size", "num_hidden_layers", "time_step_rank"):
+            else:
                 offenders.append(f"{field.name} is missing")
         offenders += _offenders(known)
         if offenders:
@@ -152,10 +152,6 @@ class MossNetConfig:
     def check(self) -> "MossNetConfig":
         """Check a config made in code, by the rules of `from_json`; returns itself."""
         return self.from_json(self.to_json(torch_dtype="float32"), where="config")
-
-    def with_experts(self, *, ssm: tuple[int, ...], mlp: tuple[int, ...]) -> "MossNetConfig":
-        """The config with other expert counts per layer (pruned models)."""
-        return replace(self, num_ssm_experts=ssm, num_mlp_experts=mlp).check()
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ other exception into 70, so raise `InputError` only where the input is at fault.
 
 from collections.abc import Sequence
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "printable"]
 
 _LISTED = 8
 
@@ -20,7 +20,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
 
     @classmethod
     def listing(cls, what: str, offenders: Sequence[str], advice: str) -> "InputError":
@@ -35,3 +35,8 @@ class InputError(ValueError):
         rest = len(offenders) - _LISTED
         more = f"; and {rest} more" if rest > 0 else ""
         return cls(f"{what}: {shown}{more}. {advice}")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """`text` with every character escaped that would break a line or tell a terminal something, but those of `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

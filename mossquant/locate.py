@@ -66,6 +66,8 @@ def locate(given: str | Path) -> Located:
 
 
 def _locate(text: str) -> Located:
+    if not text:
+        raise InputError(f"an empty path was given; give a checkpoint folder, an artifact, or the name {BUNDLED}")
     path = Path(text)
     if text == BUNDLED and not path.exists():
         return Located(text, asset_folder(BUNDLED), "checkpoint")

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,34 @@ __all__ = ["check_free", "file_sha256", "json_bytes", "new_file", "new_folder", 
 
 _PARTIAL = ".partial-"
 
-# Every folder that we write holds one of these; --force replaces no other folder.
-_OURS = ("config.json", "manifest.json")
+# As root nothing else would keep us from replacing /dev/null or /dev/stdout.
+_DEVICES = Path("/dev")
 
 # Of renameat2(2), which Python has no name for.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def check_free(path: Path, *, force: bool = False) -> None:
+def check_free(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Say early that an output cannot be written.
 
+    Args:
+        path: the output.
+        force: whether what is there may be replaced.
+        inputs: what is read; an output that is one of them, or inside or around one, is refused.
+
     Raises:
-        InputError: something is at `path` and `force` is off; it holds the working folder, or files that are not ours;
-            or the folder above it is not a folder, not reachable or not writable.
+        InputError: something is at `path` and `force` is off; it is neither a file nor a folder; it holds the working
+            folder, an input, or files that are not ours; or the folder above it is not a folder, not reachable or not
+            writable.
     """
     try:
+        if path.absolute().parent == _DEVICES or (path.exists() and not (path.is_file() or path.is_dir())):
+            raise InputError(f"{path} is a device, pipe or socket, so nothing is written there; choose another output")
+        for source in inputs:
+            one, other = path.resolve(), source.resolve()
+            if one.is_relative_to(other) or other.is_relative_to(one):
+                raise InputError(f"{path} is, holds or lies in the input {source}; choose another output path")
         if (path.exists() or path.is_symlink()) and not force:
             raise InputError(f"{path} exists already; choose another output path or pass --force to replace it")
         if Path.cwd().resolve().is_relative_to(path.resolve()):
@@ -58,9 +70,11 @@ def check_free(path: Path, *, force: bool = False) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` when the block ends without an exception."""
-    check_free(path, force=force)
+def new_folder(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block ends without an exception; see `check_free`."""
+    check_free(path, force=force, inputs=inputs)
+    if path.is_file() and not path.is_symlink():
+        raise InputError(f"{path} is a file, and a folder is to be written; choose another output path")
     with _beside(path) as partial:
         partial.mkdir()
         yield partial
@@ -102,7 +116,15 @@ def file_sha256(path: Path) -> str:
 
 
 def _ours(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _OURS)
+    """Whether a folder is one that we write: a checkpoint, a quantized checkpoint or an artifact."""
+    for name, key in (("config.json", "model_type"), ("manifest.json", "version")):
+        try:
+            found = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and (found.get(key) == "mossnet" if key == "model_type" else key in found):
+            return True
+    return False
 
 
 @contextmanager

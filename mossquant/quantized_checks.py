@@ -10,7 +10,7 @@ import torch
 from mossquant.activation_formats import ACTIVATION_FORMATS, STATE_FORMATS
 from mossquant.config import MossNetConfig
 from mossquant.formats import FORMATS, get_format
-from mossquant.model import activation_sites, state_specs
+from mossquant.model import activation_sites, parameter_count, state_specs
 from mossquant.packing import stored_names, unpack
 from mossquant.plan import KEPT_DTYPES, Plan, SiteEntry, TensorEntry
 from mossquant.tensorfiles import TensorFiles
@@ -36,6 +36,8 @@ def plan_offenders(config: MossNetConfig, specs: Mapping[str, TensorSpec], plan:
     states = [(spec.name, spec.role, spec.shape) for spec in state_specs(config)]
     if [(state.name, state.role, state.shape) for state in plan.state] != states:
         offenders.append("ledger.json lists other state arrays than config.json asks for")
+    if not parameter_count(config) <= plan.parameters < 1 << 63:
+        offenders.append(f"ledger.json says {plan.parameters} parameters, the model has {parameter_count(config)}")
     if any(state.format not in STATE_FORMATS for state in plan.state):
         offenders.append("ledger.json has unknown state formats")
     return offenders

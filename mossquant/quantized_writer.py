@@ -4,7 +4,6 @@
 What is written depends on the checkpoint, the recipe and the release alone: no clock, host, path or thread count.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +15,7 @@ from mossquant.outputs import file_sha256, json_bytes, write_json
 from mossquant.packing import quantization_config, stored_names
 from mossquant.plan import Ledger, Plan
 from mossquant.recipe import Recipe
+from mossquant.release import release
 from mossquant.tensorfiles import TensorWriter
 
 __all__ = ["COPIES", "QuantizedWriter", "container_bytes"]
@@ -104,7 +104,7 @@ class QuantizedWriter:
             {
                 "version": 1,
                 "kind": "quantized checkpoint",
-                "release": _release(),
+                "release": release(),
                 "recipe": recipe.name,
                 "payload_bytes": self.ledger.predicted_bytes,
                 "files": files,
@@ -117,10 +117,3 @@ class QuantizedWriter:
                 "text": {"training": list(checkpoint.seen_text()), "calibration": []},
             },
         )
-
-
-def _release() -> str:
-    try:
-        return version("mossquant")
-    except PackageNotFoundError:
-        return "source tree"

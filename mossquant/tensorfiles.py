@@ -6,6 +6,9 @@ above it shards of whole tensors are closed at 64 MB, in the order in which the 
 """
 
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,13 +21,14 @@ from torch import Tensor
 from mossquant.errors import InputError
 from mossquant.outputs import write_json
 
-__all__ = ["ONE_FILE_BYTES", "SHARD_BYTES", "TensorFiles", "TensorWriter", "all_finite"]
+__all__ = ["ONE_FILE_BYTES", "SHARD_BYTES", "TensorFiles", "TensorWriter", "all_finite", "save_tensors"]
 
 ONE_FILE_BYTES = 256 * 10**6
 SHARD_BYTES = 64 * 10**6
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Readers of other projects ask for it. One entry and no more: the library writes several in a random order.
 _METADATA = {"format": "pt"}
 _DTYPES = {
@@ -158,13 +162,13 @@ class TensorWriter:
 
     def _flush(self) -> None:
         number = len(self._shards)
-        save_file(self._pending, self._folder / _shard_name(number), metadata=_METADATA)
+        save_tensors(self._pending, self._folder / _shard_name(number), metadata=_METADATA)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def _close(self) -> None:
         if self._limit is None:
-            save_file(self._pending, self._folder / _FILE, metadata=_METADATA)
+            save_tensors(self._pending, self._folder / _FILE, metadata=_METADATA)
             return
         if self._pending:
             self._flush()
@@ -173,6 +177,21 @@ class TensorWriter:
             self._folder / _INDEX,
             {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))},
         )
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file.
+
+    Raises:
+        OSError: the system refused, e.g. a full disk: the library hides its error number in a text.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ half are random windows that start from zeros. Which tokens a step sees depends 
 that was killed goes on exactly where its last snapshot stood.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mossquant.config import MossNetConfig
@@ -30,6 +32,7 @@ from mossquant.kernels.conv.autograd import causal_conv as conv_kernel
 from mossquant.model import MossNet
 from mossquant.outputs import new_file
 from mossquant.routing import Routing, balance_loss
+from mossquant.tensorfiles import save_tensors
 
 __all__ = ["Progress", "Schedule", "Trainer", "learning_rate"]
 
@@ -165,6 +168,11 @@ class Trainer:
         balance = torch.zeros((), device=self.device)
         if self._routings:
             balance = torch.stack([balance_loss(routing) for routing in self._routings]).mean()
+        if not bool(torch.isfinite(loss)):
+            raise InputError(
+                f"training diverged at step {self.step}: the loss is not finite; lower the learning rate, remove the "
+                "snapshot and start again"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         (loss + BALANCE * balance).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), schedule.clip)
@@ -200,7 +208,7 @@ class Trainer:
         arrays |= {f"state.{name}": value.detach().cpu().contiguous() for name, value in self.state.items()}
         arrays["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         with new_file(path, force=True) as partial:
-            save_file(arrays, partial, metadata={"run": json.dumps(self.identity())})
+            save_tensors(arrays, partial, metadata={"run": json.dumps(self.identity())})
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a snapshot to be continued."""
@@ -208,21 +216,20 @@ class Trainer:
             "config": self.model.config.to_json(torch_dtype="float32"),
             "schedule": asdict(self.schedule),
             "tokens": len(self.tokens),
+            "tokens_sha256": hashlib.sha256(np.ascontiguousarray(self.tokens.astype(np.int32))).hexdigest(),
         }
 
     def restore(self, path: Path) -> None:
         """Continue from a snapshot.
 
         Raises:
-            InputError: the snapshot is of another config, schedule or text.
+            InputError: the snapshot is none, or of another config, schedule or text.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt") as opened:
                 run = json.loads((opened.metadata() or {})["run"])
             arrays = load_file(path)
-        except (SafetensorError, OSError, KeyError, ValueError):
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
             raise InputError(f"{path} is not a training snapshot; remove it to start again") from None
         if run != json.loads(json.dumps(self.identity())):
             raise InputError(f"{path} belongs to another config, schedule or text; remove it to start again")

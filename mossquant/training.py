@@ -3,20 +3,24 @@
 
 import hashlib
 import platform
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from mossquant.checkpoint import DTYPE_NAMES, write_checkpoint
 from mossquant.config import MossNetConfig, preset
 from mossquant.errors import InputError
 from mossquant.outputs import check_free, new_file, new_folder
 from mossquant.stdlib_text import training_text
+from mossquant.tensorfiles import save_tensors
 from mossquant.text import Text, Tokenizer, read_text, train_tokenizer
 from mossquant.tokenizer import Tokens
 from mossquant.trainer import Progress, Schedule, Trainer
@@ -84,14 +88,16 @@ def train(
     say = said or (lambda line: None)
     documents, texts = _documents(text, as_bytes=tokenizer == "bytes")
     folder = work or output.with_name(f"{output.name}.training")
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder, config = _tokenizer(tokenizer, documents, config, folder, say)
-    tokens = _tokens(encoder, documents, texts, folder, say)
-    trainer = Trainer(config, tokens, schedule, device=device)
+    if folder.absolute().is_relative_to(output.absolute()):
+        raise InputError(f"the work folder {folder} would lie in the output {output}; choose another one with --work")
     snapshot = folder / "snapshot.safetensors"
-    if snapshot.exists():
-        trainer.restore(snapshot)
-        say(f"going on from step {trainer.step} of {schedule.steps}")
+    with _work_folder(folder):
+        encoder, config, words = _tokenizer(tokenizer, documents, texts, config, folder, say)
+        tokens = _tokens(encoder, documents, texts, folder, say)
+        trainer = Trainer(config, tokens, schedule, device=device)
+        if snapshot.exists():
+            trainer.restore(snapshot)
+            say(f"going on from step {trainer.step} of {schedule.steps}")
     trainer.run(snapshot=snapshot, every=snapshot_every, shown=shown)
     seen = schedule.steps * schedule.batch * schedule.window
     loss = float(np.mean(trainer.losses[-100:]))
@@ -117,9 +123,26 @@ def train(
             model.parameter_of,
             dtype=stored,
             training=record,
-            copies=[] if tokenizer == "bytes" else [folder / "tokenizer.json"],
         )
+        if words is not None:
+            (partial / "tokenizer.json").write_bytes(words.read_bytes())
     return Trained(output, seen, loss)
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[None]:
+    """Make the work folder. It stays, also when the block is stopped; but not where the block refuses its input."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder} is not a folder, nor can it be one; choose another one with --work") from None
+    try:
+        yield
+    except InputError:
+        if made:
+            shutil.rmtree(made[-1])
+        raise
 
 
 def _documents(text: Sequence[str], *, as_bytes: bool) -> tuple[list[bytes], list[Text]]:
@@ -138,27 +161,41 @@ def _documents(text: Sequence[str], *, as_bytes: bool) -> tuple[list[bytes], lis
     return documents, texts
 
 
+def _key(*parts: str) -> str:
+    """What was made from these parts is kept under this name."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 def _tokenizer(
-    kind: str, documents: list[bytes], config: MossNetConfig, folder: Path, say: Callable[[str], None]
-) -> tuple[Tokenizer, MossNetConfig]:
+    kind: str,
+    documents: list[bytes],
+    texts: list[Text],
+    config: MossNetConfig,
+    folder: Path,
+    say: Callable[[str], None],
+) -> tuple[Tokenizer, MossNetConfig, Path | None]:
+    """The tokenizer, the config with its vocabulary, and the tokenizer's file (none for bytes)."""
     if kind == "bytes":
-        return Tokenizer.byte_level(), replace(config, vocab_size=_BYTE_VOCABULARY)
-    path = folder / "tokenizer.json"
+        return Tokenizer.byte_level(), replace(config, vocab_size=_BYTE_VOCABULARY), None
+    key = _key(str(config.vocab_size), *(item.sha256 for item in texts))
+    path = folder / f"tokenizer-{key}.json"
     if path.exists():
-        return Tokenizer.from_file(path), config
+        return Tokenizer.from_file(path), config, path
     say(f"training a tokenizer of {config.vocab_size} entries")
-    return train_tokenizer((data.decode() for data in documents), config.vocab_size, path), config
+    return train_tokenizer((data.decode() for data in documents), config.vocab_size, path), config, path
 
 
 def _tokens(
     encoder: Tokenizer, documents: list[bytes], texts: list[Text], folder: Path, say: Callable[[str], None]
 ) -> Tokens:
-    key = hashlib.sha256("\n".join([encoder.sha256 or "bytes", *(item.sha256 for item in texts)]).encode()).hexdigest()
-    path = folder / f"tokens-{key[:16]}.safetensors"
+    path = folder / f"tokens-{_key(encoder.sha256 or 'bytes', *(item.sha256 for item in texts))}.safetensors"
     if not path.exists():
         say("encoding the text")
         with new_file(path) as partial:
-            save_file({"tokens": encoder.encode_documents(documents).astype(np.int32)}, partial)
-    tokens: Tokens = load_file(path)["tokens"].astype(np.int64)
+            save_tensors({"tokens": torch.from_numpy(encoder.encode_documents(documents).astype(np.int32))}, partial)
+    try:
+        tokens: Tokens = load_file(path)["tokens"].astype(np.int64)
+    except (SafetensorError, OSError, KeyError):
+        raise InputError(f"{path} is damaged; remove it to encode the text again") from None
     say(f"{len(tokens)} tokens of {sum(len(data) for data in documents)} bytes")
     return tokens

@@ -21,6 +21,7 @@ __all__ = [
     "ArtifactManifest",
     "Port",
     "Runtime",
+    "check_listed",
     "read_artifact_manifest",
     "write_artifact_manifest",
 ]
@@ -140,6 +141,27 @@ def read_artifact_manifest(path: Path) -> ArtifactManifest:
         raise InputError.listing(
             f"{path} is not the manifest of an artifact", offenders, "Copy the folder again, or export again."
         ) from None
+
+
+def check_listed(program: Path, files: Mapping[str, str]) -> bool:
+    """Compare the files of a program with the manifest beside it; False where there is none that lists the program.
+
+    Args:
+        program: the program file.
+        files: name → SHA-256, of files in the same folder.
+
+    Raises:
+        InputError: the manifest is none, or lists other hashes.
+    """
+    path = program.with_name(MANIFEST)
+    if not path.is_file():
+        return False
+    listed = read_artifact_manifest(path).files
+    changed = [f"{name} has another SHA-256" for name in files if name in listed and listed[name].sha256 != files[name]]
+    if changed:
+        advice = "Copy the folder again, or export again."
+        raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, advice)
+    return program.name in listed
 
 
 def write_artifact_manifest(

@@ -48,7 +48,7 @@ def export(
     lower, destination = get_exporter(target), Path(output)
     located = locate(model)
     folder = located.require("checkpoint", "quantized checkpoint", verb="export")
-    check_free(destination, force=force)
+    check_free(destination, force=force, inputs=[folder])
     if located.kind == "checkpoint" and activations == "int8":
         raise InputError(
             f"{located.given} is not quantized, and int8 activations meet quantized weights only; "

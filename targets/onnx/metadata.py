@@ -3,11 +3,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
@@ -32,6 +32,9 @@ RUNTIME_MINIMUM = "1.23.2"
 _AGAIN = "copy the artifact's folder again, or export again"
 _GRAPH, _PROPS = 7, 14
 _LARGEST_PROP = 1 << 26
+
+
+Count = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 class _Strict(BaseModel):
@@ -76,9 +79,9 @@ class Metadata(_Strict):
     weights: str
     activations: Literal["fp32", "int8_block", "mixed"]
     state_format: Literal["fp32"] = "fp32"
-    parameters: int
-    payload_bytes: int
-    weight_bytes: int
+    parameters: Count
+    payload_bytes: Count
+    weight_bytes: Count
     source_kind: Literal["checkpoint", "quantized checkpoint"]
     source_files: dict[FileName, Sha256]
     tokenizer_sha256: Sha256 | None
@@ -125,8 +128,11 @@ def open_program(path: Path) -> Opened:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
+        readable = _names_are_text(proto.graph)
     except DecodeError:
-        raise InputError(f"{path} is not a readable ONNX file (damaged); {_AGAIN}") from None
+        readable = False
+    if not readable:
+        raise InputError(f"{path} is not a readable ONNX file (damaged); {_AGAIN}")
     known = metadata.data.name if metadata.data else None
     tensors = initializers(proto.graph)
     places = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
@@ -176,6 +182,17 @@ def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
             if attribute.HasField("g"):
                 found += initializers(attribute.g)
     return found
+
+
+def _names_are_text(graph: onnx.GraphProto) -> bool:
+    """Whether every name is UTF-8: the library gives bytes where one is not."""
+    names = [tensor.name for tensor in initializers(graph)]
+    for node in graph.node:
+        names += [node.name, node.op_type, *node.input, *node.output]
+        names += [attribute.name for attribute in node.attribute]
+        if not all(_names_are_text(attribute.g) for attribute in node.attribute if attribute.HasField("g")):
+            return False
+    return all(isinstance(name, str) for name in names)
 
 
 class _NotProtobuf(Exception):

@@ -21,6 +21,8 @@ from mossquant.targets.onnx.metadata import Opened
 __all__ = ["FileGraph", "Matrix", "expanded"]
 
 Array = NDArray[Any]
+# What comes of sizes, types or attributes that do not fit: the file is damaged, and holds no such value.
+_DAMAGE = (ValueError, LookupError, TypeError, OverflowError)
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _RANGE = re.compile(r"^(.*\.experts\.)(\d+)-(\d+)(\..*)$")
 
@@ -99,21 +101,24 @@ class FileGraph:
         self._values.clear()
 
     def _evaluate(self, name: str) -> Array | None:
-        if name in self.stored:
-            self.read.add(name)
-            return _array(self.stored[name], self._folder)
         node = self._producer.get(name)
-        if node is None or node.op_type not in _OPERATORS:
+        try:
+            if name in self.stored:
+                self.read.add(name)
+                return _array(self.stored[name], self._folder)
+            if node is None or node.op_type not in _OPERATORS:
+                return None
+            inputs = [self.value(one) for one in node.input]
+            known = [value for value in inputs if value is not None]
+            return None if len(known) < len(inputs) else _OPERATORS[node.op_type](node, *known)
+        except _DAMAGE:
             return None
-        inputs = [self.value(one) for one in node.input]
-        known = [value for value in inputs if value is not None]
-        return None if len(known) < len(inputs) else _OPERATORS[node.op_type](node, *known)
 
     def used(self, name: str) -> list[Array]:
         """What the nodes that run see of an initializer: every last constant value that follows from it."""
         found: list[Array] = []
         for node in self._consumers.get(name, []):
-            output = self.value(node.output[0])
+            output = self.value(node.output[0]) if node.output else None
             if output is not None:
                 found += self.used(node.output[0])
             else:
@@ -124,6 +129,12 @@ class FileGraph:
 
     def matrix(self, node: onnx.NodeProto) -> Matrix | None:
         """The weights of a matmul or table; None where it has none that are constant."""
+        try:
+            return self._matrix(node)
+        except _DAMAGE:
+            return None
+
+    def _matrix(self, node: onnx.NodeProto) -> Matrix | None:
         at = 0 if node.op_type in _LOOKUPS else 1
         data = self.value(node.input[at])
         if data is None:

@@ -5,7 +5,9 @@ The state lives in two sets of arrays that are bound to the session: a call read
 decode loop only tokens and logits cross into Python.
 """
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
+from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
 from mossquant.locate import locate
+from mossquant.model import state_specs
 from mossquant.outputs import file_sha256
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
+from mossquant.targets.artifact import check_listed
 from mossquant.targets.onnx.metadata import Metadata, read_metadata
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 
@@ -31,7 +36,11 @@ ROWS_AT_ONCE = 512
 _AGAIN = "copy the artifact's folder again, or export again"
 # onnxruntime reads these where they lie: they must outlive every run.
 _ALL, _LAST = np.array([0], np.int64), np.array([-1], np.int64)
-_LOAD_ERRORS = (errors.InvalidProtobuf, errors.InvalidGraph, errors.Fail, errors.InvalidArgument, errors.NotImplemented)
+# The last one where the error's own text quotes a damaged name.
+_LOAD_ERRORS = (
+    *(errors.InvalidProtobuf, errors.InvalidGraph, errors.Fail, errors.InvalidArgument, errors.NotImplemented),
+    *(errors.RuntimeException, UnicodeDecodeError),
+)
 
 
 class OnnxRunner:
@@ -45,17 +54,29 @@ class OnnxRunner:
             threads: threads inside an operator; None: as many as there are cores.
 
         Raises:
-            InputError: no .onnx of ours; one that is damaged or cut short; external weights or a tokenizer that do not
-                belong to it; an onnxruntime that is too old.
+            InputError: no .onnx of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
+                beside it; external weights or a tokenizer that do not belong to it; an onnxruntime that is too old.
         """
         self._given = str(path)
         self._path = locate(path).require("onnx", verb="the ONNX Runner")
         self._metadata = read_metadata(self._path)
         _check_runtime(self._path, self._metadata)
         self._files = _checked_files(self._path, self._metadata)
+        listed = check_listed(self._path, self._files)
+        config = MossNetConfig.from_json(self._metadata.config, where=f"the metadata of {self._path}")
         self._session = _session(self._path, threads)
-        self._shapes = _state_shapes(self._path, self._session)
-        self._vocab_size = int(self._session.get_outputs()[0].shape[-1])
+        self._shapes = {spec.name: spec.shape for spec in state_specs(config)}
+        self._vocab_size = config.vocab_size
+        _check_ports(self._path, self._session, self._shapes, self._vocab_size)
+        if not listed:
+            self._try()
+
+    def _try(self) -> None:
+        """Run one token: without a manifest nothing else says that the graph is whole."""
+        try:
+            self(np.zeros((1, 1), np.int64), self.initial_state(1))
+        except (RuntimeError, *_LOAD_ERRORS) as error:
+            raise InputError(f"{self._path} cannot be run ({_reason(error)}); {_AGAIN}") from None
 
     @cached_property
     def info(self) -> RunnerInfo:
@@ -187,14 +208,17 @@ def _session(path: Path, threads: int | None) -> ort.InferenceSession:
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, and not printed besides
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # The library prints about falling back to another provider, even where there is none.
+        with redirect_stdout(io.StringIO()):
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path} cannot be loaded ({reason}); copy the artifact's folder again, or export again"
-        ) from None
+        raise InputError(f"{path} cannot be loaded ({_reason(error)}); {_AGAIN}") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _check_runtime(path: Path, metadata: Metadata) -> None:
@@ -222,13 +246,23 @@ def _checked_files(path: Path, metadata: Metadata) -> Mapping[str, str]:
     return files
 
 
-def _state_shapes(path: Path, session: ort.InferenceSession) -> dict[str, tuple[int, ...]]:
-    """State name → shape without the batch axis, from the inputs; every one of them must come out again."""
+def _check_ports(
+    path: Path, session: ort.InferenceSession, states: Mapping[str, tuple[int, ...]], vocab_size: int
+) -> None:
+    """Inputs and outputs must be those of a model of the config in the metadata."""
     inputs: dict[str, Any] = {port.name: port.shape for port in session.get_inputs()}
-    outputs = {port.name: port.shape for port in session.get_outputs()}
-    states = {name: shape for name, shape in inputs.items() if name not in (TOKENS, FIRST_LOGIT)}
-    wrong = [name for name in (TOKENS, FIRST_LOGIT) if name not in inputs]
-    wrong += [name for name in (LOGITS, *(name + STATE_OUT for name in states)) if name not in outputs]
-    if wrong:
-        raise InputError.listing(f"{path} lacks inputs or outputs", wrong, "Export it again.")
-    return {name: tuple(int(size) for size in shape[1:]) for name, shape in states.items()}
+    outputs: dict[str, Any] = {port.name: port.shape for port in session.get_outputs()}
+    offenders = [f"{name} is missing" for name in (TOKENS, FIRST_LOGIT, *states) if name not in inputs]
+    offenders += [
+        f"{name} is missing" for name in (LOGITS, *(name + STATE_OUT for name in states)) if name not in outputs
+    ]
+    offenders += [f"{name} is unexpected" for name in inputs if name not in (TOKENS, FIRST_LOGIT, *states)]
+    for name, shape in states.items():
+        if name in inputs and tuple(inputs[name][1:]) != shape:
+            offenders.append(f"{name} has shape {inputs[name]}, needs [B, {', '.join(map(str, shape))}]")
+    if LOGITS in outputs and outputs[LOGITS][-1:] != [vocab_size]:
+        offenders.append(f"{LOGITS} has shape {outputs[LOGITS]}, needs [B, T, {vocab_size}]")
+    if offenders:
+        raise InputError.listing(
+            f"the inputs and outputs of {path} do not fit its metadata", offenders, "Export it again."
+        )

@@ -110,6 +110,11 @@ class TorchRunner:
         """The PyTorch model; not to be changed."""
         return self._model
 
+    @property
+    def activation(self) -> Activation | None:
+        """What it models of the inputs of the linears; None: nothing."""
+        return self._forward.activation
+
     def with_activation(self, activation: Activation | None, *, name: str) -> "TorchRunner":
         """The same weights behind another model of the activations, called `name` in its info."""
         info = replace(self._info, activations=name)

@@ -85,15 +85,12 @@ def test_the_same_model_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
 
 
 def test_what_else_lies_in_the_folder(tmp_path: Path) -> None:
-    licence = tmp_path / "LICENSE"
-    licence.write_text("free")
     model, folder = random_model(SMALL), tmp_path / "model"
     folder.mkdir()
     training = {"version": 1, "text": [{"name": "a", "sha256": "12"}, {"name": "b", "sha256": "34"}]}
-    write_checkpoint(folder, SMALL, model.parameter_of, dtype=torch.bfloat16, training=training, copies=[licence])
+    write_checkpoint(folder, SMALL, model.parameter_of, dtype=torch.bfloat16, training=training)
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.seen_text() == ("12", "34")
-    assert (folder / "LICENSE").read_text() == "free"
     assert checkpoint.tokenizer_path is None
     (folder / "tokenizer.json").write_text("{}")
     assert checkpoint.tokenizer_path == folder / "tokenizer.json"

@@ -89,10 +89,13 @@ def test_not_an_object() -> None:
         MossNetConfig.from_json([])  # type: ignore[arg-type]
 
 
-def test_defaults_are_those_of_mamba() -> None:
-    config = MossNetConfig.from_json(
-        {"model_type": "mossnet", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "time_step_rank": 1}
-    )
+def test_defaults_in_code_are_those_of_mamba_and_a_file_leaves_nothing_out() -> None:
+    config = MossNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, time_step_rank=1)
+    values = config.to_json(torch_dtype="float32")
+    assert MossNetConfig.from_json(values) == config
+    del values["num_ssm_experts_per_tok"]
+    with pytest.raises(InputError, match="num_ssm_experts_per_tok is missing"):
+        MossNetConfig.from_json(values)
     assert (config.expand, config.state_size, config.conv_kernel, config.d_inner) == (2, 16, 4, 16)
     assert (config.ssm_experts(0), config.mlp_experts(0), config.tie_word_embeddings) == (1, 0, True)
 
@@ -101,9 +104,8 @@ def test_where_fewer_experts_are_left_all_are_chosen() -> None:
     config = replace(SMALL, num_ssm_experts=(1, 4), num_mlp_experts=(0, 2), num_mlp_experts_per_tok=3)
     assert [config.ssm_chosen(i) for i in range(2)] == [1, 2]
     assert [config.mlp_chosen(i) for i in range(2)] == [0, 2]
-    assert SMALL.with_experts(ssm=(1, 4), mlp=(0, 2)).ssm_experts(1) == 4
     with pytest.raises(InputError, match="lists 1 layers"):
-        SMALL.with_experts(ssm=(1,), mlp=(0, 2))
+        replace(config, num_ssm_experts=(1,)).check()
 
 
 def test_presets() -> None:

@@ -13,6 +13,8 @@ from mossquant import outputs
 from mossquant.errors import InputError
 from mossquant.outputs import check_free, file_sha256, json_bytes, new_file, new_folder, write_json
 
+OURS = '{"version": 1, "model_type": "mossnet"}'
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -50,14 +52,15 @@ def test_nothing_is_left_when_the_block_fails(tmp_path: Path, error: type[BaseEx
 
 def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("old")
+    (tmp_path / "out" / "config.json").write_text(OURS)
     (tmp_path / "file").write_text("old")
     with pytest.raises(RuntimeError), new_folder(tmp_path / "out", force=True):
         raise RuntimeError
     with pytest.raises(RuntimeError), new_file(tmp_path / "file", force=True):
         raise RuntimeError
     assert names(tmp_path) == ["file", "out"]
-    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "file").read_text() == "old"
+    assert (tmp_path / "out" / "config.json").read_text() == OURS
+    assert (tmp_path / "file").read_text() == "old"
 
 
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "where the system cannot swap"])
@@ -65,16 +68,15 @@ def test_force_replaces(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPa
     if not swap:
         monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "manifest.json").write_text("old")
-    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder" / "config.json").write_text(OURS)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "kept").write_text("kept")
-    for name in ("folder", "file", "link"):
+    for name in ("folder", "link"):
         with new_folder(tmp_path / name, force=True) as partial:
             (partial / "new").write_text("new")
         assert names(tmp_path / name) == ["new"]
-    assert names(tmp_path) == ["file", "folder", "link", "target"]
+    assert names(tmp_path) == ["folder", "link", "target"]
     assert names(tmp_path / "target") == ["kept"], "a link is replaced, not what it points to"
     with new_file(tmp_path / "plain") as partial:
         partial.write_text("1")
@@ -89,6 +91,25 @@ def test_force_leaves_a_folder_of_someone_else_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did not write"), new_folder(tmp_path / "photos", force=True):
         raise AssertionError("must not be reached")
     assert names(tmp_path / "photos") == ["cat.jpg"]
+
+
+def test_force_leaves_a_file_and_another_tools_model_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(InputError, match="is a file"), new_folder(tmp_path / "notes.txt", force=True):
+        raise AssertionError("must not be reached")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(InputError, match="did not write"), new_folder(tmp_path / "hf", force=True):
+        raise AssertionError("must not be reached")
+    assert (tmp_path / "notes.txt").read_text() == "notes"
+
+
+@pytest.mark.parametrize("output", ["model", "model/inside", "."])
+def test_an_output_may_not_be_its_input(tmp_path: Path, output: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(OURS)
+    with pytest.raises(InputError, match="the input"):
+        outputs.check_free(tmp_path / output, force=True, inputs=[tmp_path / "model"])
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:

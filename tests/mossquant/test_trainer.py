@@ -100,6 +100,9 @@ def test_a_snapshot_of_another_run_is_refused(tokens: np.ndarray, tmp_path: Path
     other = Trainer(CONFIG, tokens, Schedule(steps=31, batch=4, window=16))
     with pytest.raises(InputError, match="another config, schedule or text"):
         other.restore(path)
+    same_length = Trainer(CONFIG, tokens[::-1].copy(), SCHEDULE)
+    with pytest.raises(InputError, match="another config, schedule or text"):
+        same_length.restore(path)
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="not a training snapshot"):
         other.restore(path)
@@ -123,3 +126,11 @@ def test_training_learns_and_uses_every_expert(tokens: np.ndarray) -> None:
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(InputError, match="give more text"):
         Trainer(CONFIG, np.zeros(100, dtype=np.int32), SCHEDULE)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tokens: np.ndarray) -> None:
+    trainer = Trainer(CONFIG, tokens, SCHEDULE)
+    with torch.no_grad():
+        trainer.model.norm_f.fill_(float("inf"))
+    with pytest.raises(InputError, match="diverged at step 0"):
+        trainer.advance()

@@ -26,8 +26,8 @@ def lowered(workshop: Workshop) -> Lowered:
 
 @pytest.fixture
 def folder(lowered: Lowered, tmp_path: Path) -> Path:
-    """A copy of an artifact, to damage."""
-    return Path(shutil.copytree(lowered.artifact, tmp_path / "artifact"))
+    """A copy of an artifact, to damage; without the manifest, by which any damage would be seen."""
+    return Path(shutil.copytree(lowered.artifact, tmp_path / "artifact", ignore=lambda *_: ["manifest.json"]))
 
 
 @pytest.fixture
@@ -214,8 +214,42 @@ def test_a_missing_state(folder: Path) -> None:
     gone = next(port for port in proto.graph.output if port.name == "layers.1.mixer.ssm.out")
     proto.graph.output.remove(gone)
     onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match=r"lacks inputs or outputs: layers\.1\.mixer\.ssm\.out"):
+    with pytest.raises(InputError, match=r"do not fit its metadata: layers\.1\.mixer\.ssm\.out is missing"):
         OnnxRunner(folder)
+
+
+@pytest.mark.parametrize("state", ["layers.1.mixer.ssm", "layers.0.mixer.conv"])
+def test_a_state_of_another_shape(folder: Path, state: str) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    port = next(port for port in proto.graph.input if port.name == state)
+    port.type.tensor_type.shape.dim[1].dim_param = "any"
+    onnx.save(proto, folder / "model.onnx")
+    with pytest.raises(InputError, match=rf"{state} has shape \['B', 'any', .*\], needs \[B, \d+"):
+        OnnxRunner(folder)
+
+
+def test_a_graph_that_loads_and_does_not_run(folder: Path) -> None:
+    """Where there is no manifest only trying finds it: here a dt_rank that is split off one too wide."""
+    proto = onnx.load(folder / "model.onnx")
+    sizes = next(node.input[1] for node in proto.graph.node if node.op_type == "Split" and len(node.output) == 3)
+    stored = next(tensor for tensor in proto.graph.initializer if tensor.name == sizes)
+    values = np.frombuffer(stored.raw_data, np.int64).copy()
+    values[0] += 1
+    stored.raw_data = values.tobytes()
+    onnx.save(proto, folder / "model.onnx")
+    with pytest.raises(InputError, match="cannot be run"):
+        OnnxRunner(folder)
+
+
+def test_a_program_that_is_not_the_one_in_its_manifest(lowered: Lowered, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lowered.artifact, tmp_path / "artifact"))
+    data = bytearray((folder / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(data)
+    with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.onnx has another SHA-256"):
+        OnnxRunner(folder)
+    (folder / "model.onnx").rename(folder / "alone.onnx")
+    OnnxRunner(folder / "alone.onnx")
 
 
 def test_external_weights_compute_the_same(lowered: Lowered, external: Path) -> None:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes a random Mamba of 24 × 768 (the shape of mamba-130m) through the whole line, and prints what came out.
+
+    python bench/mamba_130m.py            needs the test extra (transformers) and 3 GB of disk; about 4 minutes
+
+import → quantize to int4 → .onnx, quantized and full precision → verify → generate → decode and prefill of both in one
+run. The tokenizer is the bundled model's, so that there is one: random weights write nonsense with any.
+"""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from mossquant import bench, export, generate, import_mamba, quantize, verify
+from mossquant.eval.open import open_model
+from mossquant.locate import asset_folder
+from mossquant.quantized import QuantizedCheckpoint
+
+SIZE = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280, "state_size": 16}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        torch.manual_seed(0)
+        with contextlib.redirect_stderr(io.StringIO()):
+            transformers.MambaForCausalLM(transformers.MambaConfig(**SIZE)).to(torch.bfloat16).save_pretrained(
+                folder / "hf"
+            )
+        import_mamba(folder / "hf", folder / "mamba", tokenizer=asset_folder("tiny") / "tokenizer.json")
+        quantize(folder / "mamba", folder / "int4", recipe="int4")
+        checkpoint = QuantizedCheckpoint.open(folder / "int4")
+        program = export(folder / "int4", folder / "int4-onnx")
+        export(folder / "mamba", folder / "full-onnx")
+        read_back = verify(folder / "int4", [folder / "int4-onnx"], weights_only=True)
+        formats: dict[str, int] = {}
+        for name, spec in checkpoint.specs.items():
+            if spec.site is not None:
+                made = checkpoint.quantized(name).format.name if checkpoint.is_quantized(name) else "kept"
+                formats[made] = formats.get(made, 0) + 1
+        entry = checkpoint.plan.by_name["backbone.layers.0.mixer.dt_proj.weight"]
+        opened = open_model(folder / "int4-onnx")
+        text = generate(opened.runner, opened.tokenizer, "def main(", max_tokens=16).text
+        timed = bench([folder / "full-onnx", folder / "int4-onnx"], threads=1, prompt=128, decode=32, repeats=5)
+        full, int4 = timed.artifacts
+        print(f"parameters {checkpoint.parameters:,}, bits a weight {checkpoint.bits_per_weight:.3f}")
+        print(f"linears and embedding by format: {formats}")
+        print(f"dt_proj: {entry.columns} columns, stored as {entry.padded_columns}")
+        ratio = program.bytes / checkpoint.payload_bytes
+        print(f"payload {checkpoint.payload_bytes:,} bytes, .onnx {program.bytes:,}: {ratio:.4f}")
+        print(f"verify: {'passed' if read_back.passed else read_back.failures()}")
+        print(f"generated {len(text)} characters")
+        for name in ("decode", "prefill"):
+            a, b = getattr(full, f"{name}_tok_s"), getattr(int4, f"{name}_tok_s")
+            print(
+                f"{name}, 1 thread, tokens/s: full precision {a.median:.1f} ({a.min:.1f}–{a.max:.1f}), "
+                f"int4 {b.median:.1f} ({b.min:.1f}–{b.max:.1f}), ratio of medians {b.median / a.median:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
