@@ -12,7 +12,7 @@ import json
 import lzma
 import math
 import platform
-from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +23,11 @@ from mossquant.forward import Forward, Reroute
 from mossquant.locate import asset_folder
 from mossquant.model import MossNet, parameter_count
 from mossquant.outputs import file_sha256
+from mossquant.release import release
 from mossquant.routing import Routing
 from mossquant.text import Tokenizer, bundled_text
 
+OUTPUT = Path(__file__).resolve().parent.parent / "mossquant" / "assets" / "tiny" / "README.md"
 CHUNK = 512
 ABLATION_TOKENS = 32768
 
@@ -145,7 +147,7 @@ def main() -> None:
         "",
         "## Measured on the held-out text",
         "",
-        f"By `python bench/model_card.py` with mossquant {version('mossquant')}, PyTorch {torch.__version__}, "
+        f"By `python bench/model_card.py` with mossquant {release()}, PyTorch {torch.__version__}, "
         f"{platform.machine()}; one stream, {len(whole):,} predicted tokens.",
         "",
         "| measure | value |",
@@ -170,7 +172,7 @@ def main() -> None:
         count = counts[name]
         cells = [f"{c / count.mean():.2f}, {cost:+.4f}" for c, cost in zip(count, costs, strict=True)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    OUTPUT.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -209,7 +209,7 @@ def import_(
     """
     from mossquant.importing import import_mamba
 
-    imported = import_mamba(Path(source), output, tokenizer=tokenizer, dtype=dtype, force=force)
+    imported = import_mamba(source, output, tokenizer=tokenizer, dtype=dtype, force=force)
     for note in imported.notes:
         _say(note)
     _show(f"{output}: imported; quantize it with: {_command('quantize', output, '-r', 'int4', '-o', f'{output}-int4')}")
@@ -366,7 +366,7 @@ def verify(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="read back the weights and stop")] = False,
     text: TextOption = None,
     positions: Annotated[int, typer.Option("--positions", min=1, help="single steps that are compared")] = 2000,
-    stream: Annotated[int, typer.Option("--stream", min=64, help="tokens run freely and compared")] = 20000,
+    stream: Annotated[int, typer.Option("--stream", min=128, help="tokens run freely and compared")] = 20000,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -477,7 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(_usage(error))
     except OSError as error:
         if error.errno in _SYSTEM:
-            return _refuse(f"{error.filename or 'output'}: {error.strerror}; free space or choose another path")
+            return _refuse(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another path")
         return _unforeseen(error, debug)
     except KeyboardInterrupt:
         _complain("stopped")
@@ -490,7 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage(error: typer.exceptions.TyperException) -> str:
     context: Any = getattr(error, "ctx", None)
     command = "mossquant" if context is None else context.command_path
-    return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
+    said = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
+    return f"{said}; see {command} --help"
 
 
 def _refuse(message: str) -> int:
@@ -597,7 +598,7 @@ def _json_free(path: Path | None, output: Path | None = None) -> None:
         return
     if output is not None and path.absolute() == output.absolute():
         raise InputError(f"{path} was given both for the output and for --json; choose another path for one of them")
-    check_free(path, force=_is_report(path))
+    check_free(path, force=_is_report(path), as_file=True)
 
 
 def _is_report(path: Path) -> bool:

@@ -32,18 +32,19 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def check_free(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> None:
+def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Say early that an output cannot be written.
 
     Args:
         path: the output.
         force: whether what is there may be replaced.
+        as_file: a file is to be written, not a folder.
         inputs: what is read; an output that is one of them, or inside or around one, is refused.
 
     Raises:
-        InputError: something is at `path` and `force` is off; it is neither a file nor a folder; it holds the working
-            folder, an input, or files that are not ours; or the folder above it is not a folder, not reachable or not
-            writable.
+        InputError: something is at `path` and `force` is off; it is a file where a folder is to be written or the other
+            way round, or neither; it holds the working folder, an input, or files that are not ours; or the folder
+            above it is not a folder, not reachable or not writable.
     """
     try:
         if path.absolute().parent == _DEVICES or (path.exists() and not (path.is_file() or path.is_dir())):
@@ -54,27 +55,38 @@ def check_free(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) 
                 raise InputError(f"{path} is, holds or lies in the input {source}; choose another output path")
         if (path.exists() or path.is_symlink()) and not force:
             raise InputError(f"{path} exists already; choose another output path or pass --force to replace it")
+        if path.is_file() and not path.is_symlink() and not as_file:
+            raise InputError(f"{path} is a file, and a folder is to be written; choose another output path")
         if Path.cwd().resolve().is_relative_to(path.resolve()):
             raise InputError(f"{path} holds the working folder, so it is not replaced; choose another output path")
         if path.is_dir() and not path.is_symlink() and any(path.iterdir()) and not _ours(path):
             raise InputError(f"{path} is a folder that mossquant did not write, so it is not replaced; choose another")
+        if path.is_dir() and as_file:
+            raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
         above = path.absolute().parent
         while not above.exists() and above != above.parent:
             above = above.parent
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another output path") from None
+    except RuntimeError:  # what resolve() makes of a link that leads to itself
+        raise InputError(f"{path} is a link that leads to itself; choose another output path") from None
     if not above.is_dir():
         raise InputError(f"{above} is not a folder, so {path} cannot be written; choose another output path")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{above} is not writable, so {path} cannot be written; choose another output path")
+    # Tried, because permissions do not tell of read-only disks. A killed run's is removed with its other leftovers.
+    probe = above / f".{path.name}{_PARTIAL}{os.getpid()}-probe"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise InputError(
+            f"{above} is not writable ({error.strerror}), so {path} cannot be written; choose another output path"
+        ) from None
 
 
 @contextmanager
 def new_folder(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends without an exception; see `check_free`."""
     check_free(path, force=force, inputs=inputs)
-    if path.is_file() and not path.is_symlink():
-        raise InputError(f"{path} is a file, and a folder is to be written; choose another output path")
     with _beside(path) as partial:
         partial.mkdir()
         yield partial
@@ -88,13 +100,11 @@ def new_folder(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) 
 @contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a path to write to, in the same folder; it becomes `path` when the block ends without an exception."""
-    check_free(path, force=force)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
+    check_free(path, force=force, as_file=True)
     with _beside(path) as partial:
         yield partial
         _flush(partial)
-        check_free(path, force=force)
+        check_free(path, force=force, as_file=True)
         partial.replace(path.absolute())
         _flush(partial.parent)
 

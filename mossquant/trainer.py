@@ -66,6 +66,11 @@ class Schedule:
     clip: float = 1.0
     seed: int = 0
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that a text must have: enough that the windows of a step need not be the same."""
+        return 2 * (self.window + 1) * self.batch
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -100,10 +105,10 @@ class Trainer:
     def __init__(
         self, config: MossNetConfig, tokens: NDArray[np.integer[Any]], schedule: Schedule, *, device: str = "cpu"
     ) -> None:
-        if len(tokens) < 2 * (schedule.window + 1) * schedule.batch:
-            need = 2 * (schedule.window + 1) * schedule.batch
+        if len(tokens) < schedule.least_tokens:
             raise InputError(
-                f"the training text has {len(tokens)} tokens, {need} are needed for one step; give more text"
+                f"the training text has {len(tokens)} tokens, {schedule.least_tokens} are needed for one step; "
+                "give more text"
             )
         self.schedule, self.tokens, self.device = schedule, tokens, device
         self.model = MossNet(config)

@@ -87,6 +87,13 @@ def train(
         raise InputError("--device cuda was asked for and PyTorch finds no CUDA device; use --device cpu")
     say = said or (lambda line: None)
     documents, texts = _documents(text, as_bytes=tokenizer == "bytes")
+    # No tokenizer makes more tokens than bytes, and an end for each document: said before one is trained.
+    most = sum(len(data) for data in documents) + (len(documents) if tokenizer == "bpe" else 0)
+    if most < schedule.least_tokens:
+        raise InputError(
+            f"the training text has {most} bytes, {schedule.least_tokens} tokens are needed for one step; "
+            "give more text, or a smaller --batch or --window"
+        )
     folder = work or output.with_name(f"{output.name}.training")
     if folder.absolute().is_relative_to(output.absolute()):
         raise InputError(f"the work folder {folder} would lie in the output {output}; choose another one with --work")

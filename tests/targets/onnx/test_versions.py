@@ -11,7 +11,13 @@ import pytest
 from bounds import ONNX_INT8_MEDIAN
 from lowered import Workshop, relative
 
+from mossquant.calibration.quantize import quantize
+from mossquant.divergence import Predictions, kl
+from mossquant.locate import asset_folder
+from mossquant.targets.export import export
+from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM
+from mossquant.text import Tokenizer, bundled_text
 
 PHONES = "1.27.0"
 _RUN = """
@@ -69,3 +75,36 @@ def test_an_older_release(
 def test_pip_is_there() -> None:
     """The slow tests skip where a package is missing, never for want of pip."""
     assert importlib.util.find_spec("pip") is not None
+
+
+@pytest.fixture(scope="module")
+def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model at int4, as `make demo` ships it, and with fp32 activations."""
+    folder = tmp_path_factory.mktemp("tiny")
+    quantize("tiny", folder / "int4", recipe="int4")
+    return {
+        "int8": export(folder / "int4", folder / "int8-onnx", activations="int8").program,
+        "fp32": export(folder / "int4", folder / "fp32-onnx", activations="fp32").program,
+    }
+
+
+@pytest.mark.slow
+def test_the_bundled_models_artifact_in_an_older_release(
+    release: tuple[str, Path], tiny_int4: dict[str, Path], tmp_path: Path
+) -> None:
+    """With fp32 activations the same logits; with int8 ones rounding ties fall otherwise, at most at their own cost."""
+    tokenizer = Tokenizer.from_file(asset_folder("tiny") / "tokenizer.json")
+    tokens = tokenizer.encode(bundled_text("heldout").data[:4000])[:512].reshape(8, 64)
+    np.save(tmp_path / "tokens.npy", tokens)
+    expected, found = {}, {}
+    for activations, program in tiny_int4.items():
+        arguments = [str(release[1]), release[0], str(program), str(tmp_path / "tokens.npy"), str(tmp_path / "y.npy")]
+        subprocess.run([sys.executable, "-c", _RUN, *arguments], check=True)
+        runner = OnnxRunner(program, threads=1)
+        expected[activations], _ = runner(tokens, runner.initial_state(8), logits="all")
+        found[activations] = np.load(tmp_path / "y.npy")
+    for logits in found["fp32"]:
+        assert np.median(relative(logits, expected["fp32"])) <= ONNX_INT8_MEDIAN
+    cost = kl(Predictions(expected["fp32"]), Predictions(expected["int8"])).mean()
+    for logits in found["int8"]:
+        assert kl(Predictions(expected["int8"]), Predictions(logits)).mean() <= cost

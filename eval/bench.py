@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast artifacts run on this machine: prefill and decode in tokens a second, load time, memory.
+
+Every artifact runs in a process of its own (`mossquant.eval.bench_worker`), so that its load time and peak memory are
+its own. All are loaded first, then take turns, one at a time: drift of the machine hits all alike. One turn to warm up
+is thrown away. Prefill: one call with `prompt` tokens from the initial state, logits of the last position. Decode:
+`decode` single steps after it, each fed the most likely token of the one before.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mossquant.config import MossNetConfig
+from mossquant.errors import InputError
+from mossquant.eval.machine import copy_bandwidth, cpu_count, machine
+from mossquant.eval.scores import Progress
+from mossquant.locate import locate
+from mossquant.model import tensor_specs
+
+__all__ = ["BenchReport", "Speed", "Timing", "active_share", "bench"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second over the repeats."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Speed":
+        """Median and range of one value a repeat."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def to_json(self) -> dict[str, float]:
+        """One speed of `--json`."""
+        return {"median": self.median, "min": self.min, "max": self.max}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One artifact.
+
+    Attributes:
+        path: as given.
+        kind: "checkpoint", "quantized checkpoint" or "onnx".
+        weights: recipe name or stored type.
+        activations: activation format that it ran with.
+        decode_tok_s: single steps a second.
+        prefill_tok_s: tokens a second of one call with the whole prompt.
+        load_ms: from the path to a Runner; its files were read before, so that they are in memory.
+        peak_rss_mb: highest resident memory of its process, Python and runtime included, in 10⁶ bytes.
+        idle_rss_mb: the same before anything was loaded.
+        bytes_per_token: weight bytes that a decode step reads: all of them, times the share of the parameters that
+            one token uses (only the chosen experts).
+    """
+
+    path: str
+    kind: str
+    weights: str
+    activations: str
+    decode_tok_s: Speed
+    prefill_tok_s: Speed
+    load_ms: float
+    peak_rss_mb: float
+    idle_rss_mb: float
+    bytes_per_token: int
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `--json`."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value.to_json() if isinstance(value, Speed) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What `bench` found.
+
+    Attributes:
+        machine: what ran it: CPU, cores, system, versions.
+        threads: CPU threads of every artifact.
+        bandwidth_gb_s: 10⁹ bytes a second, read and written, of a large copy with as many threads.
+        prompt: tokens of the prefill.
+        decode: steps of the decode.
+        repeats: turns that count.
+        artifacts: in the order given.
+    """
+
+    machine: Mapping[str, Any]
+    threads: int
+    bandwidth_gb_s: float
+    prompt: int
+    decode: int
+    repeats: int
+    artifacts: tuple[Timing, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        return {
+            "version": 1,
+            "machine": dict(self.machine),
+            "threads": self.threads,
+            "bandwidth_gb_s": self.bandwidth_gb_s,
+            "prompt_tokens": self.prompt,
+            "decode_tokens": self.decode,
+            "repeats": self.repeats,
+            "artifacts": [timing.to_json() for timing in self.artifacts],
+        }
+
+
+def bench(
+    paths: Sequence[str | Path],
+    *,
+    threads: int | None = None,
+    prompt: int = 512,
+    decode: int = 64,
+    repeats: int = 5,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Time artifacts against one another.
+
+    Args:
+        paths: PATH arguments; all are held in memory at once.
+        threads: CPU threads; None: all that this process may use.
+        prompt: tokens of the prefill.
+        decode: steps of the decode.
+        repeats: turns that count; the first, to warm up, does not.
+        progress: told how many turns are done.
+
+    Raises:
+        InputError: bad paths or options.
+    """
+    offenders = [
+        f"{name} is {value}, needs 1 or more"
+        for name, value in (
+            ("threads", 1 if threads is None else threads),
+            ("prompt", prompt),
+            ("decode", decode),
+            ("repeats", repeats),
+        )
+        if value < 1
+    ]
+    if offenders or not paths:
+        raise InputError.listing("nothing can be timed", offenders or ["no artifact was given"], "Give others.")
+    for path in paths:
+        locate(path)
+    used = threads or cpu_count()
+    bandwidth = copy_bandwidth(used)
+    prefill: list[list[float]] = [[] for _ in paths]
+    steps: list[list[float]] = [[] for _ in paths]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_Worker()) for _ in paths]
+        opened = [
+            worker.ask({"do": "open", "path": str(path), "threads": used})
+            for worker, path in zip(workers, paths, strict=True)
+        ]
+        for turn in range(repeats + 1):
+            for i, worker in enumerate(workers):
+                found = worker.ask({"do": "turn", "prompt": prompt, "decode": decode})
+                if turn > 0:
+                    prefill[i].append(prompt / found["prefill_s"])
+                    steps[i].append(decode / found["decode_s"])
+                if progress is not None:
+                    progress(turn * len(workers) + i + 1, (repeats + 1) * len(workers))
+        closed = [worker.ask({"do": "memory"}) for worker in workers]
+    return BenchReport(
+        machine=machine(),
+        threads=used,
+        bandwidth_gb_s=bandwidth,
+        prompt=prompt,
+        decode=decode,
+        repeats=repeats,
+        artifacts=tuple(
+            _timing(opened[i], closed[i], prefill=Speed.of(prefill[i]), decode=Speed.of(steps[i]))
+            for i in range(len(paths))
+        ),
+    )
+
+
+def active_share(config: MossNetConfig) -> float:
+    """Share of the parameters that one token uses: of a layer's experts the chosen ones, of an untied table one row."""
+    active = total = 0.0
+    for spec in tensor_specs(config):
+        share = 1.0
+        if spec.expert is not None and spec.layer is not None:
+            is_mlp = spec.role.startswith("mlp.")
+            chosen = config.mlp_chosen(spec.layer) if is_mlp else config.ssm_chosen(spec.layer)
+            share = chosen / (config.mlp_experts(spec.layer) if is_mlp else config.ssm_experts(spec.layer))
+        elif spec.role == "embedding" and not config.tie_word_embeddings:
+            share = 1 / config.vocab_size
+        active += share * spec.count
+        total += spec.count
+    return active / total
+
+
+def _timing(opened: Mapping[str, Any], closed: Mapping[str, Any], *, prefill: Speed, decode: Speed) -> Timing:
+    config = MossNetConfig.from_json(opened["config"], where=opened["path"])
+    return Timing(
+        path=opened["path"],
+        kind=opened["kind"],
+        weights=opened["weights"],
+        activations=opened["activations"],
+        decode_tok_s=decode,
+        prefill_tok_s=prefill,
+        load_ms=opened["load_ms"],
+        peak_rss_mb=closed["peak_rss_mb"],
+        idle_rss_mb=opened["idle_rss_mb"],
+        bytes_per_token=round(opened["weight_bytes"] * active_share(config)),
+    )
+
+
+class _Worker:
+    """A process that runs one artifact and answers one JSON line to each."""
+
+    def __enter__(self) -> "_Worker":
+        # -P: the folder that the user stands in must not hide the installed package.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mossquant.eval.bench_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if kind is not None:
+            self._process.kill()  # it may be in the middle of a long turn
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Send an order, wait for its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that runs the artifact ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "bad_input" in answer:
+            raise InputError(answer["bad_input"])
+        return answer

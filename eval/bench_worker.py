@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process in which `mossquant.eval.bench` runs one artifact.
+
+It reads one JSON object a line and answers each with one: "open" loads, "turn" times a prefill and a decode, "memory"
+says how much was used. A user's mistake is answered as "bad_input"; the end of the input ends the process.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mossquant.errors import InputError
+from mossquant.eval.machine import peak_rss_mb
+from mossquant.eval.open import open_model
+from mossquant.eval.scores import advance
+from mossquant.locate import Located, locate
+from mossquant.runner import Runner
+
+__all__ = ["main"]
+
+_SEED = 0
+
+
+def main() -> None:
+    """Answer orders until there are no more."""
+    # An interrupt from the terminal reaches this process too; the one that asks deals with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Answers have a file of their own, so that nothing that a runtime prints can come between them.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        runner: Runner | None = None
+        for line in sys.stdin:
+            order = json.loads(line)
+            try:
+                if order["do"] == "open":
+                    runner, answer = _open(order)
+                elif order["do"] == "turn":
+                    assert runner is not None, "open comes first"
+                    answer = _turn(runner, prompt=order["prompt"], decode=order["decode"])
+                else:
+                    answer = {"peak_rss_mb": peak_rss_mb()}
+            except InputError as error:
+                answer = {"bad_input": str(error)}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+
+def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:
+    located = locate(order["path"])
+    _warm(located)
+    idle = peak_rss_mb()
+    start = time.perf_counter()
+    opened = open_model(located, threads=order["threads"])
+    load_ms = (time.perf_counter() - start) * 1e3
+    info = opened.runner.info
+    return opened.runner, {
+        "path": opened.located.given,
+        "kind": info.kind,
+        "weights": info.weights,
+        "activations": info.activations,
+        "weight_bytes": info.weight_bytes,
+        "config": dict(info.config),
+        "load_ms": load_ms,
+        "idle_rss_mb": idle,
+    }
+
+
+def _warm(located: Located) -> None:
+    """Import the runtime and bring the files into memory: an application's second start is what is timed."""
+    importlib.import_module("mossquant.targets.onnx" if located.kind == "onnx" else "mossquant.targets.torch.runner")
+    files = [located.path] if located.path.is_file() else sorted(located.path.glob("*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            while file.read(1 << 20):
+                pass
+
+
+def _turn(runner: Runner, *, prompt: int, decode: int) -> dict[str, Any]:
+    tokens = np.random.default_rng(_SEED).integers(0, runner.info.vocab_size, (1, prompt), np.int64)
+    state = runner.initial_state(1)
+    start = time.perf_counter()
+    logits, state = advance(runner, tokens, state)
+    prefill_s = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(decode):
+        token = np.array([[int(np.argmax(logits[0, -1]))]], np.int64)
+        logits, state = runner(token, state, logits="last")
+    return {"prefill_s": prefill_s, "decode_s": time.perf_counter() - start}
+
+
+if __name__ == "__main__":
+    main()

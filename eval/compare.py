@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compression cost: candidates against the original, in lockstep on the same held-out tokens.
+
+    perplexity increase = 100 · (exp(mean nll_c − mean nll_o) − 1) %        KL(original ‖ candidate), nats a token
+
+Intervals are 95 % paired bootstraps over windows of the text (`mossquant.eval.windows`). The original is the stored
+weights computed in fp32. Decide by KL: over some ten thousand tokens perplexity is too noisy to rank small losses.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossquant.errors import InputError
+from mossquant.eval.machine import shared_out
+from mossquant.eval.open import open_model
+from mossquant.eval.passage import Passage, held_out_passage
+from mossquant.eval.scores import Progress, Scores, score
+from mossquant.eval.windows import RESAMPLES, WINDOW, Interval, Windows
+from mossquant.locate import locate
+from mossquant.runner import RunnerInfo
+from mossquant.text import Text
+
+__all__ = ["Baseline", "Candidate", "ComparisonReport", "PairedDifference", "compare", "paired_difference", "report_of"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The original: PATH, kind, stored type of its weights, perplexity, and bytes of its weights."""
+
+    path: str
+    kind: str
+    weights: str
+    perplexity: float
+    bytes: int
+    bits_per_weight: float
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `--json`."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "weights": self.weights,
+            "perplexity": self.perplexity,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate against the original.
+
+    Attributes:
+        path: as given.
+        kind: "checkpoint", "quantized checkpoint" or "onnx".
+        weights: recipe name or stored type.
+        activations: activation format that it ran with.
+        perplexity: on the same tokens.
+        ppl_increase_pct: over the original's, in per cent.
+        ppl_increase_ci95: its interval; None where the text is shorter than two windows (so with the others).
+        kl_mean: mean KL(original ‖ candidate), nats a token.
+        kl_ci95: its interval.
+        kl_median: median over tokens.
+        top1_agreement: share of tokens at which both find the same token most likely.
+        bytes: stored for the weights (codes, scales, padding, unquantized tensors).
+        file_bytes: on disk, of the tensor files or the program.
+        bits_per_weight: 8 · bytes ÷ parameters of the full-precision model.
+        gate_failed: the perplexity increase is above the gate.
+    """
+
+    path: str
+    kind: str
+    weights: str
+    activations: str
+    perplexity: float
+    ppl_increase_pct: float
+    ppl_increase_ci95: Interval | None
+    kl_mean: float
+    kl_ci95: Interval | None
+    kl_median: float
+    top1_agreement: float
+    bytes: int
+    file_bytes: int
+    bits_per_weight: float
+    gate_failed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `--json`."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("ppl_increase_ci95", "kl_ci95"):
+            values[name] = None if values[name] is None else values[name].to_json()
+        return values
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """What `compare` found; `gate_failed` decides the command's exit status.
+
+    Attributes:
+        text: name of the text.
+        text_sha256: of the whole text.
+        tokens: predicted tokens.
+        streams: independent streams.
+        seen_by: models that were trained or calibrated on this text.
+        baseline: the original.
+        candidates: in the order given.
+        max_ppl_increase_pct: the gate, None without one.
+        scores: nats a token, of the original and then of each candidate (not in the JSON).
+    """
+
+    text: str
+    text_sha256: str
+    tokens: int
+    streams: int
+    seen_by: tuple[str, ...]
+    baseline: Baseline
+    candidates: tuple[Candidate, ...]
+    max_ppl_increase_pct: float | None
+    scores: tuple[Scores, ...]
+
+    @property
+    def gate_failed(self) -> bool:
+        """Whether a candidate's perplexity rose by more than the gate allows."""
+        return any(candidate.gate_failed for candidate in self.candidates)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        gate = {"max_ppl_increase_pct": self.max_ppl_increase_pct, "failed": self.gate_failed}
+        return {
+            "version": 1,
+            "text": {
+                "name": self.text,
+                "sha256": self.text_sha256,
+                "tokens": self.tokens,
+                "streams": self.streams,
+                "seen_by": list(self.seen_by),
+            },
+            "baseline": self.baseline.to_json(),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "interval": {"level": 0.95, "method": "paired bootstrap", "window_tokens": WINDOW, "resamples": RESAMPLES},
+            "gate": None if self.max_ppl_increase_pct is None else gate,
+        }
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of a − b over the same tokens, with its interval; `decided` where the interval leaves out zero."""
+
+    mean: float
+    interval: Interval | None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the two differ beyond what the choice of text explains."""
+        return self.interval is not None and (self.interval.low > 0 or self.interval.high < 0)
+
+
+def paired_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> PairedDifference:
+    """Compare two candidates by a quantity a token, e.g. their KL to the original: a, b [S, T] on the same tokens."""
+    if a.shape != b.shape or a.ndim != 2:
+        shapes = f"values of shapes {list(a.shape)} and {list(b.shape)}"
+        raise InputError(f"{shapes} cannot be paired; measure both on the same streams")
+    difference = a - b
+    return PairedDifference(float(difference.mean()), Windows(*difference.shape).interval(difference))
+
+
+def compare(
+    base: str | Path,
+    candidates: Sequence[str | Path],
+    *,
+    text: str | Path | Text | None = None,
+    tokens: int | None = None,
+    streams: int = 1,
+    max_ppl_increase: float | None = None,
+    activations: str | None = None,
+    threads: int | None = None,
+    allow_seen: bool = False,
+    progress: Progress | None = None,
+) -> ComparisonReport:
+    """Measure candidates against the original.
+
+    Args:
+        base: the original, a PATH argument; usually the full-precision checkpoint.
+        candidates: PATH arguments.
+        text: a file or a text; None: the bundled held-out text, for models with the bundled model's tokenizer.
+        tokens: only so many tokens from the text's beginning.
+        streams: consecutive parts of the text, each run from the initial state.
+        max_ppl_increase: the gate, in per cent; a candidate above it sets `gate_failed`.
+        activations: how quantized checkpoints are run, "fp32" or "planned"; artifacts have theirs built in.
+        threads: CPU threads, shared out to the models, which work side by side; None: all that this process may use.
+        allow_seen: measure also on text that a model has seen; the report says so.
+        progress: told how many tokens are done.
+
+    Raises:
+        InputError: bad paths, text or options, models that do not share a tokenizer, an original that is not one.
+    """
+    if not candidates:
+        raise InputError("no candidate was given; name a checkpoint or artifact to compare with the original")
+    if max_ppl_increase is not None and not math.isfinite(max_ppl_increase):
+        raise InputError(f"the gate {max_ppl_increase} is not a number of per cent; give one, e.g. 1%")
+    at_once, each = shared_out(threads, 1 + len(candidates))
+    opened = [open_model(base, threads=each)]
+    for located in map(locate, candidates):
+        # Only a quantized checkpoint has a choice.
+        wanted = activations if located.kind == "quantized checkpoint" else None
+        opened.append(open_model(located, activations=wanted, threads=each))
+    passage = held_out_passage(opened, text=text, tokens=tokens, streams_wanted=streams, allow_seen=allow_seen)
+    runners = [model.runner for model in opened]
+    scores = score(runners, passage.tokens, at_once=at_once, progress=progress)
+    return report_of([runner.info for runner in runners], scores, passage, max_ppl_increase=max_ppl_increase)
+
+
+def report_of(
+    infos: Sequence[RunnerInfo], scores: Sequence[Scores], passage: Passage, *, max_ppl_increase: float | None = None
+) -> ComparisonReport:
+    """The report of what `score` found on a passage, the original first."""
+    windows = Windows(*scores[0].nll.shape)
+    base = infos[0]
+    return ComparisonReport(
+        text=passage.name,
+        text_sha256=passage.sha256,
+        tokens=passage.predicted,
+        streams=passage.tokens.shape[0],
+        seen_by=passage.seen_by,
+        baseline=Baseline(
+            base.path,
+            base.kind,
+            base.weights,
+            math.exp(scores[0].nll.mean()),
+            base.weight_bytes,
+            base.bits_per_weight,
+        ),
+        candidates=tuple(
+            _candidate(info, found, scores[0], windows, max_ppl_increase)
+            for info, found in zip(infos[1:], scores[1:], strict=True)
+        ),
+        max_ppl_increase_pct=max_ppl_increase,
+        scores=tuple(scores),
+    )
+
+
+def _candidate(info: RunnerInfo, found: Scores, original: Scores, windows: Windows, gate: float | None) -> Candidate:
+    rise = found.nll - original.nll
+    increase = 100 * math.expm1(rise.mean())
+    return Candidate(
+        path=info.path,
+        kind=info.kind,
+        weights=info.weights,
+        activations=info.activations,
+        perplexity=math.exp(found.nll.mean()),
+        ppl_increase_pct=increase,
+        ppl_increase_ci95=windows.percentiles(100 * np.expm1(windows.resampled_means(rise))),
+        kl_mean=float(found.kl.mean()),
+        kl_ci95=windows.interval(found.kl),
+        kl_median=float(np.median(found.kl)),
+        top1_agreement=float(found.agree.mean()),
+        bytes=info.weight_bytes,
+        file_bytes=info.file_bytes,
+        bits_per_weight=info.bits_per_weight,
+        gate_failed=gate is not None and increase > gate,
+    )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo found: the original, int8 and int4, each as PyTorch runs the checkpoint and as its .onnx."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mossquant.eval.bench import BenchReport, Timing
+from mossquant.eval.compare import Candidate, ComparisonReport
+from mossquant.eval.generate import Generation
+
+__all__ = ["DemoReport", "DemoRow"]
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the demo's table.
+
+    Attributes:
+        model: "original, bf16", "int8" or "int4"; empty where it is the one of the line above.
+        form: what was run: "checkpoint" (in PyTorch) or ".onnx".
+        perplexity: on the held-out tokens.
+        candidate: how it compares with the original; None for the original itself.
+        file_bytes: on disk, without the tokenizer.
+        bits_per_weight: 8 · bytes stored for the weights ÷ parameters.
+        timing: its speed.
+    """
+
+    model: str
+    form: str
+    perplexity: float
+    candidate: Candidate | None
+    file_bytes: int
+    bits_per_weight: float
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What `demo` found.
+
+    Attributes:
+        comparison: the original against every quantized checkpoint and every .onnx.
+        bench: the same, timed, the original first.
+        original_bytes: bytes of the original's tensor file.
+        checkpoints: folders of the quantized checkpoints, by recipe.
+        artifacts: .onnx files, by recipe; "original" is the full-precision one.
+        prompt: what was continued.
+        generation: the continuation by the int4 .onnx.
+        picture: the table as a picture.
+    """
+
+    comparison: ComparisonReport
+    bench: BenchReport
+    original_bytes: int
+    checkpoints: dict[str, Path]
+    artifacts: dict[str, Path]
+    prompt: str
+    generation: Generation
+    picture: Path
+
+    def rows(self) -> list[DemoRow]:
+        """The table's lines: for each model the checkpoint, then the .onnx."""
+        base = self.comparison.baseline
+        found = {candidate.path: candidate for candidate in self.comparison.candidates}
+        timed = {timing.path: timing for timing in self.bench.artifacts}
+        rows = []
+        for model, program in self.artifacts.items():
+            if model in self.checkpoints:
+                rows.append(_row(model, "checkpoint", found[str(self.checkpoints[model])], timed))
+            else:
+                name = f"{model}, {_SHORT.get(base.weights, base.weights)}"
+                timing, bits = timed[base.path], base.bits_per_weight
+                rows.append(DemoRow(name, "checkpoint", base.perplexity, None, self.original_bytes, bits, timing))
+            rows.append(_row("", ".onnx", found[str(program)], timed))
+        return rows
+
+    def closing(self) -> list[str]:
+        """What stands below the table: paths, what the smallest artifact writes, what to try next."""
+        int4, program = self.checkpoints["int4"], self.artifacts["int4"]
+        paths = [*self.checkpoints.values(), *self.artifacts.values(), self.picture]
+        return [
+            "",
+            f"The int4 .onnx continues {self.prompt!r}:",
+            "",
+            *(f"    {line}" for line in (self.prompt + self.generation.text).splitlines()),
+            "",
+            "Written:",
+            *(f"    {path}" for path in paths),
+            "",
+            "Try next:",
+            f'    mossquant generate {program} "import os" --max-tokens 64',
+            f"    mossquant info {program}",
+            f"    mossquant verify {int4} {program}",
+            "    mossquant quantize YOUR-MODEL --recipe int4 -o YOUR-MODEL-int4",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        return {
+            "version": 1,
+            "comparison": self.comparison.to_json(),
+            "bench": self.bench.to_json(),
+            "prompt": self.prompt,
+            "continuation": self.generation.text,
+        }
+
+
+def _row(model: str, form: str, candidate: Candidate, timed: Mapping[str, Timing]) -> DemoRow:
+    size, bits = candidate.file_bytes, candidate.bits_per_weight
+    return DemoRow(model, form, candidate.perplexity, candidate, size, bits, timed[candidate.path])

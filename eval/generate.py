@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continue a prompt with any Runner, one token at a time.
+
+    greedy:      argmax of the logits (of several equal ones, the first)
+    otherwise:   p = softmax(logits / temperature), the fewest tokens whose probabilities reach top_p, renormalised,
+                 one of them drawn by the inverse of the cumulative distribution
+
+Draws come from numpy's default generator, so that a seed gives the same text on every machine as far as the logits are
+the same. Probabilities are computed in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mossquant.errors import InputError
+from mossquant.eval.scores import advance
+from mossquant.runner import Floats, Runner
+from mossquant.text import Tokenizer
+
+__all__ = ["Generation", "StopReason", "generate", "sample"]
+
+StopReason = Literal["max_tokens", "stop", "end_of_text"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` wrote.
+
+    Attributes:
+        text: the continuation, without the prompt, cut before the stop string.
+        tokens: the tokens it was decoded from, those of a stop string or of the end of the text included.
+        prompt_tokens: tokens of the prompt.
+        reason: why it ended: "max_tokens", "stop" (a stop string came) or "end_of_text" (the model ended the text).
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    reason: StopReason
+
+
+def generate(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    prompt: str | bytes,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt.
+
+    Args:
+        runner: the model.
+        tokenizer: its tokenizer.
+        prompt: what to continue. An empty prompt begins a new text: the model is shown the end-of-text token.
+        max_tokens: most tokens to add.
+        temperature: 0 is greedy.
+        top_p: 0 < top_p ≤ 1; 1 draws from all tokens.
+        seed: of the draws.
+        stop: strings that end the text; they are looked for in the continuation, also across tokens, and left out.
+        on_text: is given the text piece by piece as soon as no stop string can begin in it and its characters are
+            whole.
+
+    Returns:
+        The continuation. Bytes that never became a character of UTF-8 are U+FFFD in its text.
+
+    Raises:
+        InputError: an option out of range, or an empty prompt for a tokenizer without an end-of-text token.
+    """
+    _check(max_tokens, temperature, top_p, seed, stop)
+    ids = tokenizer.encode(prompt)
+    if len(ids) == 0:
+        if tokenizer.end_of_text is None:
+            raise InputError("the prompt is empty, and this tokenizer has no end-of-text token; give a prompt")
+        ids = np.array([tokenizer.end_of_text], np.int64)
+    generator = np.random.default_rng(seed)
+    decoder, text = tokenizer.stream(), _StoppingText(stop, on_text)
+    tokens: list[int] = []
+    reason: StopReason = "max_tokens"
+    logits, state = advance(runner, ids[None, :], runner.initial_state(1))
+    while len(tokens) < max_tokens:
+        token = sample(logits[0, -1], generator, temperature=temperature, top_p=top_p)
+        tokens.append(token)
+        if token == tokenizer.end_of_text:
+            reason = "end_of_text"
+            break
+        # An entry that only the model's table has (its vocabulary is padded) stands for no text.
+        if token < tokenizer.vocab_size and text.add(decoder.step(token)):
+            reason = "stop"
+            break
+        if len(tokens) < max_tokens:
+            logits, state = runner(np.array([[token]], np.int64), state, logits="last")
+    if reason != "stop" and text.add(decoder.finish()):
+        reason = "stop"
+    return Generation(text.finish(), tuple(tokens), len(ids), reason)
+
+
+def sample(logits: Floats, generator: np.random.Generator, *, temperature: float, top_p: float) -> int:
+    """Choose a token from logits [V]; temperature 0 is greedy and draws nothing."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    below = logits.astype(np.float64) - logits.max()
+    with np.errstate(over="ignore"):  # next to a very low temperature all but the likeliest vanish
+        p = np.exp(below / temperature)
+    order = np.argsort(-p, kind="stable")
+    cumulative = np.cumsum(p[order] / p.sum())
+    # The first token always stays, whatever top_p is.
+    kept = int(np.searchsorted(cumulative, min(top_p, cumulative[-1]), side="left")) + 1
+    drawn = generator.random() * cumulative[kept - 1]
+    return int(order[min(int(np.searchsorted(cumulative, drawn, side="right")), kept - 1)])
+
+
+class _StoppingText:
+    """Text that grows piece by piece until a stop string is in it; gives out what can no longer be part of one."""
+
+    def __init__(self, stop: Sequence[str], on_text: Callable[[str], None] | None) -> None:
+        self._stop, self._on_text = tuple(stop), on_text
+        self._given: list[str] = []
+        self._held = ""
+        self._stopped = False
+
+    def add(self, piece: str) -> bool:
+        """Add a piece; True once a stop string is complete."""
+        self._held += piece
+        found = [at for at in (self._held.find(string) for string in self._stop) if at >= 0]
+        if found:
+            self._give(min(found))
+            self._held, self._stopped = "", True
+        else:
+            self._give(len(self._held) - self._possible_stop())
+        return self._stopped
+
+    def finish(self) -> str:
+        """Give out what was held, and return all of the text."""
+        self._give(len(self._held))
+        return "".join(self._given)
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = 0
+        for string in self._stop:
+            for length in range(min(len(string) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(string[:length]):
+                    longest = length
+                    break
+        return longest
+
+    def _give(self, length: int) -> None:
+        piece, self._held = self._held[:length], self._held[length:]
+        if piece:
+            self._given.append(piece)
+            if self._on_text is not None:
+                self._on_text(piece)
+
+
+def _check(max_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[str]) -> None:
+    offenders = []
+    if max_tokens < 1:
+        offenders.append(f"max_tokens is {max_tokens}, needs 1 or more")
+    if not 0 <= temperature < float("inf"):
+        offenders.append(f"temperature is {temperature}, needs 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        offenders.append(f"top_p is {top_p}, needs more than 0 and at most 1")
+    if seed < 0:
+        offenders.append(f"seed is {seed}, needs 0 or more")
+    if "" in stop:
+        offenders.append("an empty stop string")
+    if offenders:
+        raise InputError.listing("these options cannot be used", offenders, "Give others.")

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a measurement ran on, and how fast that machine copies memory."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mossquant.errors import InputError
+
+__all__ = ["copy_bandwidth", "cpu_count", "machine", "peak_rss_mb", "shared_out"]
+
+_COPY_BYTES = 256 << 20
+"""Size of the copied block: far above every cache."""
+_COPIES = 5
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shared_out(threads: int | None, models: int) -> tuple[int, int]:
+    """How many models work at the same time, and with how many threads each.
+
+    Models side by side keep the cores busier than the threads of one, which wait for one another at every operator.
+
+    Args:
+        threads: in all; None: as many as this process may use CPUs.
+        models: how many there are.
+    """
+    whole = cpu_count() if threads is None else threads
+    if whole < 1:
+        raise InputError(f"{whole} threads were asked for; give one or more")
+    at_once = min(whole, models)
+    return at_once, whole // at_once
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, logical cores, system, and versions of Python and the runtimes."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "onnxruntime")},
+    }
+
+
+def copy_bandwidth(threads: int) -> float:
+    """Bytes read and written a second, in 10⁹, by PyTorch's copy of 256 MiB; the best of five."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+        target = torch.zeros_like(source)
+        best = float("inf")
+        for _ in range(_COPIES):
+            start = time.perf_counter()
+            target.copy_(source)
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * _COPY_BYTES / best / 1e9
+
+
+def peak_rss_mb() -> float:
+    """Highest resident memory of this process so far, in 10⁶ bytes.
+
+    On Linux it is VmHWM of /proc/self/status, because ru_maxrss of a new process begins with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an .onnx is, and what each byte of it is for. The file is read, not run."""
+
+import onnx
+
+from mossquant.eval.bench import active_share
+from mossquant.eval.info import FileRow, InfoReport, SectionRow
+from mossquant.locate import Located
+from mossquant.targets.artifact import check_listed
+from mossquant.targets.onnx.metadata import Opened, initializers, open_program
+from mossquant.targets.onnx.weights import SCALE
+
+__all__ = ["onnx_info", "sections"]
+
+_CODES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+
+
+def onnx_info(located: Located) -> InfoReport:
+    """Say what an .onnx is. Raises `InputError` where it is none of ours, or not what its manifest says."""
+    opened = open_program(located.path)
+    metadata, config = opened.metadata, opened.config
+    hashes = opened.hashes()
+    check_listed(opened.path, hashes)
+    return InfoReport(
+        path=located.given,
+        kind=located.kind,
+        weights=metadata.weights,
+        config=config,
+        parameters=metadata.parameters,
+        active_parameters=round(metadata.parameters * active_share(config)),
+        weight_bytes=metadata.weight_bytes,
+        payload_bytes=metadata.payload_bytes,
+        rows=(),
+        files=tuple(
+            FileRow(name, (opened.path.parent / name).stat().st_size, digest) for name, digest in hashes.items()
+        ),
+        sections=sections(opened),
+        facts=(
+            ("made from", f"a {metadata.source_kind}: {_short(metadata.source_files)}"),
+            ("activations", metadata.activations),
+            ("state", metadata.state_format),
+            ("runs on", f"onnxruntime {metadata.runtime_minimum} and later"),
+            (
+                "tokenizer",
+                _short({"tokenizer.json": metadata.tokenizer_sha256}) if metadata.tokenizer_sha256 else "none",
+            ),
+            ("written by", f"mossquant {metadata.release}"),
+        ),
+        ledger=(),
+    )
+
+
+def sections(opened: Opened) -> tuple[SectionRow, ...]:
+    """What the bytes of a program and its external weights are for; they add up to the files' size."""
+    codes = scales = kept = constants = frames = 0
+    tensors = initializers(opened.proto.graph)
+    for tensor in tensors:
+        size = _data_bytes(tensor)
+        frames += tensor.ByteSize() - (0 if tensor.external_data else size)
+        if tensor.name.endswith(SCALE):
+            scales += size
+        elif "." not in tensor.name:
+            # Tensors of the model are called after it; what else the graph needs has a name without a dot.
+            constants += size
+        elif tensor.data_type in _CODES:
+            codes += size
+        else:
+            kept += size
+    inside = sum(tensor.ByteSize() for tensor in tensors) - sum(t.ByteSize() for t in opened.proto.graph.initializer)
+    nodes = sum(node.ByteSize() for node in opened.proto.graph.node) - inside
+    metadata = sum(prop.ByteSize() for prop in opened.proto.metadata_props)
+    found = {
+        "codes, padding included": codes,
+        "scales": scales,
+        "tensors kept in a float type": kept,
+        "constants of the graph": constants,
+        "names and shapes of the above": frames,
+        "nodes": nodes,
+        "metadata: config, recipe, hashes": metadata,
+    }
+    rest = opened.bytes - sum(found.values())
+    return tuple(
+        SectionRow(name, size) for name, size in {**found, "inputs, outputs, alignment, headers": rest}.items()
+    )
+
+
+def _data_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values, inside the program or beside it."""
+    for entry in tensor.external_data:
+        if entry.key == "length":
+            return int(entry.value)
+    return len(tensor.raw_data)
+
+
+def _short(hashes: dict[str, str]) -> str:
+    return ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(hashes.items()))

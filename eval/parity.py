@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an artifact computes what its checkpoint says, apart from what quantizing cost.
+
+The reference is the PyTorch model of the (quantized) checkpoint with the artifact's own activation arithmetic modelled,
+so that what is left between the two is rounding. With fp32 activations everything is held tight. With int8 activations
+rounding decides about a code now and then, and all that follows moves with it (`mossquant.eval.noise`): single steps
+must be equal up to that, step by step; free runs are held against what the activation formats cost, and against the
+reference with other rounding.
+
+The bounds are this file's constants; every one of them is a line of the report.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossquant.errors import InputError
+from mossquant.eval.machine import shared_out
+from mossquant.eval.noise import with_noise
+from mossquant.eval.one_step import EXPLAINED_KL, one_step
+from mossquant.eval.open import OpenModel, open_model
+from mossquant.eval.parity_measures import continuation, forms, growth
+from mossquant.eval.passage import held_out_passage
+from mossquant.eval.scores import score
+from mossquant.eval.windows import Windows
+from mossquant.locate import locate
+from mossquant.runner import Runner, Tokens
+from mossquant.targets.torch.runner import TorchRunner
+from mossquant.text import Text
+
+__all__ = ["STAGES", "Check", "ParityReport", "parity", "parity_of"]
+
+ONE_STEP_MEDIAN_KL = 1e-7
+"""Median KL of one step: fp32 rounding."""
+ONE_STEP_UNEXPLAINED_SHARE = 0.01
+"""Positions at which one step differs and rounding before the codes does not explain it."""
+ONE_STEP_LARGE_KL = 1e-4
+"""A step above this is a code that fell the other way and mattered; how many do is a property of model and text."""
+ONE_STEP_MAX_KL_FP32 = 1e-5
+"""Largest KL of one step with fp32 activations."""
+ONE_STEP_MEDIAN_STATE = 1e-5
+"""Median relative difference of the states after one step: a state that is not carried differs by about 1."""
+ROUTER_TIE = 1e-4
+"""A router nearer than this to another choice may flip by rounding; such positions are counted apart …"""
+ROUTER_TIE_SHARE = 0.05
+"""… and at most so many of the positions may be."""
+FREE_PPL_PCT = 0.1
+"""Largest difference of perplexity over the stream, in per cent."""
+FREE_KL_SHARE_OF_COST = 0.5
+"""Largest mean KL over the stream, as a share of what the activation formats themselves cost; or …"""
+FREE_KL_OF_ROUNDING = 1.5
+"""… relative to the reference against itself with other rounding, if that is more."""
+FREE_KL_FP32 = 1e-5
+"""Largest mean KL over the stream with fp32 activations."""
+SETTLING = 1024
+"""Tokens at the stream's beginning that are left out of the slope: both start from the same state."""
+FORM_TOKENS = 256
+"""Tokens that are read in one call, token by token and split."""
+PROMPTS, PROMPT_TOKENS, CONTINUED = 4, 64, 64
+"""Greedy continuations that must be identical with fp32 activations."""
+
+STAGES = ("one step", "free run", "forms", "continuation")
+"""What is measured, in this order."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured value against its bound; `bound` is None for a figure that is only reported."""
+
+    name: str
+    value: float
+    bound: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is a number within its bound."""
+        return self.bound is None or (math.isfinite(self.value) and self.value <= self.bound)
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `--json`."""
+        return {"name": self.name, "value": self.value, "bound": self.bound, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What `parity` found; `passed` decides the command's exit status.
+
+    Attributes:
+        reference: path of the checkpoint.
+        artifact: path of the artifact.
+        activations: the artifact's activation format.
+        text_sha256: of the text.
+        positions: positions of the one-step comparison.
+        stream: tokens of the free run.
+        checks: every measured value with its bound.
+    """
+
+    reference: str
+    artifact: str
+    activations: str
+    text_sha256: str
+    positions: int
+    stream: int
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        return {
+            "version": 1,
+            "reference": self.reference,
+            "artifact": self.artifact,
+            "activations": self.activations,
+            "text": {"sha256": self.text_sha256, "tokens": self.stream},
+            "positions": self.positions,
+            "passed": self.passed,
+            "checks": [check.to_json() for check in self.checks],
+        }
+
+
+def parity(
+    quantized: str | Path,
+    artifact: str | Path,
+    *,
+    text: str | Path | Text | None = None,
+    positions: int = 2000,
+    stream: int = 20_000,
+    threads: int | None = None,
+    allow_seen: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Hold an artifact against the checkpoint that it was lowered from.
+
+    Args:
+        quantized: the quantized checkpoint; the full-precision one for an artifact of that.
+        artifact: a PATH argument.
+        text: a file or a text; None: the bundled held-out text.
+        positions: at least so many positions of the one-step comparison.
+        stream: tokens of the free run, from the text's beginning; fewer where the text is shorter.
+        threads: CPU threads.
+        allow_seen: use also a text that the model has seen.
+        on_stage: is given each of `STAGES` when it is done.
+
+    Raises:
+        InputError: bad paths, text or options.
+    """
+    if positions < 1 or stream < 2 * PROMPT_TOKENS:
+        needed = f"1 or more positions and {2 * PROMPT_TOKENS} or more tokens"
+        raise InputError(f"{positions} positions and {stream} tokens cannot be measured; give {needed}")
+    located = locate(quantized)
+    located.require("checkpoint", "quantized checkpoint", verb="parity")
+    at_once, each = shared_out(threads, 3)
+    program = open_model(artifact, threads=each)
+    plain = TorchRunner.open(located, threads=each)
+    formats = program.runner.info.activations
+    # An artifact with several formats has those of the plan.
+    wanted = "planned" if formats == "mixed" else formats
+    modelled = plain if formats == "fp32" else TorchRunner.open(located, activations=wanted, threads=each)
+    passage = held_out_passage(
+        [OpenModel(located, plain), program], text=text, tokens=stream + 1, allow_seen=allow_seen, allow_fewer=True
+    )
+    checks = parity_of(
+        modelled,
+        program.runner,
+        passage.tokens[0],
+        positions=positions,
+        unquantized_activations=None if formats == "fp32" else plain,
+        at_once=at_once,
+        on_stage=on_stage,
+    )
+    return ParityReport(
+        reference=located.given,
+        artifact=program.located.given,
+        activations=formats,
+        text_sha256=passage.sha256,
+        positions=positions,
+        stream=passage.predicted,
+        checks=checks,
+    )
+
+
+def parity_of(
+    reference: TorchRunner,
+    artifact: Runner,
+    tokens: Tokens,
+    *,
+    positions: int,
+    unquantized_activations: Runner | None,
+    at_once: int = 1,
+    on_stage: Callable[[str], None] | None = None,
+) -> tuple[Check, ...]:
+    """The checks of two Runners on tokens [T].
+
+    Args:
+        reference: models the artifact's arithmetic.
+        artifact: what is judged.
+        tokens: the stream.
+        positions: of the one-step comparison.
+        unquantized_activations: the reference with fp32 activations, where the artifact's are quantized.
+        at_once: Runners that work at the same time.
+        on_stage: is given each of `STAGES` when it is done.
+    """
+    tell = on_stage or (lambda stage: None)
+    checks = _one_step_checks(reference, artifact, tokens, positions, exact=unquantized_activations is None)
+    tell(STAGES[0])
+    free, bound = _free_run_checks(reference, artifact, tokens, unquantized_activations, at_once=at_once)
+    checks += free
+    tell(STAGES[1])
+    for name, kl in forms(artifact, tokens[:FORM_TOKENS]).items():
+        checks.append(Check(f"{name} against one call: mean KL over {len(kl)} tokens", float(kl.mean()), bound))
+    tell(STAGES[2])
+    starts = np.linspace(0, max(0, len(tokens) - PROMPT_TOKENS), PROMPTS).astype(int)
+    prompts = np.stack([tokens[start : start + PROMPT_TOKENS] for start in starts])
+    expected = continuation(reference, prompts, steps=CONTINUED)
+    found = np.concatenate([continuation(artifact, prompt[None], steps=CONTINUED) for prompt in prompts])
+    limit = 0.0 if unquantized_activations is None else None
+    share = float((found != expected).mean())
+    checks.append(Check(f"greedy continuation of {CONTINUED} tokens: share that differs", share, limit))
+    tell(STAGES[3])
+    return tuple(checks)
+
+
+def _one_step_checks(
+    reference: TorchRunner, artifact: Runner, tokens: Tokens, positions: int, *, exact: bool
+) -> list[Check]:
+    found = one_step(reference, artifact, tokens, positions=positions)
+    tied = found.margin < ROUTER_TIE
+    counted = ~tied if not tied.all() else tied
+    kl, large = found.kl[counted], found.kl[counted] > ONE_STEP_LARGE_KL
+    checks = [Check("one step: median KL", float(np.median(kl)), ONE_STEP_MEDIAN_KL)]
+    if not exact:
+        different, unexplained = kl > EXPLAINED_KL, found.unexplained[counted]
+        checks += [
+            Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float(different.mean()), None),
+            Check("one step: … that rounding does not explain", float(unexplained.mean()), ONE_STEP_UNEXPLAINED_SHARE),
+            Check(f"one step: share of positions with KL above {ONE_STEP_LARGE_KL:g}", float(large.mean()), None),
+        ]
+    return [
+        *checks,
+        Check("one step: largest KL", float(kl.max()), ONE_STEP_MAX_KL_FP32 if exact else None),
+        Check(
+            "one step: median relative difference of the state",
+            float(np.median(found.state_error[counted])),
+            ONE_STEP_MEDIAN_STATE,
+        ),
+        Check("one step: share of positions with a router near a tie", float(tied.mean()), ROUTER_TIE_SHARE),
+        Check("one step: largest KL at such a position", float(found.kl[tied].max(initial=0.0)), None),
+    ]
+
+
+def _free_run_checks(
+    reference: TorchRunner, artifact: Runner, tokens: Tokens, unquantized: Runner | None, *, at_once: int
+) -> tuple[list[Check], float]:
+    """The checks of the free run, and the bound that it puts on a mean KL."""
+    noisy = with_noise(reference)
+    runners = [reference, artifact, *([noisy] if noisy is not None else [])]
+    expected, found, *other = score(runners, tokens[None], at_once=at_once)
+    rise = abs(100 * math.expm1(found.nll.mean() - expected.nll.mean()))
+    mean = float(found.kl.mean())
+    checks = [Check("free run: difference of perplexity, %", rise, FREE_PPL_PCT)]
+    if unquantized is None or not other:
+        return [*checks, Check("free run: mean KL", mean, FREE_KL_FP32)], FREE_KL_FP32
+    cost, rounding = score([unquantized, reference], tokens[None], at_once=at_once)[1].kl, other[0].kl
+    bound = max(FREE_KL_SHARE_OF_COST * float(cost.mean()), FREE_KL_OF_ROUNDING * float(rounding.mean()))
+    checks += [
+        Check("free run: mean KL", mean, bound),
+        Check("free run: mean KL of the reference to itself with other rounding", float(rounding.mean()), None),
+        *_with_interval("what quantized activations themselves cost: mean KL", cost),
+        Check("free run: mean KL as a share of that cost", mean / float(cost.mean()), None),
+    ]
+    for name, values, limit in (
+        ("free run: growth of KL per 10,000 tokens", found.kl, None),
+        ("free run: growth beyond that of other rounding", found.kl - rounding, 0.0),
+    ):
+        slope = growth(values[0], skip=SETTLING)
+        if slope.interval is not None:
+            checks += [
+                Check(name, slope.per_10k, None),
+                Check("… 95 % interval, low end", slope.interval.low, limit),
+                Check("… high end", slope.interval.high, None),
+            ]
+    return checks, bound
+
+
+def _with_interval(name: str, values: NDArray[np.float64]) -> list[Check]:
+    """A mean that is only reported, and its interval."""
+    checks = [Check(name, float(values.mean()), None)]
+    interval = Windows(*values.shape).interval(values)
+    if interval is not None:
+        checks += [Check("… 95 % interval, low end", interval.low, None), Check("… high end", interval.high, None)]
+    return checks

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens that models are measured on: what a text becomes, and whether it may be measured on.
+
+A text is cut into S consecutive streams of equal length L; each stream begins with the model's initial state, which is
+then carried to its end. A stream's first token is read and not predicted. All of it depends on the text, the tokenizer
+and S alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mossquant.errors import InputError
+from mossquant.eval.open import OpenModel
+from mossquant.runner import Tokens
+from mossquant.text import Text, bundled_text, read_text, streams
+
+__all__ = ["Passage", "held_out_passage"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens to measure on.
+
+    Attributes:
+        name: of the text, as the user knows it.
+        sha256: of the whole text, in hexadecimal.
+        seen_by: paths of the models that were trained or calibrated on this text.
+        tokens: [S, L].
+        lengths: [S, L], bytes of text that each token stands for.
+    """
+
+    name: str
+    sha256: str
+    seen_by: tuple[str, ...]
+    tokens: Tokens
+    lengths: Tokens
+
+    @property
+    def predicted(self) -> int:
+        """Number of tokens that are predicted, S · (L − 1)."""
+        return int(self.tokens.shape[0] * (self.tokens.shape[1] - 1))
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of text of the tokens that are predicted."""
+        return int(self.lengths[:, 1:].sum())
+
+
+def held_out_passage(
+    models: Sequence[OpenModel],
+    *,
+    text: str | Path | Text | None = None,
+    tokens: int | None = None,
+    streams_wanted: int = 1,
+    allow_seen: bool = False,
+    allow_fewer: bool = False,
+) -> Passage:
+    """The tokens on which all of these models are measured.
+
+    Args:
+        models: one or more; they must share a tokenizer.
+        text: a file or a text; None: the held-out text of the bundled model, for models with its tokenizer.
+        tokens: only so many tokens from the text's beginning; None: all.
+        streams_wanted: S.
+        allow_seen: measure also on text that one of the models has seen.
+        allow_fewer: take all tokens of a text that has fewer than `tokens`.
+
+    Raises:
+        InputError: models with different tokenizers, or none; no text for another tokenizer than the bundled one's; a
+            text that was seen; one that is too short, or shorter than asked for.
+    """
+    if streams_wanted < 1:
+        raise InputError(f"{streams_wanted} streams were asked for; give one or more")
+    if tokens is not None and tokens < 2 * streams_wanted:
+        raise InputError(f"{tokens} tokens are too few for {streams_wanted} streams of two or more; give more tokens")
+    tokenizer = models[0].tokenizer
+    vocab_size = models[0].runner.info.vocab_size
+    others = [
+        f"{model.located.given} (vocabulary {model.runner.info.vocab_size})"
+        for model in models[1:]
+        if (model.tokenizer.sha256, model.runner.info.vocab_size) != (tokenizer.sha256, vocab_size)
+    ]
+    if others:
+        first = f"{models[0].located.given} (vocabulary {vocab_size})"
+        raise InputError.listing(
+            f"another tokenizer or vocabulary than {first}", others, "Compare models that share a tokenizer."
+        )
+    source = _text(models[0], text)
+    seen_by = tuple(model.located.given for model in models if source.sha256 in model.runner.info.seen_text)
+    if seen_by and not allow_seen:
+        raise InputError(
+            f"{source.name} was used to train or calibrate {', '.join(seen_by)}, so that a figure on it would flatter; "
+            "give another --text, or --allow-seen to measure all the same"
+        )
+    ids, lengths = tokenizer.encode_with_lengths(source.data)
+    if tokens is not None and len(ids) < tokens and not allow_fewer:
+        raise InputError(f"{source.name} has {len(ids)} tokens, {tokens} were asked for; give a longer text or fewer")
+    ids, lengths = ids[:tokens], lengths[:tokens]
+    return Passage(source.name, source.sha256, seen_by, streams(ids, streams_wanted), streams(lengths, streams_wanted))
+
+
+def _text(model: OpenModel, text: str | Path | Text | None) -> Text:
+    if isinstance(text, Text):
+        return text
+    if text is not None:
+        return read_text(Path(text), as_bytes=model.tokenizer.takes_any_bytes)
+    if not model.has_bundled_tokenizer:
+        raise InputError(f"{model.located.given} has another tokenizer than the bundled text is for; give --text FILE")
+    return bundled_text("heldout")

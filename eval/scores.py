@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs models in lockstep over the same tokens and keeps one number a token: the one loop behind every measurement.
+
+Logits are not kept: a piece of every stream goes through the original and each candidate, at most `LOGITS_BYTES` of
+logits are held, and what remains are nats a token. The pieces depend on the number of streams, the vocabulary and what
+the Runners can take, and change results by rounding only.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossquant import divergence
+from mossquant.divergence import Predictions
+from mossquant.errors import InputError
+from mossquant.runner import Floats, LogitsWanted, Runner, State, Tokens
+
+__all__ = ["LOGITS_BYTES", "Progress", "Scores", "advance", "score"]
+
+LOGITS_BYTES = 256_000_000
+"""Most memory for logits at a time, of all Runners together."""
+
+PIECE = 512
+"""Most tokens of a stream that go through a model in one call."""
+
+# Logits whose float64 log probabilities are worked on at a time, so that they stay in the cache of a core.
+_BLOCK_LOGITS = 1 << 17
+
+Progress = Callable[[int, int], None]
+"""Is told how many tokens are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one Runner made of tokens [S, L]; every array is [S, L − 1], one value a predicted token.
+
+    Attributes:
+        nll: −log p of the token that came, nats.
+        kl: KL(original ‖ this), nats; zeros for the original itself.
+        agree: whether this and the original find the same token most likely.
+    """
+
+    nll: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    agree: NDArray[np.bool_]
+
+
+def score(
+    runners: Sequence[Runner], tokens: Tokens, *, at_once: int = 1, progress: Progress | None = None
+) -> list[Scores]:
+    """Run every Runner over tokens [S, L] from its initial state, each stream by itself.
+
+    Args:
+        runners: the original first, then the candidates.
+        tokens: [S, L], L ≥ 2.
+        at_once: Runners that work at the same time, each in a thread of its own; changes no result.
+        progress: told after every piece.
+
+    Returns:
+        One `Scores` for each Runner.
+
+    Raises:
+        InputError: a Runner computed logits that are not finite.
+    """
+    total, length = tokens.shape[0], tokens.shape[1] - 1
+    shape = (total, length)
+    found = [Scores(np.zeros(shape), np.zeros(shape), np.ones(shape, np.bool_)) for _ in runners]
+    rows = max(1, LOGITS_BYTES // (4 * len(runners) * runners[0].info.vocab_size))
+    together = min([total, rows, *(runner.info.max_batch or total for runner in runners)])
+    piece = max(1, min(PIECE, rows // together))
+    with ThreadPoolExecutor(at_once) as pool:
+        for first in range(0, total, together):
+            part = slice(first, min(first + together, total))
+            states = [runner.initial_state(part.stop - part.start) for runner in runners]
+            for start in range(0, length, piece):
+                span = slice(start, min(start + piece, length))
+                answers = list(pool.map(partial(_advance_all, tokens[part, span]), runners, states))
+                logits, states = [own for own, _ in answers], [state for _, state in answers]
+                _keep(found, logits, tokens[part, span.start + 1 : span.stop + 1], part, span)
+                _check_finite(runners, found, part, span)
+                if progress is not None:
+                    progress(first * length + (part.stop - part.start) * span.stop, total * length)
+    return found
+
+
+def _keep(found: Sequence[Scores], logits: Sequence[Floats], targets: Tokens, part: slice, span: slice) -> None:
+    """What remains of one piece: logits [B, T, V] of every Runner and the tokens that came [B, T]."""
+    batch, time, vocab_size = logits[0].shape
+    step = max(1, _BLOCK_LOGITS // vocab_size)
+    for row in range(batch):
+        for at in range(0, time, step):
+            block = slice(at, min(at + step, time))
+            place = (part.start + row, slice(span.start + block.start, span.start + block.stop))
+            original: Predictions | None = None
+            for scores, own in zip(found, logits, strict=True):
+                predicted = Predictions(own[row, block])
+                scores.nll[place] = divergence.nll(predicted, targets[row, block])
+                if original is None:
+                    original = predicted
+                else:
+                    scores.kl[place] = divergence.kl(original, predicted)
+                    scores.agree[place] = divergence.agreement(original, predicted)
+
+
+def _check_finite(runners: Sequence[Runner], found: Sequence[Scores], part: slice, span: slice) -> None:
+    for runner, scores in zip(runners, found, strict=True):
+        if not np.isfinite(scores.nll[part, span]).all():
+            raise InputError(
+                f"{runner.info.path} computed logits that are not finite at token {span.start} of a stream; "
+                "its weights or its activation format do not hold this model"
+            )
+
+
+def _advance_all(tokens: Tokens, runner: Runner, state: State) -> tuple[Floats, State]:
+    return advance(runner, tokens, state, logits="all")
+
+
+def advance(runner: Runner, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+    """One call of a Runner, in as many pieces as its `max_chunk` asks for."""
+    limit = runner.info.max_chunk or tokens.shape[1]
+    parts: list[Floats] = []
+    for start in range(0, max(1, tokens.shape[1]), max(1, limit)):
+        part, state = runner(tokens[:, start : start + limit], state, logits=logits)
+        parts = [*parts, part] if logits == "all" else [part]
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts, 1)), state

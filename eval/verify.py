@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold artifacts against the checkpoint that they were lowered from: every weight in the file, then what it computes.
+
+Weights are read back from the file on disk and compared code for code and scale for scale: nothing was changed on the
+way. `mossquant.eval.parity` then runs both side by side; an artifact whose weights differ is not run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mossquant.errors import InputError
+from mossquant.eval.parity import STAGES, ParityReport, parity
+from mossquant.eval.scores import Progress
+from mossquant.targets.onnx.verify import WeightsReport
+from mossquant.targets.onnx.verify import verify as verify_onnx
+from mossquant.text import Text
+
+__all__ = ["ArtifactVerdict", "VerifyReport", "verify"]
+
+
+@dataclass(frozen=True)
+class ArtifactVerdict:
+    """One artifact.
+
+    Attributes:
+        path: as given.
+        weights: what reading back its weights found.
+        parity: what running it found; None where its weights differ, or where only weights were asked for.
+    """
+
+    path: str
+    weights: WeightsReport
+    parity: ParityReport | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the weights are the checkpoint's and every check of the run passed."""
+        return self.weights.passed and (self.parity is None or self.parity.passed)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found; `passed` decides the command's exit status."""
+
+    quantized: str
+    artifacts: tuple[ArtifactVerdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every artifact passed."""
+        return all(artifact.passed for artifact in self.artifacts)
+
+    def failures(self) -> list[str]:
+        """One line for each thing that failed."""
+        lines = []
+        for artifact in self.artifacts:
+            if not artifact.weights.passed:
+                lines.append(f"{artifact.path}: {artifact.weights.summary}")
+            for check in artifact.parity.checks if artifact.parity is not None else ():
+                if not check.passed:
+                    lines.append(
+                        f"{artifact.path}: {check.name}: {check.value:.3g}, at most {check.bound:.3g} is allowed"
+                    )
+        return lines
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(artifact, check, found, at most, verdict) of everything measured; no verdict where nothing is asked."""
+        rows = []
+        for artifact in self.artifacts:
+            weights = artifact.weights
+            found = "all equal" if weights.passed else f"{len(weights.differences)} differ"
+            rows.append((artifact.path, f"weights of {weights.tensors} tensors", found, "", _verdict(weights.passed)))
+            for check in artifact.parity.checks if artifact.parity is not None else ():
+                bound, verdict = "", ""
+                if check.bound is not None:
+                    bound, verdict = f"{check.bound:.3g}", _verdict(check.passed)
+                rows.append((artifact.path, check.name, f"{check.value:.3g}", bound, verdict))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        return {
+            "version": 1,
+            "quantized": self.quantized,
+            "passed": self.passed,
+            "artifacts": [
+                {
+                    "path": artifact.path,
+                    "passed": artifact.passed,
+                    "weights": artifact.weights.to_json(),
+                    "parity": None if artifact.parity is None else artifact.parity.to_json(),
+                }
+                for artifact in self.artifacts
+            ],
+        }
+
+
+def verify(
+    quantized: str | Path,
+    artifacts: Sequence[str | Path],
+    *,
+    weights_only: bool = False,
+    text: str | Path | Text | None = None,
+    positions: int = 2000,
+    stream: int = 20_000,
+    threads: int | None = None,
+    allow_seen: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Hold artifacts against their checkpoint.
+
+    Args:
+        quantized: the quantized checkpoint; the full-precision one for an artifact of that.
+        artifacts: PATH arguments.
+        weights_only: compare the weights and run nothing.
+        text: what to run on; None: the bundled held-out text.
+        positions: single steps that are compared.
+        stream: tokens that both run freely.
+        threads: CPU threads.
+        allow_seen: run also on text that the model has seen.
+        progress: told how many stages are done.
+
+    Raises:
+        InputError: bad paths, text or options; an artifact that was lowered from something else.
+    """
+    if not artifacts:
+        raise InputError("no artifact was given; name at least one to hold against the checkpoint")
+    stages, done = len(artifacts) * (1 if weights_only else 1 + len(STAGES)), 0
+
+    def stage_done(stage: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, stages)
+
+    verdicts = []
+    for path in artifacts:
+        weights = verify_onnx(quantized, path)
+        stage_done("weights")
+        found = None
+        if weights.passed and not weights_only:
+            found = parity(
+                quantized,
+                path,
+                text=text,
+                positions=positions,
+                stream=stream,
+                threads=threads,
+                allow_seen=allow_seen,
+                on_stage=stage_done,
+            )
+        verdicts.append(ArtifactVerdict(str(path), weights, found))
+    return VerifyReport(str(quantized), tuple(verdicts))
+
+
+def _verdict(passed: bool) -> str:
+    return "ok" if passed else "FAILED"

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing runs every artifact in a process of its own and reports what the format promises. No speed is asserted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small import SMALL
+
+from mossquant.errors import InputError
+from mossquant.eval.bench import Speed, active_share, bench
+from mossquant.eval.machine import copy_bandwidth, cpu_count, machine, peak_rss_mb
+from mossquant.model import parameter_count, tensor_specs
+from mossquant.outputs import json_bytes
+
+
+def test_report_of_two_checkpoints(byte_model: Path, other_byte_model: Path) -> None:
+    told: list[tuple[int, int]] = []
+    report = bench(
+        [byte_model, other_byte_model],
+        threads=1,
+        prompt=8,
+        decode=3,
+        repeats=2,
+        progress=lambda done, of: told.append((done, of)),
+    )
+    values = json.loads(json_bytes(report.to_json()))
+    assert values["version"] == 1
+    assert values["threads"] == 1
+    assert values["bandwidth_gb_s"] > 0
+    assert "cpu" in values["machine"]
+    assert [entry["path"] for entry in values["artifacts"]] == [str(byte_model), str(other_byte_model)]
+    for entry in values["artifacts"]:
+        assert entry.keys() >= {
+            "path",
+            "kind",
+            "decode_tok_s",
+            "prefill_tok_s",
+            "load_ms",
+            "peak_rss_mb",
+            "bytes_per_token",
+        }
+        for speed in (entry["decode_tok_s"], entry["prefill_tok_s"]):
+            assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert entry["load_ms"] > 0
+        assert entry["peak_rss_mb"] >= entry["idle_rss_mb"] > 10
+    assert values["artifacts"][0]["bytes_per_token"] == 2 * values["artifacts"][1]["bytes_per_token"]
+    assert told[-1] == (6, 6)
+
+
+def test_median_and_range() -> None:
+    assert Speed.of([3.0, 1.0, 2.0]) == Speed(2.0, 1.0, 3.0)
+
+
+def test_active_share_counts_the_chosen_experts() -> None:
+    active = sum(
+        spec.count * (0.5 if spec.expert is not None else 1.0)
+        for spec in tensor_specs(SMALL)  # two of four
+    )
+    assert active_share(SMALL) == pytest.approx(active / parameter_count(SMALL))
+    untied = replace(SMALL, tie_word_embeddings=False)
+    more = untied.hidden_size * (untied.vocab_size + 1 - untied.vocab_size)
+    assert active_share(untied) == pytest.approx((active + more) / parameter_count(untied))
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"prompt": 0}, {"decode": 0}, {"repeats": 0}])
+def test_bad_options(byte_model: Path, options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="needs 1 or more"):
+        bench([byte_model], **options)
+
+
+def test_bad_paths(byte_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no artifact was given"):
+        bench([])
+    with pytest.raises(InputError, match="does not exist"):
+        bench([byte_model, tmp_path / "nothing"])
+
+
+def test_a_bad_checkpoint_is_the_users_mistake_and_ends_the_processes(byte_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((byte_model / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        bench([byte_model, broken], threads=1, prompt=1, decode=1, repeats=1)
+
+
+def test_machine() -> None:
+    found = machine()
+    assert found["torch"] is not None
+    assert 1 <= cpu_count() <= found["cores"]
+    assert copy_bandwidth(1) > 0
+    assert peak_rss_mb() > 10

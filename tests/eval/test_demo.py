@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo on the bundled model and a few tokens: what it writes, keeps and refuses. Timing has a test of its own."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mossquant.errors import InputError
+from mossquant.eval import demo as module
+from mossquant.eval.bench import BenchReport, Speed, Timing
+from mossquant.eval.demo import demo
+from mossquant.eval.demo_report import DemoReport
+from mossquant.eval.tables import demo_table
+from mossquant.outputs import json_bytes
+
+
+def _bench(paths: Sequence[str | Path], **options: Any) -> BenchReport:
+    speed = Speed(2.0, 1.0, 3.0)
+    timings = tuple(Timing(str(path), "", "", "", speed, speed, 1.0, 1.0, 1.0, 1) for path in paths)
+    return BenchReport({"cpu": "a cpu", "cores": 2}, 1, 1.0, 1, 1, 1, timings)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoReport, list[str]]:
+    """One run: its folder, its report and what it said."""
+    said: list[str] = []
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "bench", _bench)
+        report = demo(folder, tokens=300, threads=1, said=said.append)
+    return folder, report, said
+
+
+def test_the_table_has_original_int8_and_int4_as_checkpoint_and_onnx(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    _, report, _ = ran
+    rows = report.rows()
+    assert [(row.model, row.form) for row in rows] == [
+        ("original, bf16", "checkpoint"),
+        ("", ".onnx"),
+        ("int8", "checkpoint"),
+        ("", ".onnx"),
+        ("int4", "checkpoint"),
+        ("", ".onnx"),
+    ]
+    assert rows[0].candidate is None
+    divergence = [row.candidate.kl_mean for row in rows if row.candidate is not None]
+    assert divergence[0] < divergence[1] < divergence[3]
+    assert rows[0].bits_per_weight == 16
+    assert rows[2].bits_per_weight <= 8.7
+    assert rows[4].bits_per_weight <= 5.0
+    assert rows[5].file_bytes <= 1.08 * report.comparison.candidates[1].bytes
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(demo_table(report))
+    text = console.export_text()
+    assert "original, bf16" in text
+    assert "—" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert json.loads(json_bytes(report.to_json()))["version"] == 1
+
+
+def test_what_it_wrote_is_there_and_named_at_the_end(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    folder, report, _ = ran
+    names = {"tiny-int8", "tiny-int4", "tiny-onnx", "tiny-int8-onnx", "tiny-int4-onnx", "table.svg"}
+    assert {path.name for path in folder.iterdir()} == names
+    closing = "\n".join(report.closing())
+    assert all(name in closing for name in names)
+    assert report.generation.text
+    picture = (folder / "table.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_second_run_keeps_what_matches_and_makes_again_what_does_not(
+    ran: tuple[Path, DemoReport, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, first, said_first = ran
+    assert not any("kept" in line for line in said_first)
+    program = folder / "tiny-int4-onnx" / "model.onnx"
+    whole = program.read_bytes()
+    program.write_bytes(whole[:-1])
+    monkeypatch.setattr(module, "bench", _bench)
+    said: list[str] = []
+    again = demo(folder, tokens=300, threads=1, said=said.append)
+    assert sum("kept" in line for line in said) == 4
+    assert any("lowering" in line and "int4" in line for line in said)
+    assert program.read_bytes() == whole
+    assert again.comparison.to_json() == first.comparison.to_json()
+
+
+def test_it_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "tiny-int4").mkdir()
+    (tmp_path / "tiny-int4" / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="did not write"):
+        demo(tmp_path)
+    assert (tmp_path / "tiny-int4" / "precious.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        demo(tmp_path / "file")

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One PATH argument opens anything that runs, and nothing else."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import SMALL, random_model, write_model
+
+from mossquant.calibration.quantize import quantize
+from mossquant.errors import InputError
+from mossquant.eval.open import open_model, open_runner
+from mossquant.locate import BUNDLED, asset_folder
+from mossquant.targets.export import export
+
+BYTES = replace(SMALL, vocab_size=256)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A byte-level checkpoint, its int8 form and the .onnx of that."""
+    above = tmp_path_factory.mktemp("open")
+    found = {
+        "checkpoint": write_model(above / "model", random_model(BYTES)),
+        "quantized checkpoint": above / "int8",
+        "onnx": above / "onnx",
+    }
+    quantize(found["checkpoint"], found["quantized checkpoint"], recipe="int8")
+    export(found["quantized checkpoint"], found["onnx"])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "quantized checkpoint", "onnx"])
+def test_every_kind_opens_with_its_tokenizer(folders: dict[str, Path], kind: str) -> None:
+    opened = open_model(folders[kind], threads=1)
+    info = opened.runner.info
+    assert (info.kind, info.path, info.vocab_size) == (kind, str(folders[kind]), 256)
+    assert info.parameters == open_runner(folders["checkpoint"]).info.parameters
+    assert opened.tokenizer.sha256 is None
+    assert not opened.has_bundled_tokenizer
+    assert info.config["hidden_size"] == BYTES.hidden_size
+    assert info.weight_bytes > 0
+    logits, _ = opened.runner(np.array([[1, 2, 3]]), opened.runner.initial_state(1))
+    assert np.isfinite(logits).all()
+
+
+def test_the_program_file_is_the_artifact(folders: dict[str, Path]) -> None:
+    opened = open_model(folders["onnx"] / "model.onnx")
+    assert opened.folder == folders["onnx"]
+    assert opened.runner.info.kind == "onnx"
+
+
+def test_the_bundled_model_by_name() -> None:
+    opened = open_model(BUNDLED)
+    assert opened.folder == asset_folder(BUNDLED)
+    assert opened.has_bundled_tokenizer
+    assert opened.runner.info.weights == "bfloat16"
+
+
+def test_a_quantized_checkpoint_runs_with_the_activations_that_are_asked_for(folders: dict[str, Path]) -> None:
+    tokens = np.arange(40)[None]
+    found = {}
+    for activations in (None, "fp32", "planned", "int8_block"):
+        runner = open_runner(folders["quantized checkpoint"], activations=activations)
+        assert runner.info.activations == (activations or "fp32")
+        found[activations] = runner(tokens, runner.initial_state(1), logits="all")[0]
+    assert np.array_equal(found[None], found["fp32"])
+    assert np.array_equal(found["planned"], found["int8_block"])
+    assert 0 < np.abs(found["planned"] - found["fp32"]).max() < 1
+
+
+def test_activations_of_anything_else_can_only_be_confirmed(folders: dict[str, Path]) -> None:
+    assert open_runner(folders["onnx"], activations="int8_block").info.activations == "int8_block"
+    with pytest.raises(InputError, match="was exported with int8_block activations, not fp32"):
+        open_runner(folders["onnx"], activations="fp32")
+    with pytest.raises(InputError, match="has no planned activations"):
+        open_runner(folders["checkpoint"], activations="planned")
+    with pytest.raises(InputError, match="int7"):
+        open_runner(folders["quantized checkpoint"], activations="int7")
+
+
+def test_nothing_that_runs(tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "none", "does not exist"), (tmp_path, "holds neither")):
+        with pytest.raises(InputError, match=message):
+            open_model(path)
+    (tmp_path / "broken.onnx").write_bytes(b"not a program")
+    with pytest.raises(InputError, match=r"broken\.onnx"):
+        open_model(tmp_path / "broken.onnx")

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity passes what computes the same, and fails every planted fault."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from small import SMALL, random_model, write_model
+
+from mossquant.activation_formats import activation_model, int8_block
+from mossquant.calibration.quantize import quantize
+from mossquant.eval import one_step as one_step_module
+from mossquant.eval.noise import with_noise
+from mossquant.eval.one_step import EXPLAINED_KL, one_step
+from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity_of
+from mossquant.eval.parity_measures import forms, growth
+from mossquant.quantized import QuantizedCheckpoint
+from mossquant.runner import Arrays, Floats, LogitsWanted, Runner, State, Tokens
+from mossquant.targets.torch.runner import TorchRunner
+
+POSITIONS, STREAM = 240, 2400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 checkpoint whose recipe plans int8 activations."""
+    above = tmp_path_factory.mktemp("parity")
+    model = random_model(replace(SMALL, vocab_size=256), seed=3)
+    quantize(write_model(above / "model", model), above / "int8", recipe="int8")
+    return above / "int8"
+
+
+@pytest.fixture(autouse=True)
+def _few_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where a fault is planted every position differs; a few of them show that rounding does not explain it.
+    monkeypatch.setattr(one_step_module, "EXPLAINED_AT_MOST", 40)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    """A stream of random bytes."""
+    return np.random.default_rng(0).integers(0, 256, STREAM, np.int64)
+
+
+def _check(folder: Path, tokens: Tokens, artifact: Runner, *, quantized_activations: bool = True) -> list[Check]:
+    plain = TorchRunner.open(folder)
+    reference = TorchRunner.open(folder, activations="planned") if quantized_activations else plain
+    unquantized = plain if quantized_activations else None
+    return list(parity_of(reference, artifact, tokens, positions=POSITIONS, unquantized_activations=unquantized))
+
+
+def _failed(checks: list[Check]) -> set[str]:
+    return {check.name.partition(":")[0] for check in checks if not check.passed}
+
+
+class Wrapped:
+    """Another Runner with something done to it."""
+
+    def __init__(self, inner: TorchRunner) -> None:
+        self.inner = inner
+        self.info = inner.info
+        self.initial_state = inner.initial_state
+        self.copy, self.read = inner.copy, inner.read
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        return self.inner(tokens, state, logits=logits)
+
+    def write(self, arrays: Arrays) -> State:
+        return self.inner.write(arrays)
+
+
+class Forgetful(Wrapped):
+    """Does not carry its state from call to call."""
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        found, _ = self.inner(tokens, state, logits=logits)
+        return found, self.inner.initial_state(tokens.shape[0])
+
+
+class SwappedStates(Wrapped):
+    """Writes zeros into one state array."""
+
+    def write(self, arrays: Arrays) -> State:
+        changed: dict[str, NDArray[np.float32]] = dict(arrays)
+        changed["layers.1.mixer.conv"] = np.zeros_like(changed["layers.1.mixer.conv"])
+        return self.inner.write(changed)
+
+
+class Noisy(Wrapped):
+    """Adds rounding of fp32 size to the logits, as another runtime would."""
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        found, state = self.inner(tokens, state, logits=logits)
+        noise = np.random.default_rng(tokens.size).standard_normal(found.shape)
+        return (found + 1e-6 * noise).astype(np.float32), state
+
+
+@pytest.mark.parametrize("activations", ["planned", "fp32"])
+def test_the_same_arithmetic_passes(folder: Path, tokens: Tokens, activations: str) -> None:
+    artifact = Noisy(TorchRunner.open(folder, activations=activations, form="sequential"))
+    checks = _check(folder, tokens, artifact, quantized_activations=activations == "planned")
+    assert _failed(checks) == set()
+    assert any(check.value > 0 for check in checks)
+
+
+def _blocks_of_16(name: str, x: torch.Tensor) -> torch.Tensor:
+    return int8_block(x, 16) if x.shape[-1] > 16 else x
+
+
+def _scale_128(name: str, x: torch.Tensor) -> torch.Tensor:
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    scale = padded.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 128
+    codes = torch.round(padded / scale).clamp(-128, 127)
+    return (codes * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+FAULTS = ["blocks of 16", "scale max/128", "one site in fp32", "one expert in fp32", "all sites in fp32"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_activations_fails(folder: Path, tokens: Tokens, fault: str) -> None:
+    planned = activation_model(QuantizedCheckpoint.open(folder))
+
+    def one_site_in_fp32(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x if name == "backbone.layers.1.mixer.out_proj.weight" else planned(name, x)
+
+    def one_expert_in_fp32(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x if name == "backbone.layers.1.mlp.experts.2.w1.weight" else planned(name, x)
+
+    models = {
+        "blocks of 16": _blocks_of_16,
+        "scale max/128": _scale_128,
+        "one site in fp32": one_site_in_fp32,
+        "one expert in fp32": one_expert_in_fp32,
+        "all sites in fp32": None,
+    }
+    artifact = TorchRunner.open(folder).with_activation(models[fault], name=fault)
+    assert "one step" in _failed(_check(folder, tokens, artifact))
+
+
+def test_a_state_that_is_not_carried_fails_the_free_run_and_the_forms(folder: Path, tokens: Tokens) -> None:
+    artifact = Forgetful(TorchRunner.open(folder, activations="planned"))
+    failed = _failed(_check(folder, tokens, artifact))
+    assert {"free run", "one step", "token by token against one call", "split against one call"} <= failed
+
+
+def test_a_state_array_that_is_not_written_fails_one_step(folder: Path, tokens: Tokens) -> None:
+    artifact = SwappedStates(TorchRunner.open(folder, activations="planned"))
+    assert _failed(_check(folder, tokens, artifact)) == {"one step"}
+
+
+def test_int8_activations_in_place_of_fp32_fail_everything_tight(folder: Path, tokens: Tokens) -> None:
+    artifact = TorchRunner.open(folder, activations="planned")
+    failed = _failed(_check(folder, tokens, artifact, quantized_activations=False))
+    assert {"one step", "free run"} <= failed
+
+
+def test_one_step_visits_as_many_positions_as_asked_and_counts_ties(folder: Path, tokens: Tokens) -> None:
+    runner = TorchRunner.open(folder)
+    found = one_step(runner, TorchRunner.open(folder), tokens, positions=POSITIONS)
+    assert found.kl.shape == found.margin.shape == found.state_error.shape == (POSITIONS,)
+    # One Runner steps eight rows at a time, the other sixty-four: sums are rounded in another order.
+    assert np.abs(found.kl).max() < ONE_STEP_MAX_KL_FP32
+    assert np.median(found.state_error) < ONE_STEP_MEDIAN_STATE
+    assert found.margin.min() >= 0
+    assert not found.unexplained.any()
+    assert len(np.unique(found.margin)) > POSITIONS // 2
+
+
+def test_a_code_that_rounding_turned_is_explained_and_a_fault_is_not(folder: Path, tokens: Tokens) -> None:
+    reference = TorchRunner.open(folder, activations="planned")
+    noisy = with_noise(reference)
+    assert noisy is not None
+    found = one_step(reference, noisy, tokens, positions=STREAM)
+    turned = found.kl > EXPLAINED_KL
+    # Noise is what would explain it; here each step has noise of its own, which another repetition must find again.
+    assert turned.sum() >= 3
+    assert found.unexplained.sum() <= 0.2 * turned.sum()
+    assert with_noise(TorchRunner.open(folder)) is None
+
+
+def test_growth_sees_a_trend_and_no_trend() -> None:
+    noise = np.abs(np.random.default_rng(0).standard_normal(20_000)) * 1e-5
+    assert not growth(noise, skip=1024).grows
+    found = growth(noise + np.arange(20_000) * 1e-9, skip=1024)
+    assert found.grows
+    assert found.per_10k == pytest.approx(1e-5, rel=0.1)
+    assert growth(noise[:600], skip=0).interval is None
+
+
+def test_forms_of_a_faithful_runner_agree(folder: Path, tokens: Tokens) -> None:
+    found: Mapping[str, NDArray[np.float64]] = forms(TorchRunner.open(folder), tokens[:100])
+    assert set(found) == {"token by token", "split"}
+    for kl in found.values():
+        assert kl.shape == (100,)
+        assert np.abs(kl).max() < 1e-8
