@@ -221,7 +221,7 @@ class Trainer:
             "config": self.model.config.to_json(torch_dtype="float32"),
             "schedule": asdict(self.schedule),
             "tokens": len(self.tokens),
-            "tokens_sha256": hashlib.sha256(np.ascontiguousarray(self.tokens.astype(np.int32))).hexdigest(),
+            "tokens_sha256": hashlib.sha256(self.tokens.astype(np.int32).tobytes()).hexdigest(),
         }
 
     def restore(self, path: Path) -> None:
