@@ -30,6 +30,7 @@ from mossquant.text import Tokenizer, bundled_text
 OUTPUT = Path(__file__).resolve().parent.parent / "mossquant" / "assets" / "tiny" / "README.md"
 CHUNK = 512
 ABLATION_TOKENS = 32768
+SMALL_COST = 1e-3
 
 
 def losses(model: MossNet, tokens: Tensor, reroute: Reroute | None = None) -> np.ndarray:
@@ -104,10 +105,14 @@ def main() -> None:
     part = tokens[: ABLATION_TOKENS + 1]
     base = losses(model, part).mean()
     random_cost = {kind: losses(model, part, at_random(0, kind)).mean() - base for kind in ("mixer", "mlp", "")}
-    removed = {
-        name: [losses(model, part, without(name, e)).mean() - base for e in range(len(count))]
-        for name, count in sorted(counts.items())
-    }
+    removed: dict[str, list[str]] = {}
+    for name, count in sorted(counts.items()):
+        removed[name] = []
+        for e in range(len(count)):
+            cost, mark = losses(model, part, without(name, e)).mean() - base, ""
+            if cost < SMALL_COST:
+                cost, mark = losses(model, tokens, without(name, e)).mean() - whole.mean(), " *"
+            removed[name].append(f"{cost:+.5f}{mark}")
 
     lines = [
         "# tiny: the bundled MossNet",
@@ -163,14 +168,14 @@ def main() -> None:
         f"| both drawn at random | +{random_cost['']:.3f} nats a token |",
         "",
         f"Each expert: its share of the choices (1 is fair), and what removing it costs in nats a token on the first "
-        f"{ABLATION_TOKENS:,} tokens.",
+        f"{ABLATION_TOKENS:,} tokens; where that is less than {SMALL_COST} it is measured again on the whole text (*).",
         "",
         "| router | " + " | ".join(f"expert {e}" for e in range(config.ssm_experts(0))) + " |",
         "| --- |" + " ---: |" * config.ssm_experts(0),
     ]
     for name, costs in removed.items():
         count = counts[name]
-        cells = [f"{c / count.mean():.2f}, {cost:+.4f}" for c, cost in zip(count, costs, strict=True)]
+        cells = [f"{c / count.mean():.2f}, {cost}" for c, cost in zip(count, costs, strict=True)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     OUTPUT.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

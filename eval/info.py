@@ -73,6 +73,7 @@ class InfoReport:
         kind: "checkpoint", "quantized checkpoint" or "onnx".
         weights: stored type, or recipe name.
         config: the model's shape.
+        torch_dtype: stored type of the full-precision model.
         parameters: of the full-precision model.
         active_parameters: those that one token uses.
         weight_bytes: stored for the weights.
@@ -88,6 +89,7 @@ class InfoReport:
     kind: str
     weights: str
     config: MossNetConfig
+    torch_dtype: str
     parameters: int
     active_parameters: int
     weight_bytes: int
@@ -115,7 +117,7 @@ class InfoReport:
             "path": self.path,
             "kind": self.kind,
             "weights": self.weights,
-            "config": self.config.to_json(torch_dtype="float32"),
+            "config": self.config.to_json(torch_dtype=self.torch_dtype),
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "weight_bytes": self.weight_bytes,
@@ -158,6 +160,7 @@ def _of_checkpoint(located: Located) -> InfoReport:
         kind=located.kind,
         weights=checkpoint.torch_dtype,
         config=checkpoint.config,
+        torch_dtype=checkpoint.torch_dtype,
         parameters=checkpoint.parameters,
         active_parameters=round(checkpoint.parameters * active_share(checkpoint.config)),
         weight_bytes=checkpoint.stored_bytes,
@@ -191,6 +194,7 @@ def _of_quantized(located: Located) -> InfoReport:
         kind=located.kind,
         weights=quantized.recipe_name,
         config=quantized.config,
+        torch_dtype=quantized.manifest.parent.torch_dtype,
         parameters=quantized.parameters,
         active_parameters=round(quantized.parameters * active_share(quantized.config)),
         weight_bytes=quantized.payload_bytes,

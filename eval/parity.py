@@ -168,6 +168,11 @@ def parity(
     passage = held_out_passage(
         [OpenModel(located, plain), program], text=text, tokens=stream + 1, allow_seen=allow_seen, allow_fewer=True
     )
+    if passage.predicted < positions:
+        raise InputError(
+            f"the text has {passage.predicted} tokens to predict, too few for {positions} positions; give a longer "
+            "text, or fewer with --positions"
+        )
     checks = parity_of(
         modelled,
         program.runner,

@@ -185,11 +185,11 @@ def scientific(value: float) -> str:
 
 
 def _divergence(found: Candidate) -> str:
-    """Mean and, below, its interval: both with the mean's exponent."""
+    """Mean; below it its interval, both with the mean's exponent; below that the median."""
     if found.kl_ci95 is None or found.kl_mean <= 0:
         return scientific(found.kl_mean)
     (mean, low, high), exponent = _scaled(found.kl_mean, found.kl_ci95.low, found.kl_ci95.high)
-    return f"{mean:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}"
+    return f"{mean:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}\nmedian {scientific(found.kl_median)}"
 
 
 def _with_margin(found: Candidate) -> str:

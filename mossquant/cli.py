@@ -11,20 +11,15 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mossquant.errors import InputError, printable
+from mossquant.errors import InputError
 from mossquant.release import release
-
-if TYPE_CHECKING:
-    from mossquant.trainer import Progress as TrainingProgress
+from mossquant.terminal import ReaderGone, Terminal, drop_stdout
 
 __all__ = ["app", "main"]
 
@@ -43,33 +38,12 @@ _GATE_FAILED, _BAD_INPUT, _UNFORESEEN, _STOPPED = 1, 2, 70, 130
 # Errors of the system that are the user's to mend, not ours: a full disk, a file-size limit, a forbidden folder.
 _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
-_PIPED_WIDTH = 10_000
-"""Characters of a line where nothing says how wide it may be: tables in a file or a pipe get the width they need."""
 _MOST_THREADS = 1024
 _MOST_TOKENS = 1 << 24
 _MOST_SEED = (1 << 63) - 1
-_STEPS_A_LINE = 100
 _REPORT = b'{\n "version": '
 
-
-class _Console(Console):
-    """Plain text, nothing in it read as markup. Once the reader has gone (`| head`) it is silent: the verb goes on, so
-    that what it writes is whole and its exit status is its own."""
-
-    def __init__(self, *, stderr: bool) -> None:
-        stream = sys.stderr if stderr else sys.stdout
-        piped = "COLUMNS" not in os.environ and not (stream is not None and stream.isatty())
-        width = _PIPED_WIDTH if piped else None
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        _drop_stdout()
-
-
-_out = _Console(stderr=False)
-_err = _Console(stderr=True)
-_quiet = False
+_terminal = Terminal(quiet=False)
 
 
 class _Reported(Protocol):
@@ -102,7 +76,7 @@ def options(
     show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
     if show_version:
-        _show(f"mossquant {release()}")
+        _terminal.show(f"mossquant {release()}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -119,9 +93,9 @@ def demo(output: Output = Path("demo"), tokens: Tokens = 65536, threads: Threads
     from mossquant.eval.tables import demo_table
 
     _json_free(json, output)
-    with _bar("measuring") as shown:
-        report = run(output, tokens=tokens or 65536, threads=threads, said=_say, progress=shown)
-    _show(demo_table(report), *report.closing())
+    with _terminal.bar("measuring") as shown:
+        report = run(output, tokens=tokens or 65536, threads=threads, said=_terminal.say, progress=shown)
+    _terminal.show(demo_table(report), *report.closing())
     _write_json(json, report)
 
 
@@ -136,7 +110,7 @@ def info(path: Model, json: Json = None) -> None:
 
     _json_free(json)
     report = run(path)
-    _show(*info_tables(report))
+    _terminal.show(*info_tables(report))
     _write_json(json, report)
 
 
@@ -175,7 +149,7 @@ def train(
     if not 0 < learning_rate < 1:
         raise InputError(f"--learning-rate {learning_rate} is not between 0 and 1; 0.003 suits the presets")
     schedule = Schedule(steps=steps, batch=batch, window=window, peak_lr=learning_rate, seed=seed)
-    with _training_bar(steps) as shown:
+    with _terminal.training_bar(steps) as shown:
         trained = run(
             preset,
             text,
@@ -187,9 +161,9 @@ def train(
             work=work,
             force=force,
             shown=shown,
-            said=_say,
+            said=_terminal.say,
         )
-    _show(f"{trained.output}: {trained.tokens:,} tokens seen, {trained.loss:.3f} nats a token at the end")
+    _terminal.show(f"{trained.output}: {trained.tokens:,} tokens seen, {trained.loss:.3f} nats a token at the end")
 
 
 @app.command("import")
@@ -211,8 +185,8 @@ def import_(
 
     imported = import_mamba(source, output, tokenizer=tokenizer, dtype=dtype, force=force)
     for note in imported.notes:
-        _say(note)
-    _show(f"{output}: imported; quantize it with: {_command('quantize', output, '-r', 'int4', '-o', f'{output}-int4')}")
+        _terminal.say(note)
+    _terminal.show(f"{output}: imported; quantize it with: {_next('quantize', output, '-o', f'{output}-int4')}")
 
 
 @app.command()
@@ -236,11 +210,11 @@ def quantize(
     _json_free(json, output)
     if output is None and not dry_run:
         raise InputError("no output folder was given; say where to write with -o FOLDER, or look first with --dry-run")
-    with _named_bar("quantizing") as shown:
+    with _terminal.named_bar("quantizing") as shown:
         plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
-    _show(*plan_tables(plan))
+    _terminal.show(*plan_tables(plan))
     if output is not None and not dry_run:
-        _show(f"{output}: lower it with: {_command('export', output, '--target', 'onnx', '-o', f'{output}-onnx')}")
+        _terminal.show(f"{output}: lower it with: {_next('export', output, '-o', f'{output}-onnx')}")
     _write_json(json, plan)
 
 
@@ -252,7 +226,7 @@ def recipes() -> None:
     """
     from mossquant.eval.tables import recipe_tables
 
-    _show(*recipe_tables())
+    _terminal.show(*recipe_tables())
 
 
 @app.command()
@@ -272,11 +246,11 @@ def export(
     """
     from mossquant.targets.export import export as run
 
-    with _named_bar("lowering") as shown:
+    with _terminal.named_bar("lowering") as shown:
         artifact = run(model, output, target=target, activations=activations, force=force, progress=shown)
     for note in artifact.notes:
-        _say(note)
-    _show(f"{artifact.program}: {artifact.bytes:,} bytes; verify it with: {_command('verify', model, output)}")
+        _terminal.say(note)
+    _terminal.show(f"{artifact.program}: {artifact.bytes:,} bytes; verify it with: {_next('verify', model, output)}")
 
 
 @app.command()
@@ -298,7 +272,7 @@ def perplexity(
     from mossquant.eval.tables import perplexity_table
 
     _json_free(json)
-    with _bar("measuring") as shown:
+    with _terminal.bar("measuring") as shown:
         report = run(
             model,
             text=text,
@@ -309,7 +283,7 @@ def perplexity(
             allow_seen=allow_seen,
             progress=shown,
         )
-    _show(perplexity_table(report))
+    _terminal.show(perplexity_table(report))
     _write_json(json, report)
 
 
@@ -339,7 +313,7 @@ def compare(
 
     _json_free(json)
     gate = None if max_ppl_increase is None else _percent(max_ppl_increase)
-    with _bar("measuring") as shown:
+    with _terminal.bar("measuring") as shown:
         report = run(
             base,
             candidates,
@@ -352,10 +326,10 @@ def compare(
             allow_seen=allow_seen,
             progress=shown,
         )
-    _show(comparison_table(report))
+    _terminal.show(comparison_table(report))
     _write_json(json, report)
     if report.gate_failed:
-        _err.print(f"gate failed: perplexity rose by more than {max_ppl_increase}", soft_wrap=True)
+        _terminal.warn(f"gate failed: perplexity rose by more than {max_ppl_increase}")
         raise typer.Exit(_GATE_FAILED)
 
 
@@ -378,7 +352,7 @@ def verify(
     from mossquant.eval.verify import verify as run
 
     _json_free(json)
-    with _bar("comparing") as shown:
+    with _terminal.bar("comparing") as shown:
         report = run(
             quantized,
             artifacts,
@@ -389,11 +363,11 @@ def verify(
             threads=threads,
             progress=shown,
         )
-    _show(parity_table(report))
+    _terminal.show(parity_table(report))
     _write_json(json, report)
     if not report.passed:
         for line in report.failures():
-            _err.print(line, soft_wrap=True)
+            _terminal.warn(line)
         raise typer.Exit(_GATE_FAILED)
 
 
@@ -428,9 +402,9 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop or (),
-        on_text=_write,
+        on_text=_terminal.write,
     )
-    _write("\n")
+    _terminal.write("\n")
 
 
 @app.command()
@@ -450,20 +424,20 @@ def bench(
     from mossquant.eval.tables import bench_table
 
     _json_free(json)
-    with _bar("timing") as shown:
+    with _terminal.bar("timing") as shown:
         report = run(paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, progress=shown)
-    _show(bench_table(report))
+    _terminal.show(bench_table(report))
     _write_json(json, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. `arguments` are without the program's name."""
-    global _out, _err, _quiet
+    global _terminal
     given = list(sys.argv[1:] if arguments is None else arguments)
     # After "--" there are no options: a prompt may be spelled like one.
     end = given.index("--") if "--" in given else len(given)
     ours, rest = given[:end], given[end:]
-    _out, _err, _quiet, debug = _Console(stderr=False), _Console(stderr=True), _QUIET in ours, _DEBUG in ours
+    _terminal, debug = Terminal(quiet=_QUIET in ours), _DEBUG in ours
     try:
         command = typer.main.get_command(app)
         words = [word for word in ours if word not in (_QUIET, _DEBUG)] + rest
@@ -471,6 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.invoke(context)
     except typer.Exit as ended:
         return ended.exit_code
+    except ReaderGone:
+        return 0
     except InputError as error:
         return _refuse(str(error))
     except typer.exceptions.TyperException as error:
@@ -480,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _refuse(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another path")
         return _unforeseen(error, debug)
     except KeyboardInterrupt:
-        _complain("stopped")
+        _terminal.complain("stopped")
         return _STOPPED
     except Exception as error:  # the one place where anything may be caught: it becomes status 70
         return _unforeseen(error, debug)
@@ -495,7 +471,7 @@ def _usage(error: typer.exceptions.TyperException) -> str:
 
 
 def _refuse(message: str) -> int:
-    _complain(message)
+    _terminal.complain(message)
     return _BAD_INPUT
 
 
@@ -503,91 +479,16 @@ def _unforeseen(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     name = type(error).__name__
-    _complain(
+    _terminal.complain(
         f"an error that we did not foresee ({name}: {' '.join(str(error).split())[:200]}); "
         "please report it, with the output of the same command and --debug"
     )
     return _UNFORESEEN
 
 
-def _complain(message: str) -> None:
-    sys.stderr.write(f"mossquant: {printable(message)}\n")
-
-
-def _show(*parts: RenderableType) -> None:
-    """Print results: tables, and lines of text, which are never broken."""
-    for part in parts:
-        if isinstance(part, str):
-            _out.print(printable(part), soft_wrap=True)
-        else:
-            _out.print(part, crop=False)
-
-
-def _say(line: str) -> None:
-    """Print a note, unless --quiet."""
-    if not _quiet:
-        _err.print(printable(line), soft_wrap=True)
-
-
-def _write(piece: str) -> None:
-    """Print a piece of a text that is being generated; ends the verb once the reader has gone (`| head`)."""
-    try:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_stdout()
-        raise typer.Exit from None
-
-
-def _drop_stdout() -> None:
-    """Send what is still to be printed nowhere: else Python complains about it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _command(*words: str | Path) -> str:
+def _next(*words: str | Path) -> str:
     """A command to try next, for a shell."""
     return shlex.join(["mossquant", *map(str, words)])
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, as a function of (done, all)."""
-    with _named_bar(what) as shown:
-        yield lambda done, total: shown("", done, total)
-
-
-@contextmanager
-def _named_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, as a function of (name of what is being worked on, done, all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=_quiet or not _err.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-
-        def shown(name: str, done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, description=f"{what} {name}".rstrip())
-
-        yield shown
-
-
-@contextmanager
-def _training_bar(steps: int) -> Iterator[Callable[["TrainingProgress"], None]]:
-    """Progress of a training, from its first step on: a bar on a terminal, a line now and then elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=_err, disable=_quiet or not _err.is_terminal)
-    task = progress.add_task("training", total=steps)
-
-    def shown(step: "TrainingProgress") -> None:
-        text = f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s"
-        if _err.is_terminal:
-            progress.start()
-            progress.update(task, completed=step.step, description=text)
-        elif step.step % _STEPS_A_LINE == 0:
-            _say(f"step {step.step} of {steps}: {text}")
-
-    try:
-        yield shown
-    finally:
-        progress.stop()
 
 
 def _json_free(path: Path | None, output: Path | None = None) -> None:
@@ -648,7 +549,7 @@ def run() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        _drop_stdout()
+        drop_stdout()
     sys.exit(status)
 
 

@@ -14,7 +14,7 @@ __all__ = ["BUNDLED", "Kind", "Located", "asset_folder", "locate"]
 Kind = Literal["checkpoint", "quantized checkpoint", "onnx"]
 
 BUNDLED = "tiny"
-"""Name of the checkpoint that ships in the package."""
+"""Name of the checkpoint that ships in the package. It always means that one; a folder of this name is `./tiny`."""
 
 _PROGRAMS: dict[str, Kind] = {".onnx": "onnx"}
 
@@ -69,7 +69,7 @@ def _locate(text: str) -> Located:
     if not text:
         raise InputError(f"an empty path was given; give a checkpoint folder, an artifact, or the name {BUNDLED}")
     path = Path(text)
-    if text == BUNDLED and not path.exists():
+    if text == BUNDLED:
         return Located(text, asset_folder(BUNDLED), "checkpoint")
     if not path.exists():
         raise InputError(f"{text} does not exist; give a checkpoint folder, an artifact, or the name {BUNDLED}")

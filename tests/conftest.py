@@ -7,7 +7,9 @@ import pytest
 import torch
 from small import random_model, write_model
 
+from mossquant.calibration.quantize import quantize
 from mossquant.config import MossNetConfig
+from mossquant.targets.export import export
 
 torch.set_num_threads(1)
 
@@ -35,3 +37,19 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its checkpoint, in bf16, with routers that decide. Not to be changed: copy it first."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     return write_model(folder, random_model(TINY, seed=7, dtype=torch.float32), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(checkpoint_folder: Path) -> Path:
+    """What recipe int4 makes of it. Not to be changed."""
+    folder = checkpoint_folder.with_name("tiny-int4")
+    quantize(checkpoint_folder, folder, recipe="int4")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def artifact_folder(quantized_folder: Path) -> Path:
+    """The .onnx of that, with int8 activations. Not to be changed."""
+    folder = quantized_folder.with_name("tiny-int4-onnx")
+    export(quantized_folder, folder)
+    return folder

@@ -41,7 +41,8 @@ def test_the_bundled_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     assert locate("tiny").path == asset_folder("tiny")
     own = folder(tmp_path / "tiny", config={"model_type": "mossnet"})
-    assert locate("tiny").path.resolve() == own, "a folder of that name is what the user means"
+    assert locate("tiny").path == asset_folder("tiny"), "the name means one model wherever it is used"
+    assert locate("./tiny").path.resolve() == own
 
 
 def test_refused(tmp_path: Path) -> None:
