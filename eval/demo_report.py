@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo found: the original, int8 and int4, each as PyTorch runs the checkpoint and as its .onnx."""
 
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +83,7 @@ class DemoReport:
     def closing(self) -> list[str]:
         """What stands below the table: paths, what the smallest artifact writes, what to try next."""
         int4, program = self.checkpoints["int4"], self.artifacts["int4"]
+        command = _command()
         paths = [*self.checkpoints.values(), *self.artifacts.values(), self.picture]
         return [
             "",
@@ -92,10 +95,10 @@ class DemoReport:
             *(f"    {path}" for path in paths),
             "",
             "Try next:",
-            f'    mossquant generate {program} "import os" --max-tokens 64',
-            f"    mossquant info {program}",
-            f"    mossquant verify {int4} {program}",
-            "    mossquant quantize YOUR-MODEL --recipe int4 -o YOUR-MODEL-int4",
+            f'    {command} generate {program} "def main(" --temperature 0.8 --max-tokens 64',
+            f"    {command} info {program}",
+            f"    {command} verify {int4} {program}",
+            f"    {command} quantize YOUR-MODEL --recipe int4 -o YOUR-MODEL-int4",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -107,6 +110,14 @@ class DemoReport:
             "prompt": self.prompt,
             "continuation": self.generation.text,
         }
+
+
+def _command() -> str:
+    """How this command is called: by its name, or by its path where the name is not found (`make demo`)."""
+    called = Path(sys.argv[0])
+    if shutil.which("mossquant") or called.name != "mossquant":
+        return "mossquant"
+    return str(called)
 
 
 def _row(model: str, form: str, candidate: Candidate, timed: Mapping[str, Timing]) -> DemoRow:

@@ -77,7 +77,11 @@ def parity_table(report: VerifyReport) -> Table:
             rows.append((artifact, "", "", ""))
             shown = artifact
         rows.append((f"  {name}", value, bound, verdict))
-    return grid([("check", "left"), ("found", "right"), ("at most", "right"), ("", "left")], rows)
+    verdicts = [row[3] for row in rows if row[3]]
+    caption = (
+        f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
+    )
+    return grid([("check", "left"), ("found", "right"), ("at most", "right"), ("", "left")], rows, caption=caption)
 
 
 def bench_table(report: BenchReport) -> Table:

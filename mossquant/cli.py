@@ -306,7 +306,7 @@ def compare(
 ) -> None:
     """Measure candidates against the original on the same tokens: perplexity, KL, top-1 agreement, bytes.
 
-    Example: mossquant compare tiny tiny-int4 tiny-int4-onnx --max-ppl-increase 2%
+    Example: mossquant compare tiny tiny-int4 tiny-int4-onnx --max-ppl-increase 6%
     """
     from mossquant.eval.compare import compare as run
     from mossquant.eval.tables import comparison_table

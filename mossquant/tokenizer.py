@@ -262,7 +262,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *, force:
     if found < vocab_size:
         raise InputError(
             f"the text has pairs to merge for a BPE of {found} entries, and {vocab_size} were asked for: "
-            f"give more text, or ask for {found}"
+            f"give more text, or train on bytes (--tokenizer bytes)"
         )
     with new_file(path, force=force) as partial:
         library.save(str(partial), pretty=True)

@@ -53,3 +53,19 @@ def artifact_folder(quantized_folder: Path) -> Path:
     folder = quantized_folder.with_name("tiny-int4-onnx")
     export(quantized_folder, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4,320 bytes of text, with characters of several bytes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(("The quick brown fox – größer als zuvor – jumps over the lazy dog. " * 60).encode())
+    return path
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where commands write; their input lies elsewhere, so that whatever appears here was left behind."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    return folder

@@ -404,7 +404,9 @@ def test_no_token_crosses_a_cut(tmp_path: Path) -> None:
     assert pieces == ["x", " =", " [(", "123", "456", "7", ")]\n        ", "return", " self", ".value", "\n"]
 
 
-@pytest.mark.parametrize(("size", "match"), [(256, "at least 257 entries"), (4000, "give more text, or ask for")])
+@pytest.mark.parametrize(
+    ("size", "match"), [(256, "at least 257 entries"), (4000, "give more text, or train on bytes")]
+)
 def test_training_says_when_it_cannot(tmp_path: Path, size: int, match: str) -> None:
     with pytest.raises(InputError, match=match):
         train_tokenizer(corpus(), size, tmp_path / "t.json")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the command line in this process, in a forked copy of it, or in one of its own."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from mossquant import cli
+
+__all__ = [
+    "COMMAND",
+    "Outcome",
+    "command",
+    "forked",
+    "making",
+    "measuring",
+    "process",
+    "reading",
+    "refused",
+    "tree",
+    "writing",
+]
+
+# -P: the folder that pytest runs in must not hide the installed package.
+COMMAND = [sys.executable, "-P", "-m", "mossquant"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit status, stdout and stderr."""
+
+    status: int
+    out: str
+    err: str
+
+
+def command(*words: object, stdin: bytes = b"") -> Outcome:
+    """Run a command in this process."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            status = cli.main([str(word) for word in words])
+    finally:
+        sys.stdin = before
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def refused(folder: Path, *words: object, stdin: bytes = b"") -> str:
+    """Run a command that must be refused: status 2, one line on stderr, nothing on stdout, nothing left in `folder`.
+
+    Returns what it says.
+    """
+    before = tree(folder)
+    found = command(*words, stdin=stdin)
+    assert found.status == 2, found
+    assert found.out == ""
+    assert found.err.startswith("mossquant: "), found.err
+    assert found.err.endswith("\n"), found.err
+    assert found.err.count("\n") == 1, found.err
+    assert found.err.removesuffix("\n").isprintable(), found.err
+    assert "Traceback" not in found.err
+    assert "did not foresee" not in found.err
+    assert tree(folder) == before, "something was left behind"
+    return found.err
+
+
+def process(*words: object, stdin: bytes = b"", limit_bytes: int | None = None) -> Outcome:
+    """Run a command as a user does; no file may grow above `limit_bytes`."""
+
+    def limit() -> None:
+        import resource
+
+        assert limit_bytes is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    found = subprocess.run(
+        [*COMMAND, *map(str, words)],
+        input=stdin,
+        capture_output=True,
+        check=False,
+        preexec_fn=None if limit_bytes is None else limit,
+    )
+    return Outcome(found.returncode, found.stdout.decode(), found.stderr.decode())
+
+
+def forked(*words: object, before: Callable[[], object], killed_after: float | None = None) -> int:
+    """Run a command in a forked copy of this process, which first calls `before`; its wait status.
+
+    With `killed_after` it is killed so many seconds later, unless it has ended by then.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                before()
+                os._exit(cli.main([str(word) for word in words]))
+        finally:
+            os._exit(99)
+    if killed_after is not None:
+        time.sleep(killed_after)
+        os.kill(child, signal.SIGKILL)  # a process that has ended, and was not waited for yet, takes no notice
+    return os.waitpid(child, 0)[1]
+
+
+def tree(folder: Path) -> list[tuple[str, int, int]]:
+    """Everything in a folder, hidden files too: name, kind and size."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        found.append((str(path.relative_to(folder)), status.st_mode, 0 if path.is_dir() else status.st_size))
+    return found
+
+
+def reading(model: Path, good: Path, text: Path, out: Path) -> Iterator[list[object]]:
+    """Every verb that reads a checkpoint, quantized or not, or an artifact."""
+    yield ["info", model]
+    yield ["export", model, "-o", out]
+    yield ["perplexity", model, "--text", text]
+    yield ["compare", model, good, "--text", text]
+    yield ["compare", good, model, "--text", text]
+    yield ["generate", model, "hello", "--max-tokens", 2]
+
+
+def making(model: Path, out: Path) -> Iterator[list[object]]:
+    """Every verb that makes a checkpoint from another."""
+    yield ["quantize", model, "-o", out]
+    yield ["quantize", model, "--dry-run"]
+    yield ["import", model, "-o", out]
+
+
+def measuring(model: Path, artifact: Path, quantized: Path, text: object) -> Iterator[list[object]]:
+    """Every verb that measures on a text."""
+    yield ["perplexity", model, "--text", text]
+    yield ["compare", model, quantized, "--text", text]
+    yield ["verify", quantized, artifact, "--text", text]
+
+
+def writing(model: Path, text: Path, out: object) -> Iterator[list[object]]:
+    """Every verb that writes a folder."""
+    yield ["quantize", model, "-o", out]
+    yield ["export", model, "-o", out]
+    yield ["import", model, "-o", out]
+    yield ["train", "--tokenizer", "bytes", "--steps", 1, "--batch", 2, "--window", 8, "--text", text, "-o", out]
