@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts, options and outputs that cannot be used: exit status 2, one line, nothing left; and what is ours alone: 70."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import command, measuring, process, reading, refused, writing
+
+from mossquant.outputs import file_sha256
+
+NESTED = 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("empty", b"", "is empty: give a file with text in it"),
+        ("nowhere", None, "there is no such text file"),
+        ("one byte", b"x", "are too few"),
+    ],
+)
+def test_bad_texts(
+    name: str,
+    data: bytes | None,
+    message: str,
+    checkpoint_folder: Path,
+    quantized_folder: Path,
+    artifact_folder: Path,
+    tmp_path: Path,
+    place: Path,
+) -> None:
+    path = tmp_path / "text.txt"
+    if data is not None:
+        path.write_bytes(data)
+    for words in measuring(checkpoint_folder, artifact_folder, quantized_folder, path):
+        assert message in refused(place, *words), words
+    for tokenizer in ("bytes", "bpe"):
+        words = ["train", "--text", path, "--tokenizer", tokenizer, "-o", place / "out"]
+        assert ("has 1 bytes" if data else message) in refused(place, *words).replace("has 2 bytes", "has 1 bytes")
+    if not data:
+        assert message in refused(place, "generate", checkpoint_folder, "--prompt-file", path)
+
+
+def test_text_that_is_not_utf8(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
+    """Every tokenizer but bytes needs UTF-8, and says where it is not."""
+    path = tmp_path / "text.txt"
+    path.write_bytes("größer ".encode("latin-1") * 100)
+    for words in (
+        ["perplexity", "tiny", "--text", path],
+        ["compare", "tiny", "tiny", "--text", path],
+        ["train", "--text", path, "-o", place / "out"],
+        ["generate", "tiny", "--prompt-file", path],
+    ):
+        assert "is not UTF-8 at byte 2 (0xf6): convert it to UTF-8; only a byte-level model" in refused(place, *words)
+    assert command("perplexity", checkpoint_folder, "--text", path).status == 0
+
+
+def test_text_that_the_model_has_seen(
+    checkpoint_folder: Path, quantized_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
+) -> None:
+    model = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    record = {"version": 1, "text": [{"sha256": file_sha256(text)}]}
+    (model / "training.json").write_text(json.dumps(record))
+    for words in (["perplexity", model], ["compare", model, quantized_folder], ["compare", quantized_folder, model]):
+        message = refused(place, *words, "--text", text)
+        assert "was used to train or calibrate" in message
+        assert "--allow-seen" in message
+    assert command("quantize", model, "-o", tmp_path / "quantized").status == 0
+    assert command("export", tmp_path / "quantized", "-o", tmp_path / "artifact").status == 0
+    for path in ("quantized", "artifact"):
+        assert "was used to train or calibrate" in refused(place, "perplexity", tmp_path / path, "--text", text)
+    found = command("perplexity", model, "--text", text, "--allow-seen")
+    assert found.status == 0
+    assert "trained or calibrated on it" in found.out
+    for data in (b"{", b"[]", b'{"version": 1, "text": [1]}', b"[" * NESTED):
+        (model / "training.json").write_bytes(data)
+        for words in reading(model, checkpoint_folder, text, place / "out"):
+            assert "training.json does not say which texts were seen" in refused(place, *words), words
+
+
+BAD_OPTIONS = [
+    ("perplexity MODEL --text TEXT --tokens 1", "Invalid value for '--tokens'"),
+    ("perplexity MODEL --text TEXT --tokens -5", "Invalid value for '--tokens'"),
+    ("perplexity MODEL --text TEXT --tokens many", "Invalid value for '--tokens'"),
+    ("perplexity MODEL --text TEXT --tokens 100000", "tokens, 100000 were asked for; give a longer text or fewer"),
+    ("compare MODEL MODEL --text TEXT --tokens 100000", "tokens, 100000 were asked for; give a longer text or fewer"),
+    ("demo --tokens 100000000 -o OUT", "100000000 tokens cannot be measured on; the held-out text has"),
+    ("perplexity MODEL --text TEXT --streams 0", "Invalid value for '--streams'"),
+    ("perplexity MODEL --text TEXT --streams 9000", "are too few for 9000 streams"),
+    ("perplexity MODEL --text TEXT --threads 0", "Invalid value for '--threads'"),
+    ("compare MODEL MODEL --text TEXT --threads -1", "Invalid value for '--threads'"),
+    ("verify QUANTIZED ARTIFACT --text TEXT --threads -1", "Invalid value for '--threads'"),
+    ("generate MODEL x --threads 1000000000", "Invalid value for '--threads'"),
+    ("bench MODEL --threads 0", "Invalid value for '--threads'"),
+    ("train --text TEXT -o OUT --threads 0", "Invalid value for '--threads'"),
+    ("perplexity MODEL --text TEXT --activations int3", "'int3' is not one of 'fp32', 'planned'"),
+    ("compare MODEL MODEL --text TEXT --max-ppl-increase x", "'x' is not a percentage"),
+    ("compare MODEL MODEL --text TEXT --max-ppl-increase 1%%", "'1%%' is not a percentage"),
+    ("compare MODEL MODEL --text TEXT --max-ppl-increase %", "'%' is not a percentage"),
+    ("compare MODEL MODEL --text TEXT --max-ppl-increase nan", "is not a number of per cent"),
+    ("compare MODEL MODEL --text TEXT --max-ppl-increase inf%", "is not a number of per cent"),
+    ("compare MODEL", "Missing argument 'CANDIDATE'"),
+    ("verify QUANTIZED", "Missing argument 'ARTIFACT'"),
+    ("verify QUANTIZED ARTIFACT --text TEXT --positions 0", "Invalid value for '--positions'"),
+    ("verify QUANTIZED ARTIFACT --text TEXT --stream 1", "Invalid value for '--stream'"),
+    ("generate MODEL x --temperature nan", "Invalid value for '--temperature'"),
+    ("generate MODEL x --temperature -1", "Invalid value for '--temperature'"),
+    ("generate MODEL x --temperature inf", "temperature is inf"),
+    ("generate MODEL x --top-p 0", "top_p is 0.0, needs more than 0 and at most 1"),
+    ("generate MODEL x --top-p 1.5", "top_p is 1.5, needs more than 0 and at most 1"),
+    ("generate MODEL x --top-p nan", "top_p is nan, needs more than 0 and at most 1"),
+    ("generate MODEL x --max-tokens 0", "Invalid value for '--max-tokens'"),
+    ("generate MODEL x --seed -1", "Invalid value for '--seed'"),
+    ("generate MODEL x --seed 1000000000000000000000000000000", "Invalid value for '--seed'"),
+    ("generate MODEL x --stop=", "an empty stop string"),
+    ("generate MODEL x --prompt-file TEXT", "a prompt and --prompt-file were both given"),
+    ("generate MODEL", "the prompt is empty"),
+    ("generate MODEL -", "the prompt is empty"),
+    ("bench", "Missing argument 'PATH'"),
+    ("bench MODEL --prompt 0", "Invalid value for '--prompt'"),
+    ("bench MODEL --prompt 1000000000000", "Invalid value for '--prompt'"),
+    ("bench MODEL --decode -1", "Invalid value for '--decode'"),
+    ("bench MODEL --repeats 0", "Invalid value for '--repeats'"),
+    ("train --text TEXT", "Missing option '--output' / '-o'"),
+    ("train -o OUT", "Missing option '--text'"),
+    ("train --text TEXT -o OUT --tokenizer words", "'words' is not one of 'bpe', 'bytes'"),
+    ("train --text TEXT -o OUT --tokenizer bytes --batch 64", "32896 tokens are needed for one step"),
+    ("train --text TEXT -o OUT --learning-rate nan", "--learning-rate nan is not between 0 and 1"),
+    ("train --text TEXT -o OUT --learning-rate 0", "--learning-rate 0.0 is not between 0 and 1"),
+    ("train --text TEXT -o OUT --seed 1000000000000000000000000000000", "Invalid value for '--seed'"),
+    ("train --text TEXT -o OUT --device tpu", "'tpu' is not one of 'cpu', 'cuda'"),
+    ("train --text TEXT -o OUT --tokenizer bytes --batch 2 --window 8 --work OUT", "would lie in the output"),
+    ("train --text TEXT -o OUT --tokenizer bytes --batch 2 --window 8 --work OUT/work", "would lie in the output"),
+    (
+        "train --text TEXT -o OUT --tokenizer bytes --batch 2 --window 8 --work TEXT",
+        "is not a folder, nor can it be one",
+    ),
+    ("quantize MODEL", "no output folder was given"),
+    ("export MODEL -o OUT --activations int3", "'int3' is not one of 'int8', 'fp32'"),
+    ("import MODEL -o OUT --dtype int8", "'int8' is not one of"),
+    ("import MODEL -o OUT --tokenizer TEXT", "is not a tokenizer.json"),
+    ("import MODEL -o OUT --tokenizer OUT", "cannot be read (No such file or directory)"),
+    ("recipes x", "unexpected extra argument"),
+    ("info MODEL --jsn x", "No such option: --jsn"),
+    ("info", "Missing argument 'PATH'; see mossquant info --help"),
+    ("shrink", "No such command 'shrink'; see mossquant --help"),
+    ("--shrink", "No such option: --shrink; see mossquant --help"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_OPTIONS, ids=[line for line, _ in BAD_OPTIONS])
+def test_bad_options(
+    line: str,
+    message: str,
+    checkpoint_folder: Path,
+    quantized_folder: Path,
+    artifact_folder: Path,
+    text: Path,
+    place: Path,
+) -> None:
+    given = {"MODEL": checkpoint_folder, "QUANTIZED": quantized_folder, "ARTIFACT": artifact_folder, "TEXT": text}
+    words: list[object] = [
+        place / word.replace("OUT", "out", 1) if word.startswith("OUT") else given.get(word, word)
+        for word in line.split()
+    ]
+    assert message in refused(place, *words)
+
+
+BAD_OUTPUTS: dict[str, tuple[list[str], str]] = {
+    "exists": ([], "exists already; choose another output path or pass --force to replace it"),
+    "photos": (["--force"], "is a folder that mossquant did not write, so it is not replaced"),
+    "file.txt": (["--force"], "is a file, and a folder is to be written"),
+    "file.txt/below": ([], "is not a folder, so"),
+    "loop": ([], "loop"),
+    "n" * 300: ([], "cannot be written (File name too long)"),
+    "fifo": (["--force"], "is a device, pipe or socket"),
+    "/dev/null": (["--force"], "is a device, pipe or socket"),
+    "/dev/stdout": (["--force"], "is a device, pipe or socket"),
+    "/proc/nothing": ([], "is not writable"),
+    ".": (["--force"], "holds the working folder"),
+    "": ([], "choose another output path"),
+    "/": (["--force"], "choose another output path"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUTPUTS)
+def test_bad_outputs(
+    name: str, checkpoint_folder: Path, text: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc").is_dir() and name.startswith("/proc"):
+        pytest.skip("needs a system with /proc")
+    furnish(place)
+    monkeypatch.chdir(place)
+    options, message = BAD_OUTPUTS[name]
+    for words in writing(checkpoint_folder, text, name):
+        assert message in refused(place, *words, *options), words
+
+
+def furnish(place: Path) -> None:
+    for name in ("exists", "photos"):
+        (place / name).mkdir()
+    (place / "photos" / "cat.jpg").write_bytes(b"cat")
+    (place / "file.txt").write_bytes(b"text")
+    (place / "loop").symlink_to("loop")
+    os.mkfifo(place / "fifo")
+
+
+def test_outputs_that_are_inputs(checkpoint_folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    for words in (["quantize", model], ["export", model], ["import", model]):
+        for out in (model, model / "inside", tmp_path):
+            assert "is, holds or lies in the input" in refused(tmp_path, *words, "-o", out, "--force")
+
+
+@pytest.mark.parametrize(
+    "name", ["photos", "file.txt", "file.txt/below", "/dev/null", "/dev/stdout", "/proc/nothing", "fifo"]
+)
+def test_bad_places_for_json(
+    name: str,
+    checkpoint_folder: Path,
+    quantized_folder: Path,
+    artifact_folder: Path,
+    text: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Said before any work; a report replaces nothing but a report."""
+    furnish(place)
+    monkeypatch.chdir(place)
+    for words in [
+        ["info", checkpoint_folder],
+        ["quantize", checkpoint_folder, "--dry-run"],
+        ["quantize", checkpoint_folder, "-o", place / "out"],
+        *measuring(checkpoint_folder, artifact_folder, quantized_folder, text),
+        ["bench", checkpoint_folder],
+        ["demo", "-o", place / "demo"],
+    ]:
+        refused(place, *words, "--json", name)
+    both = ["quantize", checkpoint_folder, "-o", place / "out", "--json", place / "out"]
+    assert "was given both for the output and for --json" in refused(place, *both)
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export", "train"])
+def test_a_full_disk(verb: str, checkpoint_folder: Path, text: Path, place: Path) -> None:
+    """The system's limit on the size of a file stands in for it: the error comes from the same place."""
+    words = next(words for words in writing(checkpoint_folder, text, place / "out") if words[0] == verb)
+    found = process("--quiet", *words, limit_bytes=100_000)
+    assert found.status == 2, found
+    assert found.out == ""
+    assert "File too large; free space or choose another path" in found.err
+    assert found.err.count("\n") == 1, found.err
+    assert [path.name for path in place.iterdir() if path.name != "out.training"] == []
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("two\nlines \x1b[31m")
+
+
+def test_an_error_of_our_own(checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mossquant.eval.info.info", broken)
+    found = command("info", checkpoint_folder)
+    assert (found.status, found.out) == (70, "")
+    assert found.err.startswith(
+        r"mossquant: an error that we did not foresee (RuntimeError: two lines \x1b[31m); please"
+    )
+    assert found.err.count("\n") == 1
+    for words in (["--debug", "info", checkpoint_folder], ["info", checkpoint_folder, "--debug"]):
+        shown = command(*words)
+        assert shown.status == 70
+        assert "Traceback (most recent call last)" in shown.err
+        assert shown.err.endswith(found.err.split(";")[0] + ";" + found.err.split(";")[1])
+
+
+@pytest.mark.parametrize(
+    ("verb", "inside"),
+    [
+        ("quantize", "mossquant.calibration.quantize.pack"),
+        ("quantize", "mossquant.quantized_writer.write_json"),
+        ("export", "mossquant.targets.onnx.export.write_artifact_manifest"),
+        ("import", "mossquant.checkpoint.write_json"),
+        ("train", "mossquant.trainer.Trainer.advance"),
+    ],
+)
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (RuntimeError, 70), (MemoryError, 70)])
+def test_an_interrupt_or_an_error_leaves_nothing(
+    verb: str,
+    inside: str,
+    error: type[BaseException],
+    status: int,
+    checkpoint_folder: Path,
+    text: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(inside, stop)
+    words = next(words for words in writing(checkpoint_folder, text, place / "out") if words[0] == verb)
+    found = command("--quiet", *words)
+    assert found.status == status
+    assert found.err == "mossquant: stopped\n" if status == 130 else found.err.count("\n") == 1
+    assert found.out == ""
+    # Training goes on from its work folder.
+    assert [path.name for path in place.iterdir()] == (["out.training"] if verb == "train" else [])
