@@ -12,6 +12,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mossquant import cli
 
 __all__ = [
@@ -99,6 +101,7 @@ def forked(*words: object, before: Callable[[], object], killed_after: float | N
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # threads of the parent are not there
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 before()
                 os._exit(cli.main([str(word) for word in words]))

@@ -11,6 +11,8 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -65,13 +67,10 @@ def test_info_of_each_kind(
 
 
 def test_a_dry_run_writes_nothing_but_its_report(checkpoint_folder: Path, tmp_path: Path) -> None:
-    found = command(
-        "quantize", checkpoint_folder, "--dry-run", "-o", tmp_path / "out", "--json", tmp_path / "plan.json"
-    )
-    assert found.status == 0
+    words = ["quantize", checkpoint_folder, "-o", tmp_path / "out"]
+    assert command(*words, "--dry-run", "--json", tmp_path / "plan.json").status == 0
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-    done = command("quantize", checkpoint_folder, "-o", tmp_path / "out", "--json", tmp_path / "ledger.json")
-    assert done.status == 0
+    assert command(*words, "--json", tmp_path / "ledger.json").status == 0
     plan, ledger = (json.loads((tmp_path / name).read_text()) for name in ("plan.json", "ledger.json"))
     assert [entry["predicted_bytes"] for entry in plan["tensors"]] == [
         entry["written_bytes"] for entry in ledger["tensors"]
@@ -280,24 +279,31 @@ def test_closed_streams(checkpoint_folder: Path) -> None:
         assert found.returncode == status
 
 
-def test_on_a_terminal(quantized_folder: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_on_a_terminal(checkpoint_folder: Path, tmp_path: Path) -> None:
     """Progress is shown and taken away; without a prompt nothing is waited for."""
     ours, theirs = pty.openpty()
-    words = [*COMMAND, "quantize", str(checkpoint_folder), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(words, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs) as running:
-        assert running.stdout is not None
-        assert b"int4_g32" in running.stdout.read()
-    assert running.returncode == 0
-    asking = [*COMMAND, "generate", str(checkpoint_folder)]
-    found = subprocess.run(asking, stdin=theirs, capture_output=True, check=False)
-    assert found.returncode == 2
-    assert found.stderr.startswith(b"mossquant: no prompt was given")
+    seen: list[bytes] = []
+
+    def watch() -> None:
+        with suppress(OSError):  # what the end of a terminal is on Linux
+            while data := os.read(ours, 1 << 12):
+                seen.append(data)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    made = [*COMMAND, "quantize", str(checkpoint_folder), "-o", str(tmp_path / "out")]
+    found = subprocess.run(made, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, check=False)
+    assert found.returncode == 0
+    assert b"int4_g32" in found.stdout
+    asked = [*COMMAND, "generate", str(checkpoint_folder)]
+    assert subprocess.run(asked, stdin=theirs, stdout=theirs, stderr=theirs, check=False).returncode == 2
     os.close(theirs)
-    shown = b""
-    while b"\x1b[2K" not in shown:
-        shown += os.read(ours, 1 << 16)
-    assert b"quantizing" in shown
+    watching.join()
     os.close(ours)
+    shown = b"".join(seen)
+    assert b"quantizing backbone." in shown
+    assert b"mossquant: no prompt was given" in shown
+    assert shown.index(b"\x1b[2K") < shown.index(b"mossquant: "), "the bar is wiped out"
 
 
 def test_as_a_module_it_is_the_same_command() -> None:
