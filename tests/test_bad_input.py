@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -580,6 +581,39 @@ def test_an_unknown_recipe_preset_or_target(checkpoint_folder: Path, text: Path,
     assert "unknown preset 'huge'; known presets: tiny, 8x30m, 8x200m, 8x1.5b" in message
     message = refused(place, "export", checkpoint_folder, "-o", out, "--target", "abacus")
     assert "unknown target 'abacus'; known targets: onnx" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "ledger.json", "manifest.json", "model.onnx"])
+def test_random_damage(
+    file: str, checkpoint_folder: Path, quantized_folder: Path, artifact_folder: Path, tmp_path: Path, place: Path
+) -> None:
+    """Anything may be refused, or do no harm; nothing is an error of ours. Of an .onnx nothing but the file is left."""
+    source = {"model.onnx": artifact_folder, "ledger.json": quantized_folder, "manifest.json": quantized_folder}
+    model = shutil.copytree(source.get(file, checkpoint_folder), tmp_path / "model")
+    data, repair = (model / file).read_bytes(), listed_anew(lambda folder: None)
+    if file == "model.onnx":
+        (model / "manifest.json").unlink()
+    random.seed(file)
+    for _ in range(60):
+        changed = bytearray(data)
+        at, length = random.randrange(len(data)), random.randrange(1, 40)
+        kind = random.choice(["flip", "flip", "cut", "insert", "clear"])
+        if kind == "flip":
+            changed[at] ^= 1 << random.randrange(8)
+        else:
+            new = {"cut": b"", "insert": changed[at : at + 1] + random.randbytes(length), "clear": bytes(length)}[kind]
+            changed[at : at + (1 if kind == "insert" else length)] = new
+        (model / file).write_bytes(changed)
+        if file == "ledger.json":
+            repair(model)
+        for words in (["info", model], ["generate", model, "x", "--max-tokens", 1]):
+            found = command(*words)
+            assert found.status in (0, 2), (at, kind, found)
+            assert (found.err.count("\n"), found.out == "") == ((1, True) if found.status == 2 else (0, False))
+        if file == "model.onnx":
+            assert command("verify", quantized_folder, model, "--weights-only").status in (0, 1, 2)
+    assert list(place.iterdir()) == []
 
 
 def test_outcomes_are_told_apart() -> None:

@@ -194,9 +194,15 @@ def test_bad_outputs(
         pytest.skip("needs a system with /proc")
     furnish(place)
     monkeypatch.chdir(place)
+    monkeypatch.setattr("mossquant.outputs._beside", reached)
     options, message = BAD_OUTPUTS[name]
     for words in writing(checkpoint_folder, text, name):
         assert message in refused(place, *words, *options), words
+
+
+def reached(path: Path) -> None:
+    """Were anything written after all, it would be to a device of this machine, by root perhaps."""
+    raise AssertionError(f"{path} was about to be written")
 
 
 def furnish(place: Path) -> None:
@@ -230,6 +236,7 @@ def test_bad_places_for_json(
     """Said before any work; a report replaces nothing but a report."""
     furnish(place)
     monkeypatch.chdir(place)
+    monkeypatch.setattr("mossquant.outputs._beside", reached)
     for words in [
         ["info", checkpoint_folder],
         ["quantize", checkpoint_folder, "--dry-run"],

@@ -133,6 +133,8 @@ def test_paths_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
     monkeypatch.chdir(tmp_path / "folder" / "inner")
     for path, force, message in (
         (tmp_path / "file", False, "exists already; .*--force"),
@@ -143,6 +145,10 @@ def test_paths_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (Path(), True, "holds the working folder"),
         (Path("/"), True, "holds the working folder"),
         (tmp_path / ("n" * 300), False, "cannot be written"),
+        (tmp_path / "loop", True, "leads to itself"),
+        (tmp_path / "fifo", True, "is a device, pipe or socket"),
+        (Path("/dev/null"), True, "is a device, pipe or socket"),
+        (Path("/dev/stdout"), True, "is a device, pipe or socket"),
     ):
         with pytest.raises(InputError, match=message):
             check_free(path, force=force)
@@ -153,7 +159,14 @@ def test_paths_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         pytest.fail("the block must not run")
     (tmp_path / "other").rmdir()
     check_free(tmp_path / "new" / "newer")
-    assert names(tmp_path) == ["dangling", "file", "folder"]
+    assert names(tmp_path) == ["dangling", "fifo", "file", "folder", "loop"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a system with /proc")
+def test_a_folder_that_nobody_can_write() -> None:
+    """Permissions do not tell: root may write /proc, and nothing can be made there."""
+    with pytest.raises(InputError, match=r"^/proc is not writable \("):
+        check_free(Path("/proc/out"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root, who may write anywhere")
@@ -201,6 +214,13 @@ def test_another_running_process_is_left_alone(tmp_path: Path) -> None:
         assert partial == ours
         assert names(partial) == []
     assert names(tmp_path) == [theirs.name, "out"]
+
+
+def test_what_looking_left_is_removed_too(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-123-probe").mkdir()  # of a run that was killed while it looked whether it may write
+    with new_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
 
 
 def test_json_is_the_same_bytes_and_never_nan() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor files: whole and in shards, written and read, and every way in which they can be broken."""
 
+import errno
 import json
 import pickle
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor
 from mossquant import tensorfiles
 from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
-from mossquant.tensorfiles import TensorFiles, TensorWriter, all_finite
+from mossquant.tensorfiles import TensorFiles, TensorWriter, all_finite, save_tensors
 
 TENSORS = {
     f"t{i}": torch.arange(50 * (i + 1), dtype=torch.float32).view(-1, 10) + i for i in range(6)
@@ -83,6 +84,14 @@ def test_nothing_is_written_after_an_exception(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), TensorWriter(tmp_path, total_bytes=8) as writer:
         add_and_fail(writer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_system_refuses_is_an_oserror(tmp_path: Path) -> None:
+    """The library hides the error number in its text: without it, a full disk would look like an error of ours."""
+    with pytest.raises(FileNotFoundError) as caught:
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere" / "model.safetensors")
+    assert caught.value.errno == errno.ENOENT
+    assert caught.value.filename == str(tmp_path / "nowhere" / "model.safetensors")
 
 
 def test_views_of_one_storage_and_transposes(tmp_path: Path) -> None:

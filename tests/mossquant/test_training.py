@@ -87,3 +87,27 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         train(preset, [str(path)], tmp_path / "out", schedule=SCHEDULE)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_work_folder_is_said_and_left_as_it_is(text: str, tmp_path: Path) -> None:
+    train("tiny", [text], tmp_path / "out", schedule=SCHEDULE)
+    work = tmp_path / "out.training"
+    for pattern, message in (("tokens-*", "is damaged; remove it"), ("snapshot*", "is not a training snapshot")):
+        file = next(work.glob(pattern))
+        data, before = file.read_bytes(), sorted(work.iterdir())
+        file.write_bytes(data[: len(data) // 2])
+        with pytest.raises(InputError, match=message):
+            train("tiny", [text], tmp_path / "again", schedule=SCHEDULE, work=work)
+        assert sorted(work.iterdir()) == before
+        file.write_bytes(data)
+    train("tiny", [text], tmp_path / "again", schedule=SCHEDULE, work=work)
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+
+
+def test_a_work_folder_that_was_made_in_vain_is_removed(tmp_path: Path) -> None:
+    """Enough bytes for a step, too few different ones for a vocabulary: found out only when the work has begun."""
+    path = tmp_path / "text.txt"
+    path.write_text("aaaa bbbb " * 40)
+    with pytest.raises(InputError, match="entries"):
+        train("tiny", [str(path)], tmp_path / "out", schedule=SCHEDULE, work=tmp_path / "deep" / "work")
+    assert [left.name for left in tmp_path.iterdir()] == ["text.txt"]
