@@ -51,9 +51,14 @@ $(VENV)/bin/python: | check-tools
 	    echo "creating $(VENV) with $$candidate"; exec "$$candidate" -m venv $(VENV); fi; done; \
 	  echo "mossquant needs Python 3.11 or newer with the venv module and headers and found none; install it (Debian: apt-get install python3.11-venv python3.11-dev), or name one: make PYTHON=/path/to/python3.11" >&2; exit 2
 
+# Requirements as pyproject.toml pins them: those of these names, or the test extra.
+pinned = $(BIN)/python -c 'import sys, tomllib; \
+  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; test = project["optional-dependencies"]["test"]; \
+  print(*([r for r in project["dependencies"] + test if r.split("==")[0] in sys.argv[1:]] or test))' $(1)
+
 # torch first and exactly: a range would admit releases that bring gigabytes of CUDA.
 $(VENV)/.torch: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --quiet "torch==2.13.0" "scikit-build-core==1.1.2" "nanobind==3.1.0" "cmake==4.4.4" "ninja==1.13.2"
+	$(call pinned,torch scikit-build-core nanobind cmake ninja) | xargs $(PIP) install --quiet
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
@@ -61,8 +66,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])' \
-	  | xargs $(PIP) install --quiet
+	$(call pinned,) | xargs $(PIP) install --quiet
 	touch $@
 
 clean:

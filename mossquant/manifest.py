@@ -2,15 +2,28 @@
 """`manifest.json` of a quantized checkpoint: what the folder holds, what it was made from and by, what it has seen."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
 
-__all__ = ["FileRecord", "Manifest", "Parent", "SeenText", "file_offenders", "read_json", "read_manifest"]
+__all__ = [
+    "FileRecord",
+    "Manifest",
+    "Parent",
+    "SeenText",
+    "file_offenders",
+    "read_json",
+    "read_manifest",
+    "read_stored",
+    "record_offenders",
+]
+
+Stored = TypeVar("Stored", bound=BaseModel)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
@@ -75,6 +88,18 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no manifest.json, so mossquant did not write it; give a folder that it wrote")
+    return read_stored(path, Manifest, noun="a manifest", advice="Copy the folder again, or quantize again.")
+
+
+def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> Stored:
+    """A JSON file of ours that carries a version. Raises `InputError`: of another version, or not what `schema` says.
+
+    Args:
+        path: the file.
+        schema: what it must hold.
+        noun: what it should be, with its article, for the error.
+        advice: what to do, one sentence.
+    """
     values = read_json(path)
     if isinstance(values, dict) and values.get("version") != 1:
         release = str(values.get("release", "a newer release"))[:40]
@@ -82,18 +107,22 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: version {values.get('version')!r} was written by mossquant {release}; use that release"
         )
     try:
-        return Manifest.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
-        raise InputError.listing(
-            f"{path} is not a manifest", offenders, "Copy the folder again, or quantize again."
-        ) from None
+        raise InputError.listing(f"{path} is not {noun}", offenders, advice) from None
 
 
 def file_offenders(folder: Path, manifest: Manifest, *, check_hashes: bool) -> list[str]:
     """What differs between a folder and its manifest; contents only with `check_hashes`."""
     offenders = [f"manifest.json does not list {name}" for name in _REQUIRED if name not in manifest.files]
-    for name, record in manifest.files.items():
+    return offenders + record_offenders(folder, manifest.files, check_hashes=check_hashes)
+
+
+def record_offenders(folder: Path, files: Mapping[str, FileRecord], *, check_hashes: bool = True) -> list[str]:
+    """Which of these files of a folder are missing, or of another size or hash; contents only with `check_hashes`."""
+    offenders = []
+    for name, record in files.items():
         path = folder / name
         if not path.is_file():
             offenders.append(f"{name} is missing")

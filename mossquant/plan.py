@@ -145,16 +145,13 @@ Ledger = Plan
 _PLAN = TypeAdapter(Plan)
 
 
-def make_plan(
-    config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: Recipe, *, parameters: int | None = None
-) -> Plan:
+def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: Recipe) -> Plan:
     """Resolve a recipe for a model.
 
     Args:
         config: the model's shape.
         dtypes: tensor name → type in which the checkpoint stores it.
         recipe: the rules.
-        parameters: parameters of the full-precision model before pruning; by default those of `config`.
 
     Raises:
         InputError: tensors, inputs or states that no rule matches; rules that match nothing and are not optional;
@@ -189,7 +186,7 @@ def make_plan(
     return Plan(
         recipe=recipe.name,
         targets=recipe.targets,
-        parameters=parameter_count(config) if parameters is None else parameters,
+        parameters=parameter_count(config),
         tensors=entries,
         activations=tuple(site_entries),
         state=tuple(

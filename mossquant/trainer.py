@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ BALANCE = 0.01
 """Weight of the balance loss."""
 LOSS_ROWS = 512
 """Rows of logits that exist at once while the loss is computed."""
+
+# Stored with two axes or more, but no matrices of a linear: weight decay is for those.
+_UNDECAYED = ("A_log", "dt_bias", "conv_weight")
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,11 @@ class Trainer:
         self.model = MossNet(config)
         self.model.reset_parameters(schedule.seed)
         self.model.to(device)
-        matrices = [p for p in self.model.parameters() if p.dim() > 1 and not _undecayed(self.model, p)]
-        others = [p for p in self.model.parameters() if p.dim() <= 1 or _undecayed(self.model, p)]
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            small = parameter.dim() <= 1 or name.rpartition(".")[2] in _UNDECAYED
+            (others if small else matrices).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=schedule.peak_lr,
@@ -221,8 +228,13 @@ class Trainer:
             "config": self.model.config.to_json(torch_dtype="float32"),
             "schedule": asdict(self.schedule),
             "tokens": len(self.tokens),
-            "tokens_sha256": hashlib.sha256(self.tokens.astype(np.int32).tobytes()).hexdigest(),
+            "tokens_sha256": self._tokens_sha256,
         }
+
+    @cached_property
+    def _tokens_sha256(self) -> str:
+        # Every snapshot asks for it, and a text has millions of tokens.
+        return hashlib.sha256(self.tokens.astype(np.int32).tobytes()).hexdigest()
 
     def restore(self, path: Path) -> None:
         """Continue from a snapshot.
@@ -280,14 +292,6 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grads[0], d_weight * grads[0], None, None
-
-
-def _undecayed(model: MossNet, parameter: Tensor) -> bool:
-    """A_log, D, biases and the convolution keep their size: weight decay is for the matrices."""
-    for name, other in model.named_parameters():
-        if other is parameter:
-            return name.rpartition(".")[2] in ("A_log", "dt_bias", "conv_weight")
-    raise AssertionError("not a parameter of this model")
 
 
 def _fast_bf16() -> bool:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from mossquant.errors import InputError
-from mossquant.manifest import FileName, FileRecord, read_json
+from mossquant.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.outputs import file_sha256, write_json
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+
+_AGAIN = "Copy the folder again, or export again."
 
 
 class _Strict(BaseModel):
@@ -108,17 +110,9 @@ class Artifact:
             InputError: no manifest, or files that are missing, of another size or hash: all offenders at once.
         """
         manifest = read_artifact_manifest(folder / MANIFEST)
-        offenders = []
-        for name, record in manifest.files.items():
-            path = folder / name
-            if not path.is_file():
-                offenders.append(f"{name} is missing")
-            elif path.stat().st_size != record.bytes:
-                offenders.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.bytes}")
-            elif file_sha256(path) != record.sha256:
-                offenders.append(f"{name} has another SHA-256 than the manifest says")
+        offenders = record_offenders(folder, manifest.files)
         if offenders:
-            raise InputError.listing(f"{folder} is damaged", offenders, "Copy the folder again, or export again.")
+            raise InputError.listing(f"{folder} is damaged", offenders, _AGAIN)
         return cls(folder, manifest)
 
 
@@ -128,19 +122,7 @@ def read_artifact_manifest(path: Path) -> ArtifactManifest:
         raise InputError(
             f"{path} is missing, so {path.parent} is not an artifact; give a folder that `mossquant export` wrote"
         )
-    values = read_json(path)
-    if isinstance(values, dict) and values.get("version") != 1:
-        release = str(values.get("release", "a newer release"))[:40]
-        raise InputError(
-            f"{path}: version {values.get('version')!r} was written by mossquant {release}; use that release"
-        )
-    try:
-        return ArtifactManifest.model_validate(values)
-    except ValidationError as error:
-        offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
-        raise InputError.listing(
-            f"{path} is not the manifest of an artifact", offenders, "Copy the folder again, or export again."
-        ) from None
+    return read_stored(path, ArtifactManifest, noun="the manifest of an artifact", advice=_AGAIN)
 
 
 def check_listed(program: Path, files: Mapping[str, str]) -> bool:
@@ -159,8 +141,7 @@ def check_listed(program: Path, files: Mapping[str, str]) -> bool:
     listed = read_artifact_manifest(path).files
     changed = [f"{name} has another SHA-256" for name in files if name in listed and listed[name].sha256 != files[name]]
     if changed:
-        advice = "Copy the folder again, or export again."
-        raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, advice)
+        raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)
     return program.name in listed
 
 
