@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mossquant.errors import InputError
-from mossquant.forward import Activation
+from mossquant.formats import NumberFormat
+from mossquant.forward import Activation, ExpertInput
 
 __all__ = [
     "ACTIVATION_FORMATS",
@@ -28,6 +29,7 @@ __all__ = [
     "ActivationFormat",
     "InputFormats",
     "activation_model",
+    "expert_input_model",
     "get_activation_format",
     "int8_block",
     "int8_row_asym",
@@ -70,20 +72,23 @@ class ActivationFormat:
     Attributes:
         name: the name used in recipes, plans and reports.
         blocked: whether a scale covers a block of values (the weight's group, 32 where weights have one scale a row).
+        joins: whether a target of this format rounds the inputs of experts that it sums behind their gates, and, where
+            weights have groups, those of all experts as one vector.
         apply: (x [..., K], block) → the values that the codes mean; unblocked formats ignore the block.
     """
 
     name: str
     blocked: bool
+    joins: bool
     apply: Callable[[Tensor, int], Tensor]
 
 
 ACTIVATION_FORMATS: dict[str, ActivationFormat] = {
     known.name: known
     for known in (
-        ActivationFormat("fp32", False, lambda x, block: x),
-        ActivationFormat("int8_block", True, int8_block),
-        ActivationFormat("int8_row_asym", False, lambda x, block: int8_row_asym(x)),
+        ActivationFormat("fp32", False, False, lambda x, block: x),
+        ActivationFormat("int8_block", True, False, int8_block),
+        ActivationFormat("int8_row_asym", False, True, lambda x, block: int8_row_asym(x)),
     )
 }
 """Every activation format, by the name that recipes use."""
@@ -101,7 +106,11 @@ def get_activation_format(name: str) -> ActivationFormat:
 
 
 class InputFormats(Protocol):
-    """Says how the inputs of linear layers are planned: a plan, or a quantized checkpoint."""
+    """Says how weights and the inputs of linear layers are planned: a plan, or a quantized checkpoint."""
+
+    def weight_format(self, tensor: str) -> NumberFormat | None:
+        """The number format of a tensor; None where it is kept."""
+        ...
 
     def input_format(self, tensor: str) -> tuple[str, int] | None:
         """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept."""
@@ -132,3 +141,28 @@ def activation_model(source: InputFormats, name: str = "planned") -> Activation:
         return (override or ACTIVATION_FORMATS[format_name]).apply(x, block)
 
     return seen
+
+
+def expert_input_model(source: InputFormats, name: str = "planned") -> Callable[[str], ExpertInput | None]:
+    """What a target rounds where experts are summed, for `mossquant.forward.Forward`; arguments as `activation_model`.
+
+    XNNPACK sums experts whose weights have groups in one matmul, over the gated inputs of all of them side by side, and
+    gives that vector one range. Weights with one scale a row cannot be laid side by side: each expert is a matmul of
+    its own, of its own gated input. A block of int8_block belongs to one expert either way, and a positive gate in
+    front changes none of its codes.
+
+    Returns:
+        Weight tensor's name → what is rounded; None where its format leaves that to the model.
+
+    Raises:
+        InputError: no such activation format.
+    """
+    override = None if name == "planned" else get_activation_format(name)
+
+    def way(tensor: str) -> ExpertInput | None:
+        planned, weights = source.input_format(tensor), source.weight_format(tensor)
+        if planned is None or weights is None or not (override or ACTIVATION_FORMATS[planned[0]]).joins:
+            return None
+        return "gated" if weights.group_size is None else "joined"
+
+    return way

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mossquant.config import MossNetConfig
-from mossquant.forward import Forward
+from mossquant.forward import ExpertPart, Forward
 from mossquant.routing import Routing, route
 from mossquant.scan import causal_conv, conv_step, scans
 from mossquant.tensors import SiteSpec, StateSpec, TensorSpec, View
@@ -162,7 +162,8 @@ class Mixer(nn.Module):
         """Each expert sees the rows that chose it and no other: an expert that nobody chose is never read."""
         at = f"backbone.layers.{self.layer}.mixer"
         N, R = self.config.state_size, self.config.time_step_rank
-        dt = torch.zeros_like(x)
+        bias = torch.zeros_like(x)
+        parts = []
         bc = torch.zeros((x.shape[0], 2 * N), dtype=x.dtype, device=x.device)
         for e in range(self.experts):
             rows, gate = routing.rows_of(e)
@@ -170,9 +171,10 @@ class Mixer(nn.Module):
                 continue
             own = f"{at}.experts.{e}" if self.experts > 1 else at
             out = run.linear(x[rows], self.x_proj[e], f"{own}.x_proj.weight")
-            delta = run.linear(out[:, :R] * gate, self.dt_proj[e], f"{own}.dt_proj.weight") + gate * self.dt_bias[e]
-            dt = dt.index_add(0, rows, delta)
+            parts.append(ExpertPart(e, rows, gate, out[:, :R], self.dt_proj[e], f"{own}.dt_proj.weight"))
+            bias = bias.index_add(0, rows, gate * self.dt_bias[e])
             bc = bc.index_add(0, rows, out[:, R:] * gate)
+        dt = run.sum_experts(parts, count=len(x), experts=self.experts, default="gated") + bias
         return dt, bc[:, :N], bc[:, N:]
 
     def _mix_dense(self, x: Tensor, routing: Routing, run: Forward) -> tuple[Tensor, Tensor, Tensor]:

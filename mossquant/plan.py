@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from mossquant.activation_formats import get_activation_format
 from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
-from mossquant.formats import get_format
+from mossquant.formats import NumberFormat, get_format
 from mossquant.model import activation_sites, parameter_count, state_specs, tensor_specs
 from mossquant.plan_entries import KEPT_DTYPES, FormatSummary, SiteEntry, StateEntry, TensorEntry, kept_name
 from mossquant.recipe import Recipe, Rule, first_match
@@ -63,6 +63,11 @@ class Plan:
     def site_of(self) -> Mapping[str, SiteEntry]:
         """Name of a linear's weight → the site that enters it."""
         return {tensor: site for site in self.activations for tensor in site.tensors}
+
+    def weight_format(self, tensor: str) -> NumberFormat | None:
+        """The number format of a tensor; None where it is kept."""
+        found = self.by_name[tensor].format
+        return None if found is None else get_format(found)
 
     def input_format(self, tensor: str) -> tuple[str, int] | None:
         """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept.

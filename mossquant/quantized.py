@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mossquant.config import MossNetConfig, read_config_json
 from mossquant.errors import InputError
-from mossquant.formats import QuantizedTensor, get_format
+from mossquant.formats import NumberFormat, QuantizedTensor, get_format
 from mossquant.manifest import Manifest, file_offenders, read_json, read_manifest
 from mossquant.model import tensor_specs
 from mossquant.packing import quantization_config, stored_names, unpack
@@ -172,6 +172,10 @@ class QuantizedCheckpoint:
         """(format, block) of a site, e.g. of "layers.0.mixer.in_proj.input"; block None where the format has none."""
         entry = next(entry for entry in self.plan.activations if entry.name == site)
         return entry.format, entry.block
+
+    def weight_format(self, tensor: str) -> NumberFormat | None:
+        """The number format of a tensor; None where it is kept."""
+        return self.plan.weight_format(tensor)
 
     def input_format(self, tensor: str) -> tuple[str, int] | None:
         """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept."""

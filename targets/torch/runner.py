@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.activation_formats import activation_model
+from mossquant.activation_formats import activation_model, expert_input_model
 from mossquant.checkpoint import Checkpoint, load_model
 from mossquant.errors import InputError
 from mossquant.forward import Activation, Forward
@@ -39,22 +39,19 @@ class TorchRunner:
     One token is a decode step; more are scanned (`form`), in pieces of `ROWS_AT_ONCE` rows.
     """
 
-    def __init__(
-        self, model: MossNet, info: RunnerInfo, *, activation: Activation | None = None, form: Form | None = None
-    ) -> None:
+    def __init__(self, model: MossNet, info: RunnerInfo, *, form: Form | None = None) -> None:
         """Run a model that is in memory already.
 
         Args:
             model: the model; its parameters' type and device are what is computed with.
             info: what it is.
-            activation: models quantized inputs of the linears; None leaves them as they are.
             form: scan form for more than one token; None: the fused kernel, "chunked" off the CPU.
         """
         self._model, self._info = model, info
         self._dtype, self._device = model.norm_f.dtype, model.norm_f.device
         self._specs = state_specs(model.config)
         scan: Form = form or ("kernel" if self._device.type == "cpu" else "chunked")
-        self._forward = Forward(form=scan, activation=activation)
+        self._forward = Forward(form=scan)
 
     @classmethod
     def open(
@@ -96,9 +93,12 @@ class TorchRunner:
         model = MossNet(quantized.config, dtype=dtype)
         for name, spec in quantized.specs.items():
             model.parameter_of(spec).copy_(quantized.value(name).view(spec.shape))
-        activation = None if activations == "fp32" else activation_model(quantized, activations)
         info = _quantized_info(located.given, quantized, activations, dtype)
-        return cls(model.requires_grad_(False).eval().to(device), info, activation=activation, form=form)
+        runner = cls(model.requires_grad_(False).eval().to(device), info, form=form)
+        if activations != "fp32":
+            activation, way = activation_model(quantized, activations), expert_input_model(quantized, activations)
+            runner._forward = replace(runner._forward, activation=activation, expert_input=way)
+        return runner
 
     @property
     def info(self) -> RunnerInfo:
@@ -118,7 +118,9 @@ class TorchRunner:
     def with_activation(self, activation: Activation | None, *, name: str) -> "TorchRunner":
         """The same weights behind another model of the activations, called `name` in its info."""
         info = replace(self._info, activations=name)
-        return TorchRunner(self._model, info, activation=activation, form=self._forward.form)
+        runner = TorchRunner(self._model, info)
+        runner._forward = replace(self._forward, activation=activation)
+        return runner
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before the first token: zeros."""
