@@ -87,7 +87,7 @@ def demo(
         else:
             say(f"{path}: lowering {source or BUNDLED} to .onnx")
             export(BUNDLED if source is None else source, path, target="onnx", force=path.exists())
-        artifacts[name] = Artifact.open(path).program
+        artifacts[name] = Artifact.open(path).program("onnx")
         read_back = verify(source or BUNDLED, [artifacts[name]], weights_only=True)
         if not read_back.passed:
             # Its hashes match and we wrote it: a fault of the lowering, not of the user.
@@ -145,4 +145,7 @@ def _is_current_artifact(path: Path, source: Checkpoint | QuantizedCheckpoint) -
         found = Artifact.open(path)
     except InputError:
         return False
-    return found.manifest.release == release() and found.manifest.model.get("source_files") == source.hashes()
+    return (
+        found.manifest.release == release()
+        and found.manifest.programs["onnx"].model.get("source_files") == source.hashes()
+    )

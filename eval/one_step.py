@@ -70,6 +70,7 @@ def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positi
         if stride > 1:
             _, state = reference(lanes[:, at : at + stride - 1], state)
         before = reference.read(state)
+        state = reference.write(before)  # both start from the same fp32 values
         here = lanes[:, at + stride - 1 : at + stride]
         logits, state, margins = reference.run_with_margins(here, state)
         after = reference.read(state)

@@ -52,7 +52,8 @@ def open_runner(path: str | Path, *, activations: str | None = None, threads: in
     """Open anything that runs.
 
     Args:
-        path: a checkpoint folder, a quantized checkpoint folder, an .onnx file, an artifact folder, or `tiny`.
+        path: a checkpoint folder, a quantized checkpoint folder, an .onnx or .pte file, an artifact folder, or
+            `tiny`.
         activations: "fp32" (None), "planned", or an activation format, for a quantized checkpoint, which is run in
             PyTorch. Of anything else it can only confirm what is there.
         threads: CPU threads; None leaves it to the runtime.
@@ -67,10 +68,8 @@ def _runner(located: Located, activations: str | None, threads: int | None) -> R
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads were asked for; give one or more")
     # A runtime is imported only where it is used: a torch checkpoint needs no onnxruntime.
-    if located.kind == "onnx":
-        from mossquant.targets.onnx import OnnxRunner
-
-        artifact = OnnxRunner(located.given, threads=threads)
+    if located.kind in ("onnx", "executorch"):
+        artifact = _artifact_runner(located, threads)
         if activations not in (None, artifact.info.activations):
             raise InputError(
                 f"{located.given} was exported with {artifact.info.activations} activations, not {activations}; "
@@ -80,3 +79,13 @@ def _runner(located: Located, activations: str | None, threads: int | None) -> R
     from mossquant.targets.torch.runner import TorchRunner
 
     return TorchRunner.open(located, activations=activations or "fp32", threads=threads)
+
+
+def _artifact_runner(located: Located, threads: int | None) -> Runner:
+    if located.kind == "onnx":
+        from mossquant.targets.onnx import OnnxRunner
+
+        return OnnxRunner(located.given, threads=threads)
+    from mossquant.targets.executorch import ExecutorchRunner
+
+    return ExecutorchRunner(located.given, threads=threads)

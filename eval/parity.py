@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an artifact computes what its checkpoint says, apart from what quantizing cost.
 
-The reference is the PyTorch model of the (quantized) checkpoint with the artifact's own activation arithmetic modelled,
-so that what is left between the two is rounding. With fp32 activations everything is held tight. With int8 activations
-rounding decides about a code now and then, and all that follows moves with it (`mossquant.eval.noise`): single steps
-must be equal up to that, step by step; free runs are held against what the activation formats cost, and against the
-reference with other rounding.
+The reference is the PyTorch model of the (quantized) checkpoint, in float64, with the artifact's own activation
+arithmetic modelled, so that what is left between the two is the artifact's rounding. With fp32 activations everything
+is held tight. With int8 activations rounding decides about a code now and then, and all that follows moves with it
+(`mossquant.eval.noise`): single steps must be equal up to that, step by step; free runs are held against what the
+activation formats cost, and against the reference with other rounding.
 
 The bounds are this file's constants; every one of them is a line of the report.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mossquant.errors import InputError
@@ -164,7 +165,8 @@ def parity(
     formats = program.runner.info.activations
     # An artifact with several formats has those of the plan.
     wanted = "planned" if formats == "mixed" else formats
-    modelled = plain if formats == "fp32" else TorchRunner.open(located, activations=wanted, threads=each)
+    # In float64, so that what is left between the two is the artifact's own rounding.
+    modelled = TorchRunner.open(located, activations=wanted, dtype=torch.float64, threads=each)
     passage = held_out_passage(
         [OpenModel(located, plain), program], text=text, tokens=stream + 1, allow_seen=allow_seen, allow_fewer=True
     )

@@ -78,9 +78,7 @@ def parity_table(report: VerifyReport) -> Table:
             shown = artifact
         rows.append((f"  {name}", value, bound, verdict))
     verdicts = [row[3] for row in rows if row[3]]
-    caption = (
-        f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
-    )
+    caption = f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
     return grid([("check", "left"), ("found", "right"), ("at most", "right"), ("", "left")], rows, caption=caption)
 
 

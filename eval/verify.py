@@ -13,8 +13,8 @@ from typing import Any
 from mossquant.errors import InputError
 from mossquant.eval.parity import STAGES, ParityReport, parity
 from mossquant.eval.scores import Progress
-from mossquant.targets.onnx.verify import WeightsReport
-from mossquant.targets.onnx.verify import verify as verify_onnx
+from mossquant.locate import locate
+from mossquant.targets.weights_report import WeightsReport
 from mossquant.text import Text
 
 __all__ = ["ArtifactVerdict", "VerifyReport", "verify"]
@@ -137,7 +137,7 @@ def verify(
 
     verdicts = []
     for path in artifacts:
-        weights = verify_onnx(quantized, path)
+        weights = _read_back(quantized, path)
         stage_done("weights")
         found = None
         if weights.passed and not weights_only:
@@ -153,6 +153,17 @@ def verify(
             )
         verdicts.append(ArtifactVerdict(str(path), weights, found))
     return VerifyReport(str(quantized), tuple(verdicts))
+
+
+def _read_back(quantized: str | Path, artifact: str | Path) -> WeightsReport:
+    located = locate(artifact)
+    if located.kind == "executorch":
+        from mossquant.targets.executorch.verify import verify as verify_executorch
+
+        return verify_executorch(quantized, located)
+    from mossquant.targets.onnx.verify import verify as verify_onnx
+
+    return verify_onnx(quantized, located)
 
 
 def _verdict(passed: bool) -> str:

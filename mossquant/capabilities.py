@@ -9,13 +9,17 @@ the fp32 values that their codes mean, exactly. Lowering never changes a value: 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from mossquant.activation_formats import ACTIVATION_FORMATS, STATE_FORMATS
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS
 from mossquant.plan import KEPT_DTYPES, Plan, TensorEntry
 
-__all__ = ["CAPABILITIES", "TARGETS", "Limits", "Row", "Target", "check", "get_target"]
+__all__ = ["CAPABILITIES", "TARGETS", "Activations", "Limits", "Row", "Target", "check", "get_target"]
+
+Activations = Literal["int8", "fp32"]
+"""What may be asked of the inputs of quantized linears in place of the plan: rounded at run time, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Target:
         name: the name used in recipes and by `export`.
         rows: what it holds, by role; the first that fits decides.
         kept: types in which a tensor may be kept.
-        activations: activation formats of the inputs of linear layers.
+        activations: activation formats of the inputs of linear layers whose weights are quantized.
+        dynamic_int8: the one of them that stands in for a planned int8 format that the target does not have, and that
+            "int8" asks for; such formats round at run time, so nothing is lost by the change.
         state: state formats.
         limits: batch and chunk lengths.
     """
@@ -63,12 +69,33 @@ class Target:
     rows: tuple[Row, ...]
     kept: tuple[str, ...]
     activations: tuple[str, ...]
+    dynamic_int8: str
     state: tuple[str, ...]
     limits: Limits
 
     def row(self, role: str) -> Row | None:
         """The row that decides about a role."""
         return next((row for row in self.rows if row.fits(role)), None)
+
+    def taken(self, planned: str) -> str | None:
+        """The activation format used for a planned one: itself, or the target's own int8; None where there is none."""
+        if planned in self.activations:
+            return planned
+        return None if planned == "fp32" else self.dynamic_int8
+
+    def rounded_to(self, asked: Activations) -> str:
+        """The activation format for what a user asks in place of the plan.
+
+        Raises:
+            InputError: the target does not have it.
+        """
+        wanted = self.dynamic_int8 if asked == "int8" else asked
+        if wanted not in self.activations:
+            raise InputError(
+                f"{self.name} has no linears with quantized weights and {asked} activations; "
+                "leave --activations out, or export to another target"
+            )
+        return wanted
 
 
 _EVERY = tuple(FORMATS)
@@ -86,15 +113,34 @@ _MATRICES = (
 CAPABILITIES: dict[str, Target] = {
     known.name: known
     for known in (
-        Target("torch", (Row(("*",), _EVERY),), tuple(KEPT_DTYPES), tuple(ACTIVATION_FORMATS), STATE_FORMATS, Limits()),
+        Target(
+            "torch",
+            (Row(("*",), _EVERY),),
+            tuple(KEPT_DTYPES),
+            tuple(ACTIVATION_FORMATS),
+            "int8_block",
+            STATE_FORMATS,
+            Limits(),
+        ),
         Target(
             "onnx",
             # Routers and norms have no row: they are computed in fp32 and must be kept.
             (Row(_MATRICES, _EVERY), Row(_SMALL, _EVERY, decoded=True)),
             tuple(KEPT_DTYPES),
             ("fp32", "int8_block"),
+            "int8_block",
             ("fp32",),
             Limits(),
+        ),
+        Target(
+            "executorch",
+            # XNNPACK: whole rows in 8 bits or groups in 4, with int8 inputs, one range a row; or both in fp32.
+            (Row(_MATRICES, ("int8", "int4_g32", "int4_g128")), Row(_SMALL, _EVERY, decoded=True)),
+            tuple(KEPT_DTYPES),
+            ("int8_row_asym",),
+            "int8_row_asym",
+            ("fp32",),
+            Limits(max_batch=1),
         ),
     )
 }
@@ -133,7 +179,8 @@ def check(plan: Plan, targets: Iterable[str]) -> None:
 def _offenders(plan: Plan, target: Target) -> list[str]:
     found = [what for entry in plan.tensors if (what := _tensor_offender(entry, target))]
     for site in plan.activations:
-        if site.format not in target.activations:
+        kept = all(plan.by_name[tensor].kept is not None for tensor in site.tensors)
+        if not kept and target.taken(site.format) is None:
             known = ", ".join(target.activations)
             found.append(f"{target.name} cannot take {site.format} at {site.name} (it takes {known})")
     for state in plan.state:

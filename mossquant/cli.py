@@ -29,8 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize MossNet and Mamba language models, lower them for phones, and measure what ships.",
-    epilog="PATH is a checkpoint folder, a quantized checkpoint folder, an .onnx file, an artifact folder, or tiny "
-    "(bundled). --quiet (no progress) and --debug (traceback of our own errors) may stand anywhere.",
+    epilog="PATH is a checkpoint folder, a quantized checkpoint folder, an .onnx or .pte file, an artifact folder, or "
+    "tiny (bundled). --quiet (no progress) and --debug (traceback of our own errors) may stand anywhere.",
 )
 
 _QUIET, _DEBUG = "--quiet", "--debug"
@@ -233,24 +233,28 @@ def recipes() -> None:
 def export(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, quantized or not, or tiny")],
     output: Output,
-    target: Annotated[str, typer.Option("--target", help="onnx")] = "onnx",
+    target: Annotated[str, typer.Option("--target", help="onnx, executorch, or both with a comma between")] = "onnx",
     activations: Annotated[
         Literal["int8", "fp32"] | None,
         typer.Option("--activations", help="inputs of the linears; as planned if not given"),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Lower a checkpoint, quantized or not, to an artifact: program, tokenizer and manifest.
+    """Lower a checkpoint, quantized or not, to an artifact: programs, tokenizer and manifest.
 
-    Example: mossquant export tiny-int4 --target onnx -o tiny-int4-onnx
+    Example: mossquant export tiny-int4 --target onnx,executorch -o tiny-int4-app
     """
     from mossquant.targets.export import export as run
 
     with _terminal.named_bar("lowering") as shown:
-        artifact = run(model, output, target=target, activations=activations, force=force, progress=shown)
+        targets = [name.strip() for name in target.split(",")]
+        artifact = run(model, output, target=targets, activations=activations, force=force, progress=shown)
     for note in artifact.notes:
         _terminal.say(note)
-    _terminal.show(f"{artifact.program}: {artifact.bytes:,} bytes; verify it with: {_next('verify', model, output)}")
+    programs = [artifact.program(name) for name in artifact.targets]
+    for program in programs:
+        _terminal.show(f"{program}: {artifact.files[program.name].bytes:,} bytes")
+    _terminal.show(f"verify with: {_next('verify', model, *programs)}")
 
 
 @app.command()
@@ -336,7 +340,7 @@ def compare(
 @app.command()
 def verify(
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="the checkpoint that it was lowered from")],
-    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx or its folder")],
+    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx, a .pte, or the folder of one")],
     weights_only: Annotated[bool, typer.Option("--weights-only", help="read back the weights and stop")] = False,
     text: TextOption = None,
     positions: Annotated[int, typer.Option("--positions", min=1, help="single steps that are compared")] = 2000,

@@ -11,12 +11,12 @@ from mossquant.errors import InputError
 
 __all__ = ["BUNDLED", "Kind", "Located", "asset_folder", "locate"]
 
-Kind = Literal["checkpoint", "quantized checkpoint", "onnx"]
+Kind = Literal["checkpoint", "quantized checkpoint", "onnx", "executorch"]
 
 BUNDLED = "tiny"
 """Name of the checkpoint that ships in the package. It always means that one; a folder of this name is `./tiny`."""
 
-_PROGRAMS: dict[str, Kind] = {".onnx": "onnx"}
+_PROGRAMS: dict[str, Kind] = {".onnx": "onnx", ".pte": "executorch"}
 
 
 @dataclass(frozen=True)

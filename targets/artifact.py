@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An artifact, what one target ships: a folder with the program, `tokenizer.json` if there is one, `manifest.json`.
+"""An artifact, what ships: a folder with a program for each target, `tokenizer.json` if there is one, `manifest.json`.
 
-The manifest says what a consumer has to know without opening the program: files with size and hash, inputs and outputs,
-the operators that the runtime must have, and the oldest release of it that does.
+The manifest says what a consumer has to know without opening a program: files with size and hash, inputs and outputs of
+its methods, the operators that the runtime must have, and the oldest release of it that does.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,9 @@ from mossquant.outputs import file_sha256, write_json
 __all__ = [
     "Artifact",
     "ArtifactManifest",
+    "MethodPorts",
     "Port",
+    "ProgramRecord",
     "Runtime",
     "check_listed",
     "read_artifact_manifest",
@@ -53,19 +55,30 @@ class Runtime(_Strict):
     operators: dict[str, list[str]]
 
 
+class MethodPorts(_Strict):
+    """What a method takes and gives, in order."""
+
+    inputs: list[Port]
+    outputs: list[Port]
+
+
+class ProgramRecord(_Strict):
+    """One target's program; `model` is what the program says about itself."""
+
+    file: FileName
+    methods: dict[str, MethodPorts]
+    runtime: Runtime
+    model: dict[str, Any]
+
+
 class ArtifactManifest(_Strict):
-    """`manifest.json` of an artifact; `model` is what the program says about itself."""
+    """`manifest.json` of an artifact: its programs by target, and every file."""
 
     version: Literal[1] = 1
     kind: Literal["artifact"] = "artifact"
-    target: str
     release: str
-    program: FileName
+    programs: dict[str, ProgramRecord]
     files: dict[FileName, FileRecord]
-    inputs: list[Port]
-    outputs: list[Port]
-    runtime: Runtime
-    model: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,14 +96,13 @@ class Artifact:
     notes: tuple[str, ...] = ()
 
     @property
-    def target(self) -> str:
-        """The target's name."""
-        return self.manifest.target
+    def targets(self) -> tuple[str, ...]:
+        """The targets that it has a program for."""
+        return tuple(self.manifest.programs)
 
-    @property
-    def program(self) -> Path:
-        """The program file."""
-        return self.folder / self.manifest.program
+    def program(self, target: str) -> Path:
+        """The program file of a target."""
+        return self.folder / self.manifest.programs[target].file
 
     @property
     def files(self) -> Mapping[str, FileRecord]:
@@ -99,7 +111,7 @@ class Artifact:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the program and its weights, without the tokenizer."""
+        """Bytes of the programs and their weights, without the tokenizer."""
         return sum(record.bytes for name, record in self.files.items() if name != TOKENIZER)
 
     @classmethod
@@ -145,32 +157,13 @@ def check_listed(program: Path, files: Mapping[str, str]) -> bool:
     return program.name in listed
 
 
-def write_artifact_manifest(
-    folder: Path,
-    *,
-    target: str,
-    release: str,
-    program: str,
-    inputs: list[Port],
-    outputs: list[Port],
-    runtime: Runtime,
-    model: dict[str, Any],
-) -> ArtifactManifest:
+def write_artifact_manifest(folder: Path, *, release: str, programs: dict[str, ProgramRecord]) -> ArtifactManifest:
     """Write the manifest of what lies in `folder`, which is written aside."""
     files = {
         path.name: FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
-    manifest = ArtifactManifest(
-        target=target,
-        release=release,
-        program=program,
-        files=files,
-        inputs=inputs,
-        outputs=outputs,
-        runtime=runtime,
-        model=model,
-    )
+    manifest = ArtifactManifest(release=release, programs=programs, files=files)
     write_json(folder / MANIFEST, manifest.model_dump())
     return manifest

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The targets that a model can be lowered to, by name: a dict, and a decorator that fills it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
+from mossquant.capabilities import Activations
 from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.targets.artifact import ArtifactManifest
+from mossquant.targets.artifact import ProgramRecord
 
-__all__ = ["Activations", "Exported", "Exporter", "Progress", "exporter", "exporters", "get_exporter"]
+__all__ = ["Exported", "Exporter", "Progress", "Writer", "exporter", "exporters", "get_exporters"]
 
-Activations = Literal["int8", "fp32"]
 Progress = Callable[[str, int, int], None]
-"""(what was just written, bytes done, bytes in all)."""
+"""(what was just done, amount done, amount in all): bytes, or stages."""
 
-_TARGETS = ("mossquant.targets.onnx.export",)
+_TARGETS = ("mossquant.targets.onnx.export", "mossquant.targets.executorch.export")
 """Modules that register an exporter; a target is deleted together with its line here."""
 
 _EXPORTERS: dict[str, "Exporter"] = {}
@@ -26,24 +26,25 @@ _EXPORTERS: dict[str, "Exporter"] = {}
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exporter wrote: the manifest, and notes for the user, one line each."""
+    """What an exporter wrote: its entry of the manifest, and notes for the user, one line each."""
 
-    manifest: ArtifactManifest
+    program: ProgramRecord
     notes: tuple[str, ...] = ()
 
 
-class Exporter(Protocol):
-    """Lowers a model into an empty folder that is written aside; checks everything before it writes."""
+class Writer(Protocol):
+    """Writes a program into a folder that is written aside; everything was checked before."""
 
-    def __call__(
-        self,
-        source: Checkpoint | QuantizedCheckpoint,
-        folder: Path,
-        *,
-        activations: Activations | None,
-        progress: Progress | None,
-    ) -> Exported:
-        """Write program, tokenizer and manifest."""
+    def __call__(self, folder: Path, progress: Progress | None) -> Exported:
+        """Write the program and what lies beside it, but the tokenizer and the manifest."""
+        ...
+
+
+class Exporter(Protocol):
+    """Checks all that can be checked before any work, and gives what will do the work."""
+
+    def __call__(self, source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None) -> Writer:
+        """Raises `InputError`: the checkpoint holds something that the target cannot, or a package is missing."""
         ...
 
 
@@ -65,13 +66,19 @@ def exporters() -> dict[str, Exporter]:
     return dict(_EXPORTERS)
 
 
-def get_exporter(name: str) -> Exporter:
-    """The exporter of a target.
+def get_exporters(names: Sequence[str]) -> list[Exporter]:
+    """The exporters of some targets.
 
     Raises:
-        InputError: no such target; the known ones are listed.
+        InputError: no target, one named twice, or unknown ones; the known ones are listed.
     """
     known = exporters()
-    if name not in known:
-        raise InputError(f"unknown target {name[:40]!r}; known targets: {', '.join(known)}")
-    return known[name]
+    if not names:
+        raise InputError(f"no target was given; known targets: {', '.join(known)}")
+    twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    if twice:
+        raise InputError(f"target {twice[0][:40]!r} is named twice; name each once")
+    unknown = [repr(name[:40]) for name in names if name not in known]
+    if unknown:
+        raise InputError(f"unknown target {', '.join(unknown)}; known targets: {', '.join(known)}")
+    return [known[name] for name in names]

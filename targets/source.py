@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mossquant.capabilities import Activations, Target
 from mossquant.checkpoint import Checkpoint
 from mossquant.config import MossNetConfig
 from mossquant.formats import NumberFormat, QuantizedTensor, get_format
@@ -36,8 +37,8 @@ class Source(Protocol):
         """The type of a tensor that is kept."""
         ...
 
-    def int8_activations(self, name: str) -> bool:
-        """Whether the inputs of a quantized linear are rounded to int8 blocks."""
+    def activations(self, name: str) -> str:
+        """The activation format of the inputs of a linear, by its weight's name."""
         ...
 
     def quantized(self, name: str) -> QuantizedTensor:
@@ -72,9 +73,9 @@ class CheckpointSource:
         """The stored type."""
         return self._checkpoint.dtype(name)
 
-    def int8_activations(self, name: str) -> bool:
-        """False."""
-        return False
+    def activations(self, name: str) -> str:
+        """fp32."""
+        return "fp32"
 
     def quantized(self, name: str) -> QuantizedTensor:
         """Nothing is."""
@@ -86,15 +87,17 @@ class CheckpointSource:
 
 
 class QuantizedSource:
-    """A quantized checkpoint, with its inputs as planned or in another format.
+    """A quantized checkpoint, with its inputs as a target takes them.
 
     Args:
         checkpoint: what is lowered.
-        activations: format of the inputs of all quantized linears, "int8_block" or "fp32"; None is as planned.
+        target: what it is lowered to.
+        activations: of all quantized linears: "int8", as the target rounds them, or "fp32"; None is as planned, or the
+            target's own in place of a planned format that it does not have.
     """
 
-    def __init__(self, checkpoint: QuantizedCheckpoint, activations: str | None = None) -> None:
-        self._checkpoint, self._activations = checkpoint, activations
+    def __init__(self, checkpoint: QuantizedCheckpoint, target: Target, activations: Activations | None = None) -> None:
+        self._checkpoint, self._target, self._activations = checkpoint, target, activations
 
     @property
     def config(self) -> MossNetConfig:
@@ -116,10 +119,14 @@ class QuantizedSource:
         assert kept is not None
         return KEPT_DTYPES[kept]
 
-    def int8_activations(self, name: str) -> bool:
-        """Whether the inputs of a quantized linear are rounded to int8 blocks."""
+    def activations(self, name: str) -> str:
+        """The activation format of the inputs of a linear; fp32 where its weight is kept."""
         planned = self._checkpoint.input_format(name)
-        return planned is not None and (self._activations or planned[0]) == "int8_block"
+        if planned is None:
+            return "fp32"
+        if self._activations is not None:
+            return self._target.rounded_to(self._activations)
+        return self._target.taken(planned[0]) or planned[0]
 
     def quantized(self, name: str) -> QuantizedTensor:
         """Codes and scales of a quantized tensor's matrix view."""

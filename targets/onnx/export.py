@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes an .onnx artifact: the lowered graph, weights inside or (above 200 MB) beside it, tokenizer and manifest."""
+"""Writes an .onnx: the lowered graph, weights inside or (above 200 MB) beside it."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import onnx
 import onnx_ir as ir
 
-from mossquant.capabilities import check
+from mossquant.capabilities import Activations, check, get_target
 from mossquant.checkpoint import Checkpoint
 from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.release import release
-from mossquant.targets.artifact import TOKENIZER, Port, Runtime, write_artifact_manifest
+from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
+from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.onnx.graph import OPSETS
 from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, DataFile, Metadata
-from mossquant.targets.onnx.source import CheckpointSource, QuantizedSource, Source
-from mossquant.targets.registry import Activations, Exported, Progress, exporter
+from mossquant.targets.registry import Exported, Progress, Writer, exporter
+from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
 
 __all__ = ["EXTERNAL_ABOVE", "PROGRAM", "export_onnx"]
 
@@ -29,18 +28,11 @@ EXTERNAL_ABOVE = 200 * 10**6
 
 _PAGE = 4096
 _STANDARD = "ai.onnx"
-_FORMATS = {"int8": "int8_block", "fp32": "fp32"}
 
 
 @exporter("onnx")
-def export_onnx(
-    source: Checkpoint | QuantizedCheckpoint,
-    folder: Path,
-    *,
-    activations: Activations | None,
-    progress: Progress | None,
-) -> Exported:
-    """Write program, tokenizer and manifest into `folder`.
+def export_onnx(source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None) -> Writer:
+    """Check that the target can hold the checkpoint; the writer writes the program, and weights beside it.
 
     Raises:
         InputError: the quantized checkpoint holds something that the target cannot.
@@ -50,31 +42,32 @@ def export_onnx(
     else:
         # Formats that are overridden need not be any that the target can take.
         check(source.plan if activations is None else replace(source.plan, activations=()), ["onnx"])
-        tensors = QuantizedSource(source, _FORMATS[activations] if activations else None)
-    model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
-    tokenizer = source.tokenizer_path
-    if tokenizer is not None:
-        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-    data = _write_data(model, folder) if weight_bytes > EXTERNAL_ABOVE else None
-    metadata = _metadata(source, tensors, weight_bytes, tokenizer, data)
-    model.metadata_props.update(metadata.to_props())
-    ir.save(model, folder / PROGRAM)
-    manifest = write_artifact_manifest(
-        folder,
-        target="onnx",
-        release=metadata.release,
-        program=PROGRAM,
-        inputs=[_port(value) for value in model.graph.inputs],
-        outputs=[_port(value) for value in model.graph.outputs],
-        runtime=Runtime(
+        tensors = QuantizedSource(source, get_target("onnx"), activations)
+
+    def write(folder: Path, progress: Progress | None) -> Exported:
+        model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
+        data = _write_data(model, folder) if weight_bytes > EXTERNAL_ABOVE else None
+        linears = [name for name, spec in source.specs.items() if spec.site is not None]
+        said = {"activations": activations_of(tensors, linears), "weight_bytes": weight_bytes, "data": data}
+        metadata = Metadata.model_validate(common_metadata(source) | said)
+        model.metadata_props.update(metadata.to_props())
+        ir.save(model, folder / PROGRAM)
+        ports = MethodPorts(
+            inputs=[_port(value) for value in model.graph.inputs],
+            outputs=[_port(value) for value in model.graph.outputs],
+        )
+        runtime = Runtime(
             name="onnxruntime",
             minimum=RUNTIME_MINIMUM,
             domains={domain or _STANDARD: opset for domain, opset in OPSETS.items()},
             operators=_operators(model),
-        ),
-        model=metadata.model_dump(),
-    )
-    return Exported(manifest, _notes(source, tensors))
+        )
+        record = ProgramRecord(file=PROGRAM, methods={"run": ports}, runtime=runtime, model=metadata.model_dump())
+        changed = changed_inputs(source, tensors, linears) if activations is None else ()
+        notes = [*changed, *_notes(tensors, linears)]
+        return Exported(record, tuple(f"{PROGRAM}: {note}" for note in notes))
+
+    return write
 
 
 def _write_data(model: ir.Model, folder: Path) -> DataFile:
@@ -86,44 +79,11 @@ def _write_data(model: ir.Model, folder: Path) -> DataFile:
     return DataFile(name=DATA, sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
-def _metadata(
-    source: Checkpoint | QuantizedCheckpoint,
-    tensors: Source,
-    weight_bytes: int,
-    tokenizer: Path | None,
-    data: DataFile | None,
-) -> Metadata:
-    quantized = isinstance(source, QuantizedCheckpoint)
-    return Metadata(
-        release=release(),
-        config=source.config.to_json(torch_dtype=source.torch_dtype),
-        weights=source.recipe_name if isinstance(source, QuantizedCheckpoint) else source.torch_dtype,
-        activations=_activations(source, tensors),
-        parameters=source.parameters,
-        payload_bytes=source.payload_bytes if isinstance(source, QuantizedCheckpoint) else source.stored_bytes,
-        weight_bytes=weight_bytes,
-        source_kind="quantized checkpoint" if quantized else "checkpoint",
-        source_files=source.hashes(),
-        tokenizer_sha256=None if tokenizer is None else file_sha256(tokenizer),
-        seen_text=list(source.seen_text()),
-        data=data,
-    )
-
-
-def _linears(source: Checkpoint | QuantizedCheckpoint, tensors: Source) -> list[str]:
-    return [name for name, spec in source.specs.items() if spec.site is not None and tensors.format(name) is not None]
-
-
-def _activations(source: Checkpoint | QuantizedCheckpoint, tensors: Source) -> Literal["fp32", "int8_block", "mixed"]:
-    kinds = {tensors.int8_activations(name) for name in _linears(source, tensors)}
-    return "mixed" if len(kinds) > 1 else "int8_block" if True in kinds else "fp32"
-
-
-def _notes(source: Checkpoint | QuantizedCheckpoint, tensors: Source) -> tuple[str, ...]:
+def _notes(tensors: Source, linears: list[str]) -> tuple[str, ...]:
     slow = [
         name
-        for name in _linears(source, tensors)
-        if not tensors.int8_activations(name) and (found := tensors.format(name)) is not None and found.bits == 8
+        for name in linears
+        if tensors.activations(name) == "fp32" and (found := tensors.format(name)) is not None and found.bits == 8
     ]
     if not slow:
         return ()

@@ -12,8 +12,8 @@ from mossquant.targets.onnx.mixer import lower_mixer
 from mossquant.targets.onnx.mlp import lower_mlp
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 from mossquant.targets.onnx.shapes import Shapes
-from mossquant.targets.onnx.source import Source
 from mossquant.targets.onnx.weights import Progress, Weights
+from mossquant.targets.source import Source
 from mossquant.tensors import TensorSpec
 
 __all__ = ["lower"]

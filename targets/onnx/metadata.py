@@ -3,16 +3,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
-from mossquant.manifest import FileName, FileRecord, Sha256
+from mossquant.manifest import FileName, FileRecord
 from mossquant.outputs import file_sha256
+from mossquant.targets.metadata import Count, ProgramMetadata, parsed
 
 __all__ = [
     "METADATA_KEY",
@@ -34,58 +34,27 @@ _GRAPH, _PROPS = 7, 14
 _LARGEST_PROP = 1 << 26
 
 
-Count = Annotated[int, Field(gt=0, lt=1 << 63)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 class DataFile(FileRecord):
     """The file of external weights that lies beside the program."""
 
     name: FileName
 
 
-class Metadata(_Strict):
+class Metadata(ProgramMetadata):
     """What the program is.
 
     Attributes:
-        version: of this content.
-        kind: always "artifact".
         target: always "onnx".
-        release: of mossquant, that wrote it.
         runtime_minimum: oldest onnxruntime that runs it.
-        config: the model's config, as in `config.json`.
-        weights: name of the recipe, or the stored type of a full-precision checkpoint.
         activations: format of the inputs of quantized linears: "fp32", "int8_block", or "mixed".
-        state_format: format in which the state is carried.
-        parameters: parameters of the full-precision model, a tied table once.
-        payload_bytes: bytes of codes, padding, scales and kept tensors in the checkpoint that was lowered.
-        weight_bytes: bytes of the same in this program.
-        source_kind: "checkpoint" or "quantized checkpoint".
-        source_files: file name → SHA-256 of what was lowered.
-        tokenizer_sha256: of the `tokenizer.json` that belongs to it, None where there is none.
-        seen_text: SHA-256 of texts that the model was trained or calibrated on.
+        weight_bytes: bytes of codes, padding, scales and kept tensors in this program.
         data: the external weights, None where all are inside.
     """
 
-    version: Literal[1] = 1
-    kind: Literal["artifact"] = "artifact"
     target: Literal["onnx"] = "onnx"
-    release: str
     runtime_minimum: str = RUNTIME_MINIMUM
-    config: dict[str, Any]
-    weights: str
     activations: Literal["fp32", "int8_block", "mixed"]
-    state_format: Literal["fp32"] = "fp32"
-    parameters: Count
-    payload_bytes: Count
     weight_bytes: Count
-    source_kind: Literal["checkpoint", "quantized checkpoint"]
-    source_files: dict[FileName, Sha256]
-    tokenizer_sha256: Sha256 | None
-    seen_text: list[str]
     data: DataFile | None = None
 
     def to_props(self) -> dict[str, str]:
@@ -169,7 +138,7 @@ def read_metadata(path: Path) -> Metadata:
             f"{path} holds no mossquant metadata: it was cut short, or another program wrote it; "
             "give an .onnx that `mossquant export` wrote"
         )
-    metadata = _parsed(path, text)
+    metadata = parsed(Metadata, text, path)
     _check_data(path, metadata)
     return metadata
 
@@ -230,18 +199,6 @@ def _varint(file: BinaryIO) -> int:
         if byte[0] < 128:
             return value
     raise _NotProtobuf
-
-
-def _parsed(path: Path, text: str) -> Metadata:
-    try:
-        return Metadata.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "metadata"
-        raise InputError(
-            f"{path}: its metadata cannot be read ({where[:80]}: {first['msg'].lower()[:120]}); "
-            "another release of mossquant wrote it: use that one, or export again"
-        ) from None
 
 
 def _check_data(path: Path, metadata: Metadata) -> None:

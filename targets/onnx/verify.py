@@ -7,7 +7,6 @@ may be left over.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +21,14 @@ from mossquant.locate import Located, locate
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.onnx.metadata import open_program
 from mossquant.targets.onnx.readback import FileGraph, Matrix, expanded
+from mossquant.targets.weights_report import WeightsReport, first_difference
 from mossquant.tensors import TensorSpec, View
 
-__all__ = ["WeightsReport", "verify"]
+__all__ = ["verify"]
 
 _CONSTANT_ELEMENTS = 16
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) is computed when the file is loaded, to within a rounding or two of any other exp."""
-
-
-@dataclass(frozen=True)
-class WeightsReport:
-    """What reading back the weights of an artifact found.
-
-    Attributes:
-        path: the program.
-        tensors: tensors compared.
-        weights: their elements.
-        differences: one line for each tensor that differs, with the first place where it does; and what is left over.
-    """
-
-    path: str
-    tensors: int
-    weights: int
-    differences: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every code and value is the checkpoint's."""
-        return not self.differences
-
-    @property
-    def summary(self) -> str:
-        """One line."""
-        if self.passed:
-            return "all equal"
-        more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
-        return self.differences[0] + more
-
-    def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "tensors": self.tensors,
-            "weights": self.weights,
-            "passed": self.passed,
-            "differences": list(self.differences),
-        }
 
 
 def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> WeightsReport:
@@ -163,7 +124,7 @@ def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArra
     if not isinstance(expected, QuantizedTensor):
         if found.bits is not None:
             return f"has {found.bits}-bit codes, the checkpoint keeps it in a float type"
-        return _first(found.codes, expected, "value")
+        return first_difference(found.codes, expected, "value")
     form = expected.format
     if (found.bits, found.block) != (form.bits, form.activation_block):
         held = "float values" if found.bits is None else f"{found.bits}-bit codes in blocks of {found.block}"
@@ -172,12 +133,12 @@ def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArra
     padding = found.codes.shape[1] - codes.shape[1]
     if padding < 0 or len(found.codes) != len(codes):
         return f"has {list(found.codes.shape)} codes, the checkpoint has {list(codes.shape)}"
-    difference = _first(found.codes, np.pad(codes, ((0, 0), (0, padding))), "code")
+    difference = first_difference(found.codes, np.pad(codes, ((0, 0), (0, padding))), "code")
     if difference is not None:
         return difference
     scales = expected.scales.float().numpy()
     spread = scales if scales.shape == found.scales.shape else np.broadcast_to(scales, found.scales.shape)
-    return _first(found.scales, spread, "scale")
+    return first_difference(found.scales, spread, "scale")
 
 
 def _compare_small(
@@ -195,13 +156,16 @@ def _compare_small(
         scales = graph.value(f"{stored}.scale")
         if scales is None:
             return "has no scales in the file"
-        difference = _first(data.reshape(rows * count, -1)[own], expected.codes.numpy(), "code")
-        difference = difference or _first(
+        difference = first_difference(data.reshape(rows * count, -1)[own], expected.codes.numpy(), "code")
+        difference = difference or first_difference(
             scales.astype(np.float32).reshape(rows * count, -1)[own], expected.scales.float().numpy(), "scale"
         )
         values = expected.dequantize().numpy()
     else:
-        difference, values = _first(data.astype(np.float32).reshape(rows * count, -1)[own], expected, "value"), expected
+        difference, values = (
+            first_difference(data.astype(np.float32).reshape(rows * count, -1)[own], expected, "value"),
+            expected,
+        )
     if difference is not None:
         return difference
     return _compare_used(graph.used(stored), spec, values)
@@ -220,19 +184,4 @@ def _compare_used(used: list[NDArray[Any]], spec: TensorSpec, values: NDArray[np
         fits = seen.size % columns == 0 and seen.size >= (first + rows) * columns
     if not fits:
         return f"is used as {seen.size} values, the checkpoint has {values.size}"
-    return _first(seen.reshape(-1, columns)[first : first + rows], values, "decoded value")
-
-
-def _first(found: NDArray[Any], expected: NDArray[Any], what: str) -> str | None:
-    """The first place where two arrays differ, in words."""
-    if found.shape != expected.shape:
-        return f"has {list(found.shape)} {what}s, the checkpoint has {list(expected.shape)}"
-    if found.dtype == expected.dtype == np.float32:
-        found, expected = np.ascontiguousarray(found), np.ascontiguousarray(expected)
-        places = np.argwhere(found.view(np.uint32) != expected.view(np.uint32))
-    else:
-        places = np.argwhere(found != expected)
-    if len(places) == 0:
-        return None
-    place = tuple(int(one) for one in places[0])
-    return f"{what} {list(place)} is {found[place]:g}, the checkpoint has {expected[place]:g} ({len(places)} differ)"
+    return first_difference(seen.reshape(-1, columns)[first : first + rows], values, "decoded value")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from mossquant.formats import NumberFormat
 from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
 from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_codes, padded_codes, to_numpy
-from mossquant.targets.onnx.source import Source
+from mossquant.targets.source import Source
 
 __all__ = ["SCALE", "Progress", "Stack", "Weights", "initializer_name"]
 
@@ -67,7 +67,7 @@ class Weights:
             found = self.source.format(name)
             if found is None:
                 return str(self.source.dtype(name)), False
-            return found.name, self.source.spec(name).site is not None and self.source.int8_activations(name)
+            return found.name, self.source.spec(name).site is not None and self.source.activations(name) == "int8_block"
 
         return [list(run) for _, run in groupby(names, key=storage)]
 
@@ -106,7 +106,7 @@ class Weights:
             "bits": number_format.bits,
             "block_size": number_format.activation_block,
         }
-        if self.source.int8_activations(names[0]):
+        if self.source.activations(names[0]) == "int8_block":
             attributes["accuracy_level"] = 4
         inputs = [x, codes, scales] + ([None, None, bias] if bias is not None else [])
         return graph.op("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)

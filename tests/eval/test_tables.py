@@ -16,7 +16,7 @@ from mossquant.eval.info import info
 from mossquant.eval.parity import Check, ParityReport
 from mossquant.eval.perplexity import perplexity
 from mossquant.eval.verify import ArtifactVerdict, VerifyReport
-from mossquant.targets.onnx.verify import WeightsReport
+from mossquant.targets.weights_report import WeightsReport
 
 
 def _text(*parts: Any) -> str:

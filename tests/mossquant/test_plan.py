@@ -216,13 +216,24 @@ def test_capabilities_list_all_offenders(tiny_config: MossNetConfig) -> None:
     message = str(caught.value)
     assert "onnx holds no codes for backbone.layers.0.mixer.router.weight (role ssm.router): keep it" in message
     assert message.count("router.weight") == 4
-    row_wise = replace(plan, activations=tuple(replace(site, format="int8_row_asym") for site in plan.activations))
-    check(row_wise, ["torch"])
-    with pytest.raises(InputError, match=r"onnx cannot take int8_row_asym at layers\.0\.mixer\.in_proj\.input"):
-        check(row_wise, ["onnx"])
+    exact = replace(plan_of(tiny_config, Recipe.named("int8")), targets=("torch",))
+    exact = replace(exact, activations=tuple(replace(site, format="fp32") for site in exact.activations))
+    check(exact, ["torch", "onnx"])
+    with pytest.raises(InputError, match=r"executorch cannot take fp32 at layers\.0\.mixer\.in_proj\.input"):
+        check(exact, ["executorch"])
     in_half = replace(plan, state=tuple(replace(state, format="fp16") for state in plan.state))
     with pytest.raises(InputError, match=r"torch cannot carry layers.0.mixer.conv in fp16"):
         check(in_half, ["torch"])
+
+
+@pytest.mark.parametrize(("target", "own"), [("onnx", "int8_block"), ("executorch", "int8_row_asym")])
+def test_a_target_rounds_inputs_in_its_own_way(tiny_config: MossNetConfig, target: str, own: str) -> None:
+    """Formats that round at run time stand in for one another: nothing that was measured is lost."""
+    plan = plan_of(tiny_config, Recipe.named("int8"))
+    for planned in ("int8_block", "int8_row_asym"):
+        check(replace(plan, activations=tuple(replace(site, format=planned) for site in plan.activations)), [target])
+        assert get_target(target).taken(planned) == own
+    assert get_target(target).rounded_to("int8") == own
 
 
 def test_unknown_targets(tiny_config: MossNetConfig) -> None:
@@ -231,7 +242,7 @@ def test_unknown_targets(tiny_config: MossNetConfig) -> None:
         check(plan, ["onxx", "torch", "npu"])
     with pytest.raises(InputError, match="unknown target 'onxx'; known targets: torch, onnx"):
         get_target("onxx")
-    assert TARGETS == ("torch", "onnx")
+    assert TARGETS == ("torch", "onnx", "executorch")
 
 
 def summary(plan: Plan) -> dict[str, Any]:

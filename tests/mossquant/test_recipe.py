@@ -154,7 +154,7 @@ def test_patterns_do_not_explode() -> None:
 def test_shipped(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.targets == ("torch", "onnx")
+    assert recipe.targets == ("torch", "onnx", "executorch")
     assert recipe.solver == "nearest-mse"
     assert all(rule.why for rule in recipe.weights if rule.keep)
 

@@ -7,33 +7,30 @@ from pathlib import Path
 import pytest
 
 from mossquant.errors import InputError
-from mossquant.targets.artifact import Artifact, Port, Runtime, write_artifact_manifest
+from mossquant.targets.artifact import Artifact, MethodPorts, Port, ProgramRecord, Runtime, write_artifact_manifest
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "model.onnx").write_bytes(b"program")
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    write_artifact_manifest(
-        tmp_path,
-        target="onnx",
-        release="0.1.0",
-        program="model.onnx",
-        inputs=[Port(name="tokens", type="int64", shape=["B", "T"])],
-        outputs=[],
+    program = ProgramRecord(
+        file="model.onnx",
+        methods={"run": MethodPorts(inputs=[Port(name="tokens", type="int64", shape=["B", "T"])], outputs=[])},
         runtime=Runtime(name="onnxruntime", minimum="1.23.2", domains={"ai.onnx": 21}, operators={"ai.onnx": ["Add"]}),
         model={},
     )
+    write_artifact_manifest(tmp_path, release="0.1.0", programs={"onnx": program})
     return tmp_path
 
 
 def test_round_trip(folder: Path) -> None:
     artifact = Artifact.open(folder)
-    assert artifact.target == "onnx"
-    assert artifact.program == folder / "model.onnx"
+    assert artifact.targets == ("onnx",)
+    assert artifact.program("onnx") == folder / "model.onnx"
     assert artifact.bytes == len(b"program")
     assert set(artifact.files) == {"model.onnx", "tokenizer.json"}
-    assert artifact.manifest.inputs[0].shape == ["B", "T"]
+    assert artifact.manifest.programs["onnx"].methods["run"].inputs[0].shape == ["B", "T"]
 
 
 def test_all_offenders_at_once(folder: Path) -> None:
@@ -52,7 +49,10 @@ def test_all_offenders_at_once(folder: Path) -> None:
         ({"version": 2}, r"version 2 was written by mossquant 0\.1\.0; use that release"),
         ({"kind": "quantized checkpoint"}, "is not the manifest of an artifact: kind"),
         ({"more": 1}, "is not the manifest of an artifact: more"),
-        ({"program": "../model.onnx"}, "is not the manifest of an artifact: program"),
+        (
+            {"programs": {"onnx": {"file": "../model.onnx"}}},
+            r"is not the manifest of an artifact: programs\.onnx\.file",
+        ),
         ({"files": {"/etc/passwd": {"sha256": "ab" * 32, "bytes": 1}}}, "is not the manifest of an artifact: files"),
     ],
 )

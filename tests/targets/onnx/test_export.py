@@ -17,6 +17,7 @@ from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
+from mossquant.targets import export as artifact_export
 from mossquant.targets.onnx import export as exporting
 from mossquant.targets.onnx.metadata import open_program, read_metadata
 
@@ -41,7 +42,7 @@ def test_the_same_bytes_each_time(
 def test_external_weights_begin_on_pages(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
     artifact = export(workshop.checkpoint("mamba48"), tmp_path / "external")
-    opened = open_program(artifact.program)
+    opened = open_program(artifact.program("onnx"))
     places = [{e.key: e.value for e in tensor.external_data} for tensor in opened.proto.graph.initializer]
     offsets = [int(place["offset"]) for place in places if place]
     assert offsets
@@ -71,10 +72,10 @@ def test_texts_that_were_seen_are_named(workshop: Workshop, tmp_path: Path) -> N
     (checkpoint / "tokenizer.json").write_text("{}")
     quantize(checkpoint, tmp_path / "quantized", recipe="int4")
     artifact = export(tmp_path / "quantized", tmp_path / "artifact")
-    metadata = read_metadata(artifact.program)
+    metadata = read_metadata(artifact.program("onnx"))
     assert metadata.seen_text == ["ab" * 32]
     assert metadata.tokenizer_sha256 == file_sha256(artifact.folder / "tokenizer.json")
-    assert artifact.bytes == artifact.program.stat().st_size
+    assert artifact.bytes == artifact.program("onnx").stat().st_size
 
 
 def test_weights_take_the_bytes_of_the_checkpoint(workshop: Workshop) -> None:
@@ -88,19 +89,20 @@ def test_weights_take_the_bytes_of_the_checkpoint(workshop: Workshop) -> None:
 def test_manifest(workshop: Workshop) -> None:
     lowered = workshop("wide", "int8")
     artifact = Artifact.open(lowered.artifact)
-    manifest = artifact.manifest
-    assert artifact.program == lowered.program
+    record = artifact.manifest.programs["onnx"]
+    ports = record.methods["run"]
+    assert artifact.program("onnx") == lowered.program
     assert set(artifact.files) == {"model.onnx"}
     assert artifact.files["model.onnx"].sha256 == file_sha256(lowered.program)
-    assert manifest.model == read_metadata(lowered.program).model_dump()
+    assert record.model == read_metadata(lowered.program).model_dump()
     graph = lowered.proto().graph
-    assert [port.name for port in manifest.inputs] == [port.name for port in graph.input]
-    assert [port.name for port in manifest.outputs] == [port.name for port in graph.output]
-    assert manifest.inputs[0].model_dump() == {"name": "tokens", "type": "int64", "shape": ["B", "T"]}
-    assert manifest.runtime.domains == {"ai.onnx": 21, "com.microsoft": 1}
-    assert manifest.runtime.minimum == "1.23.2"
-    assert {"Scan", "If", "ScatterND"} <= set(manifest.runtime.operators["ai.onnx"])
-    assert {"MatMulNBits", "GatherBlockQuantized"} <= set(manifest.runtime.operators["com.microsoft"])
+    assert [port.name for port in ports.inputs] == [port.name for port in graph.input]
+    assert [port.name for port in ports.outputs] == [port.name for port in graph.output]
+    assert ports.inputs[0].model_dump() == {"name": "tokens", "type": "int64", "shape": ["B", "T"]}
+    assert record.runtime.domains == {"ai.onnx": 21, "com.microsoft": 1}
+    assert record.runtime.minimum == "1.23.2"
+    assert {"Scan", "If", "ScatterND"} <= set(record.runtime.operators["ai.onnx"])
+    assert {"MatMulNBits", "GatherBlockQuantized"} <= set(record.runtime.operators["com.microsoft"])
 
 
 def test_slow_combinations_are_said(workshop: Workshop, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_slow_combinations_are_said(workshop: Workshop, tmp_path: Path) -> None:
 def test_progress_reaches_the_end(workshop: Workshop, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     artifact = export(workshop.checkpoint("wide", "int4"), tmp_path / "a", progress=lambda *now: seen.append(now))
-    total = read_metadata(artifact.program).weight_bytes
+    total = read_metadata(artifact.program("onnx")).weight_bytes
     assert seen[-1][1:] == (total, total)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
@@ -132,7 +134,7 @@ def test_nothing_is_left_behind(workshop: Workshop, tmp_path: Path, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(exporting, "write_artifact_manifest", broken)
+    monkeypatch.setattr(artifact_export, "write_artifact_manifest", broken)
     with pytest.raises(OSError, match="the disk is full"):
         export(workshop.checkpoint("wide", "int4"), tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
@@ -157,7 +159,7 @@ def test_bad_input_is_refused_before_any_work(workshop: Workshop, tmp_path: Path
 
 
 def test_a_plan_for_another_target(workshop: Workshop, tmp_path: Path) -> None:
-    """Inputs in a format that onnxruntime lacks are refused as planned, and may be overridden."""
+    """Inputs in a format that onnxruntime lacks are rounded in its own, which is said."""
     recipe = tmp_path / "rows.yaml"
     recipe.write_text(
         "version: 1\nname: rows\ntargets: [torch]\nweights:\n"
@@ -166,9 +168,8 @@ def test_a_plan_for_another_target(workshop: Workshop, tmp_path: Path) -> None:
         'activations:\n  - {role: "*", format: int8_row_asym}\nstate:\n  - {role: "*", format: fp32}\n'
     )
     quantize(workshop.checkpoint("wide"), tmp_path / "rows", recipe=recipe)
-    with pytest.raises(InputError, match="onnx cannot take int8_row_asym at"):
-        export(tmp_path / "rows", tmp_path / "artifact")
-    export(tmp_path / "rows", tmp_path / "artifact", activations="int8")
+    artifact = export(tmp_path / "rows", tmp_path / "artifact")
+    assert artifact.notes == ("model.onnx: inputs are int8_block in place of the planned int8_row_asym",)
     assert read_metadata(tmp_path / "artifact/model.onnx").activations == "int8_block"
 
 

@@ -169,11 +169,11 @@ def test_weights_from_a_file_of_another(workshop: Workshop, tmp_path: Path, monk
     monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
     checkpoint = workshop.checkpoint("mamba48")
     artifact = export(checkpoint, tmp_path / "external")
-    proto = onnx.load(artifact.program, load_external_data=False)
+    proto = onnx.load(artifact.program("onnx"), load_external_data=False)
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
             entry.value = "../secret" if entry.key == "location" else entry.value
-    onnx.save(proto, artifact.program)
+    onnx.save(proto, artifact.program("onnx"))
     shutil.copy(artifact.folder / "model.onnx.data", tmp_path / "secret")
     with pytest.raises(InputError, match=r"reads weights from other files than its own: \.\./secret"):
         verify(checkpoint, artifact.folder)

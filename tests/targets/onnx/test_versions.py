@@ -83,8 +83,8 @@ def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     quantize("tiny", folder / "int4", recipe="int4")
     return {
-        "int8": export(folder / "int4", folder / "int8-onnx", activations="int8").program,
-        "fp32": export(folder / "int4", folder / "fp32-onnx", activations="fp32").program,
+        "int8": export(folder / "int4", folder / "int8-onnx", activations="int8").program("onnx"),
+        "fp32": export(folder / "int4", folder / "fp32-onnx", activations="fp32").program("onnx"),
     }
 
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads flatbuffers by slot numbers, every access checked against the buffer, so that a damaged file is an error here.
+
+A table lies at a position and begins with the distance back to its vtable: sizes, then the offset of each slot from the
+table, 0 for a slot that is absent. Strings, vectors and tables in a slot lie at a distance forward.
+Source: https://flatbuffers.dev/internals.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DamagedError", "Table", "root"]
+
+
+class DamagedError(ValueError):
+    """A flatbuffer that points outside itself, or is none of ours."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        data: the whole buffer.
+        position: where the table begins.
+    """
+
+    data: memoryview
+    position: int
+
+    def number(self, slot: int, kind: str = "<u4", default: int = 0) -> int:
+        """A whole number, of a numpy type."""
+        at = self._at(slot)
+        return default if at is None else int(_scalar(self.data, at, kind))
+
+    def table(self, slot: int) -> "Table | None":
+        """A table, None where it is absent."""
+        at = self._at(slot)
+        return None if at is None else Table(self.data, _forward(self.data, at))
+
+    def tables(self, slot: int) -> Iterator["Table"]:
+        """A vector of tables."""
+        at = self._at(slot)
+        if at is not None:
+            first, count = self._vector(at, 4)
+            yield from (Table(self.data, _forward(self.data, first + 4 * i)) for i in range(count))
+
+    def string(self, slot: int) -> str:
+        """A string, empty where it is absent."""
+        try:
+            return bytes(self.bytes(slot)).decode()
+        except UnicodeDecodeError:
+            raise DamagedError("a string is not UTF-8") from None
+
+    def bytes(self, slot: int) -> memoryview:
+        """A vector of bytes, or a string as bytes."""
+        at = self._at(slot)
+        if at is None:
+            return self.data[:0]
+        first, count = self._vector(at, 1)
+        return self.data[first : first + count]
+
+    def numbers(self, slot: int, kind: str = "<u4") -> NDArray[Any]:
+        """A vector of numbers of a numpy type."""
+        at = self._at(slot)
+        if at is None:
+            return np.empty(0, kind)
+        first, count = self._vector(at, np.dtype(kind).itemsize)
+        return np.frombuffer(self.data, kind, count, first)
+
+    def union(self, slot: int) -> tuple[int, "Table | None"]:
+        """(type, table) of a union; its type lies in the slot before."""
+        return self.number(slot - 1, "u1"), self.table(slot)
+
+    def _at(self, slot: int) -> int | None:
+        vtable = self.position - int(_scalar(self.data, self.position, "<i4"))
+        size = int(_scalar(self.data, vtable, "<u2"))
+        entry = 4 + 2 * slot
+        offset = int(_scalar(self.data, vtable + entry, "<u2")) if entry + 2 <= size else 0
+        return self.position + offset if offset else None
+
+    def _vector(self, at: int, size: int) -> tuple[int, int]:
+        start = _forward(self.data, at)
+        count = int(_scalar(self.data, start, "<u4"))
+        if start + 4 + count * size > len(self.data):
+            raise DamagedError("a vector ends behind the buffer")
+        return start + 4, count
+
+
+def root(data: memoryview, identifier: bytes) -> Table:
+    """The root table. Raises `DamagedError`: too short, or another kind of flatbuffer."""
+    if len(data) < 8 or bytes(data[4:8]) != identifier:
+        raise DamagedError(f"the identifier {identifier.decode()} is missing")
+    return Table(data, _forward(data, 0))
+
+
+def _scalar(data: memoryview, at: int, kind: str) -> Any:
+    found = np.dtype(kind)
+    if not 0 <= at <= len(data) - found.itemsize:
+        raise DamagedError("an offset points outside the buffer")
+    return np.frombuffer(data, found, 1, at)[0]
+
+
+def _forward(data: memoryview, at: int) -> int:
+    return at + int(_scalar(data, at, "<u4"))

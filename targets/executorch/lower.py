@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lowers a model to one ExecuTorch program: prefill, score and decode over the same constants, delegated to XNNPACK."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mossquant.config import MossNetConfig
+from mossquant.model import state_specs
+from mossquant.targets.executorch.matrices import XnnpackMatrices
+from mossquant.targets.executorch.packages import check_packages, quiet
+from mossquant.targets.executorch.scan import loop, step
+from mossquant.targets.program import METHODS, Method, Model
+from mossquant.targets.source import Source
+from mossquant.tensors import TensorSpec
+
+__all__ = ["CHUNK", "METADATA", "lower"]
+
+CHUNK = 128
+"""Most tokens of one call of prefill or score. Memory is planned for so many, so that it is a limit of the file."""
+METADATA = "mossquant"
+"""A method that takes nothing and returns what the program says about itself, as JSON."""
+
+_EXAMPLE = 16
+_SCANS = {"prefill": loop, "score": loop, "decode": step}
+
+
+def lower(
+    source: Source,
+    specs: list[TensorSpec],
+    metadata: Mapping[str, Any],
+    path: Path,
+    on_stage: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Write the program of `source`.
+
+    Args:
+        source: the tensors.
+        specs: what they are, `mossquant.model.tensor_specs` of the config.
+        metadata: what the program is to say about itself.
+        path: file to write.
+        on_stage: called after each stage with its name, its number and how many there are.
+    """
+    stages = [*(f"exporting {name}" for name in METHODS), "delegating to XNNPACK", "writing"]
+    done = 0
+
+    def stage_done() -> None:
+        nonlocal done
+        done += 1
+        if on_stage is not None:
+            on_stage(stages[done - 1], done, len(stages))
+
+    check_packages()
+    model = Model(source.config, specs, XnnpackMatrices(source)).eval()
+    with torch.no_grad(), quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
+
+        programs = {}
+        for name in METHODS:
+            programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), source.config, name)
+            stage_done()
+        edge = to_edge_transform_and_lower(
+            programs,
+            partitioner={name: [XnnpackPartitioner()] for name in METHODS},
+            # The loop of the scan is not an operator that the verifier knows.
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            constant_methods={METADATA: json.dumps(metadata, sort_keys=True)},
+        )
+        stage_done()
+        # Tables stay codes only if their look-ups are recognised, which this switch is for.
+        lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+        with path.open("wb") as file:
+            lowered.write_to_file(file)
+        stage_done()
+
+
+def _exported(method: nn.Module, config: MossNetConfig, name: str) -> torch.export.ExportedProgram:
+    # A length that was fixed for one method would be fixed for the next one too.
+    torch._dynamo.reset()
+    states: Sequence[Tensor] = [spec.zeros(1) for spec in state_specs(config)]
+    length = 1 if name == "decode" else _EXAMPLE
+    tokens = torch.zeros((1, length), dtype=torch.int64)
+    dynamic = None if name == "decode" else ({1: torch.export.Dim("T", min=2, max=CHUNK)}, [None] * len(states))
+    return torch.export.export(method, (tokens, states), dynamic_shapes=dynamic, strict=False)

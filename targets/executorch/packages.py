@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optional packages of this target, imported when first needed and without their noise.
+
+Both print to the standard error while they load (torchao about CUDA libraries that a CPU build does not have,
+ExecuTorch's C++ about files that only phones have). What they print is kept from the terminal, and shown with the error
+if there is one.
+"""
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mossquant.errors import InputError
+from mossquant.formats import NumberFormat
+
+__all__ = ["EXECUTORCH", "TORCHAO", "check_packages", "intx_tensor", "quiet", "runtime"]
+
+EXECUTORCH, TORCHAO = "1.4.1", "0.18.0"
+"""Releases that this target was written for and tested with."""
+
+_DYNAMIC = "int8_asym_per_token"
+_CODE_TYPES = {4: getattr(torch, "int4"), 8: torch.int8}  # noqa: B009  the stubs do not know torch.int4
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what libraries print to the standard error, C++ included, from the terminal; an error shows it."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except BaseException as error:
+            sys.stderr.flush()
+            kept.seek(0)
+            said = kept.read().decode(errors="replace").strip()
+            if said and isinstance(error, Exception):
+                error.add_note(said[-2000:])
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def check_packages() -> None:
+    """Whether the packages are there, in the releases that this target needs.
+
+    Raises:
+        InputError: they are not.
+    """
+    found = {}
+    for name, needed in (("executorch", EXECUTORCH), ("torchao", TORCHAO)):
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:
+            raise InputError(
+                f"{name} is not installed, and .pte programs need it; run: pip install 'mossquant[executorch]'"
+            ) from None
+        if found[name] != needed:
+            raise InputError(
+                f"{name} {found[name]} is installed and {needed} is needed; run: pip install 'mossquant[executorch]'"
+            )
+
+
+def intx_tensor(codes: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
+    """Codes int8 [N, K] and scales [N, groups] as torchao's tensor, with inputs rounded to int8, one range a row."""
+    check_packages()
+    with quiet():
+        from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+            IntxUnpackedToInt8Tensor,
+        )
+
+    columns = codes.shape[1]
+    group = number_format.group_size or columns
+    zero_points = torch.zeros_like(scales, dtype=torch.int8)
+    code_type = _CODE_TYPES[number_format.bits]
+    tensor: Tensor = IntxUnpackedToInt8Tensor(
+        codes, scales, zero_points, code_type, (1, group), torch.float32, _DYNAMIC
+    )
+    return tensor
+
+
+def runtime() -> Any:
+    """The ExecuTorch runtime of this process, with the kernels of quantized tables registered."""
+    check_packages()
+    with quiet():
+        import executorch.kernels.quantized  # noqa: F401  registers embedding_4bit and embedding_byte
+        from executorch.runtime import Runtime
+
+        return Runtime.get()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a .pte of ours on the ExecuTorch runtime (XNNPACK, CPU); nothing but its path is needed.
+
+The state goes in and comes out as tensors; one stream at a time. Letters as in `mossquant.model`.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mossquant.config import MossNetConfig
+from mossquant.errors import InputError
+from mossquant.locate import locate
+from mossquant.model import state_specs
+from mossquant.outputs import file_sha256
+from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
+from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
+from mossquant.targets.artifact import check_listed
+from mossquant.targets.executorch.metadata import Metadata, read_metadata, weight_bytes
+from mossquant.targets.executorch.packages import check_packages, quiet, runtime
+from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.trial import trial
+from mossquant.targets.program import METHODS
+
+__all__ = ["ExecutorchRunner"]
+
+_AGAIN = "copy the artifact's folder again, or export again"
+
+
+class ExecutorchRunner:
+    """A `mossquant.runner.Runner` of a .pte file or the artifact folder that holds it."""
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        """Open a .pte. It is read and checked, then run apart (`mossquant.targets.executorch.trial`), then loaded.
+
+        Args:
+            path: the file, or the artifact's folder.
+            threads: threads of XNNPACK, for the whole process; None leaves them.
+
+        Raises:
+            InputError: no .pte of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
+                beside it; a tokenizer that does not belong to it; packages that are missing.
+        """
+        self._given = str(path)
+        self._path = locate(path).require("executorch", verb="the ExecuTorch Runner")
+        check_packages()
+        apart = trial()
+        self._file = ProgramFile(self._path)
+        self._metadata = read_metadata(self._file)
+        self._sha256 = file_sha256(self._path)
+        check_listed(self._path, {self._path.name: self._sha256})
+        _check_tokenizer(self._path, self._metadata)
+        config = MossNetConfig.from_json(self._metadata.config, where=f"the metadata of {self._path}")
+        self._shapes = {spec.name: spec.shape for spec in state_specs(config)}
+        self._vocab_size, self._chunk = config.vocab_size, self._metadata.max_chunk
+        _check_ports(self._file, self._shapes, self._vocab_size, self._chunk)
+        apart.run(self._path, self._sha256)
+        with quiet():
+            # The runtime maps the file; a method borrows from its program, which must live as long.
+            self._program = runtime().load_program(str(self._path))
+            if threads is not None:
+                from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+                _unsafe_reset_threadpool(threads)
+        self._methods: dict[str, Any] = {}
+
+    @cached_property
+    def info(self) -> RunnerInfo:
+        """What this is and what it can take."""
+        metadata, size = self._metadata, self._path.stat().st_size
+        return RunnerInfo(
+            path=self._given,
+            kind="executorch",
+            vocab_size=self._vocab_size,
+            activations=metadata.activations,
+            state_format=metadata.state_format,
+            weights=metadata.weights,
+            weight_bytes=weight_bytes(self._file, MossNetConfig.from_json(metadata.config)),
+            file_bytes=size,
+            parameters=metadata.parameters,
+            config=metadata.config,
+            max_batch=1,
+            files={self._path.name: self._sha256},
+            seen_text=tuple(metadata.seen_text),
+        )
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the file says about itself."""
+        return self._metadata
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before the first token: zeros."""
+        _one_stream(checked_batch(batch))
+        return State([torch.zeros((1, *shape)) for shape in self._shapes.values()], 1)
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        """Advance by tokens [1, T]; see `mossquant.runner.Runner`."""
+        checked_tokens(tokens, state, self._vocab_size)
+        ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
+        states: list[Tensor] = state.take()
+        if ids.shape[1] == 1:
+            last, states = self._execute("decode", ids, states)
+            return last, State(states, 1)
+        parts: list[Floats] = []
+        for start in range(0, ids.shape[1], self._chunk):
+            piece = ids[:, start : start + self._chunk].contiguous()
+            method = "decode" if piece.shape[1] == 1 else "score" if logits == "all" else "prefill"
+            found, states = self._execute(method, piece, states)
+            parts = [*parts, found] if logits == "all" else [found]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts, 1)), State(states, 1)
+
+    def copy(self, state: State) -> State:
+        """An independent copy; a call never changes a state array in place, so that sharing them is enough."""
+        return State(list(state.peek()), 1)
+
+    def read(self, state: State) -> dict[str, NDArray[np.float32]]:
+        """The state as named fp32 arrays [1, …]."""
+        payload: list[Tensor] = state.peek()
+        return {name: value.numpy().copy() for name, value in zip(self._shapes, payload, strict=True)}
+
+    def write(self, arrays: Arrays) -> State:
+        """The inverse of `read`."""
+        _one_stream(checked_arrays(arrays, self._shapes))
+        return State([torch.tensor(arrays[name], dtype=torch.float32) for name in self._shapes], 1)
+
+    def _execute(self, name: str, tokens: Tensor, states: list[Tensor]) -> tuple[Floats, list[Tensor]]:
+        if name not in self._methods:
+            with quiet():
+                self._methods[name] = self._program.load_method(name)
+        logits, *after = self._methods[name].execute([tokens, *states])
+        return logits.numpy(), after
+
+
+def _one_stream(batch: int) -> None:
+    if batch != 1:
+        raise InputError(f"a .pte runs one stream, and {batch} were asked for; run them one after the other")
+
+
+def _check_tokenizer(path: Path, metadata: Metadata) -> None:
+    tokenizer, expected = path.parent / "tokenizer.json", metadata.tokenizer_sha256
+    if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
+        raise InputError(f"{tokenizer} is not the tokenizer of {path.name} (another SHA-256); {_AGAIN}")
+
+
+def _check_ports(file: ProgramFile, states: Mapping[str, tuple[int, ...]], vocab_size: int, chunk: int) -> None:
+    """Inputs and outputs of every method must be those of a model of the config in the metadata."""
+    arrays = [("<f4", (1, *shape)) for shape in states.values()]
+    offenders = [f"{name} is missing" for name in METHODS if name not in file.methods]
+    for name, method in file.methods.items():
+        length = 1 if name == "decode" else chunk
+        inputs = [("<i8", (1, length)), *arrays]
+        outputs = [("<f4", (1, length if name == "score" else 1, vocab_size)), *arrays]
+        if name not in METHODS:
+            offenders.append(f"{name[:80]} is unexpected")
+        elif list(method.inputs) != inputs or list(method.outputs) != outputs:
+            offenders.append(f"{name} takes or gives other arrays than the model's")
+    if offenders:
+        raise InputError.listing(f"the methods of {file.path} do not fit its metadata", offenders, "Export it again.")
