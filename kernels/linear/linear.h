@@ -13,7 +13,7 @@
 //     int8_block  s_b = (sum_{k in b} q[m, k] code[n, k]) * x_scale[m, b]       inner sum in int32
 //
 // with x given in fp32, or as the codes q and scales of quantize/quantize.h in blocks of the same B. The inner sum is
-// exact, and also as fp32: it is below 127 * 127 * 32 and 127 * 8 * 128, both less than 2^24. Then, in the order of b,
+// exact, as fp32 too: it is at most 127 * 127 * 32 or 127 * 8 * 128, both less than 2^24. Then, in the order of b,
 //
 //     y = sum_b s_b * scale[n, b]    or    y = (sum_b s_b) * scale[n]    where a row has one scale,
 //

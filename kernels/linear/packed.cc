@@ -33,7 +33,7 @@ bool pack_weight(const WeightFormat& format, std::int64_t outputs, std::int64_t 
       } else {
         const Nibble at = nibble(k);
         const int other = row[at.byte] & (0xf0 >> at.shift);
-        row[at.byte] = static_cast<std::uint8_t>(other | (code + 8) << at.shift);
+        row[at.byte] = static_cast<std::uint8_t>(other | ((code + 8) << at.shift));
       }
     }
     const auto* const row_scales = static_cast<const std::uint8_t*>(scales) + n * (bytes - code_bytes);
@@ -49,7 +49,7 @@ void unpack_weight(const WeightFormat& format, std::int64_t outputs, std::int64_
     const std::uint8_t* const row = packed + n * bytes;
     for (std::int64_t k = 0; k < columns; ++k) {
       const Nibble at = nibble(k);
-      const int code = format.bits == 8 ? row[k] : (row[at.byte] >> at.shift & 0xf) - 8;
+      const int code = format.bits == 8 ? row[k] : ((row[at.byte] >> at.shift) & 0xf) - 8;
       codes[n * columns + k] = static_cast<std::int8_t>(code);
     }
     auto* const row_scales = static_cast<std::uint8_t*>(scales) + n * (bytes - code_bytes);

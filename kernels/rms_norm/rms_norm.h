@@ -5,7 +5,7 @@
 //     y[m, d] = x[m, d] / sqrt(1/D sum_d x[m, d]^2 + eps) * weight[d]
 //
 // M rows (batch and time together), D columns (d_model, at least 1). All arrays are contiguous and row-major. y may be
-// x. Where the sum of squares overflows y is 0; use it on values below 1e18.
+// x. Where the sum of squares overflows (in fp32 at values of 1e19 / sqrt(D)) y is 0.
 //
 // The unit of work is the whole of the arguments; rows share nothing, so the caller may cut them anywhere. Kernels are
 // stateless, allocate nothing and start no thread.

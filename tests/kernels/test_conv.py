@@ -3,13 +3,12 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
 
-from mossquant.kernels import _native, available, selected
+from mossquant.kernels import available, selected
 from mossquant.kernels.conv import causal_conv
 
 from .bounds import F32_UNIT, F64_RELATIVE, SILU_ULPS, f32_accumulated
@@ -160,26 +159,6 @@ def test_threads_change_nothing(kernel: str) -> None:
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
         assert torch.equal(value, many[name]), name
-
-
-@pytest.mark.parametrize("width", [1, 2, 4, 40])
-@pytest.mark.parametrize("kernel", [*KERNELS, "moss_conv_f64_scalar"])
-def test_steps_in_place_equal_the_sequence(kernel: str, width: int) -> None:
-    """A step is the forward with T = 1 and the window in place: the same bits as one call, in place or not."""
-    arrays = [tensor.numpy() for tensor in make_inputs((2, 100, 70, width))]
-    x, weight, bias, first = (array if "f64" in kernel else array.astype(np.float32) for array in arrays)
-    whole, stepped, last, window = np.empty_like(x), np.empty_like(x), first.copy(), first.copy()
-    _native.conv_forward(x, weight, bias, last, whole, last, threads=1, kernel=kernel)
-    for t in range(100):
-        step = np.ascontiguousarray(x[:, t : t + 1])
-        y = np.empty_like(step)
-        _native.conv_forward(step, weight, bias, window, y, window, threads=1, kernel=kernel)
-        stepped[:, t : t + 1] = y
-    assert np.array_equal(stepped, whole)
-    assert np.array_equal(window, last)
-    y, new_window = causal_conv(*(torch.from_numpy(array) for array in (x, weight, bias, first)), kernel=kernel)
-    assert np.array_equal(y.numpy(), whole)
-    assert np.array_equal(new_window.numpy(), last)
 
 
 def test_no_window_means_zeros() -> None:

@@ -3,12 +3,11 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mossquant.kernels import _native, available, selected
+from mossquant.kernels import available, selected
 from mossquant.kernels.scan import selective_scan
 
 from .bounds import F32_UNIT, F64_RELATIVE, SOFTPLUS_ULPS, exp_relative, f32_accumulated
@@ -210,52 +209,6 @@ def test_threads_change_nothing(kernel: str) -> None:
     for other in (two, many):
         for a, b in zip([*one[0], *one[1]], [*other[0], *other[1]], strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_length_up_to_a_thousand(kernel: str) -> None:
-    """Inference over T = 1 ... 1000 steps, y and the state behind them, near the definition in float64."""
-    x, dt, A, Bm, Cm, D, h0 = (tensor.numpy() for tensor in make_inputs((1, 1000, 9, 3), seed=5))
-    delta = np.logaddexp(dt, 0)
-    outputs, states, sizes = [], [], []
-    h, size = h0, np.abs(h0)
-    for t in range(1000):
-        decay, written = np.exp(delta[:, t, :, None] * A), (delta * x)[:, t, :, None] * Bm[:, t, None, :]
-        h, size = decay * h + written, decay * size + np.abs(written)
-        y = (h * Cm[:, t, None, :]).sum(-1) + D * x[:, t]
-        y_size = (size * np.abs(Cm[:, t, None, :])).sum(-1) + np.abs(D * x[:, t])
-        outputs.append(y)
-        states.append(h)
-        sizes.append((y_size.max(), size.max()))
-    expected, largest_so_far = np.stack(outputs, axis=1), np.maximum.accumulate(sizes)
-    narrow = [torch.from_numpy(array).float() for array in (x, dt, A, Bm, Cm, D, h0)]
-    for T in range(1, 1001):
-        x32, dt32, A32, Bm32, Cm32, D32, h32 = narrow
-        pieces = (x32[:, :T], dt32[:, :T], A32, Bm32[:, :T], Cm32[:, :T], D32, h32)
-        y32, hT = (tensor.numpy() for tensor in selective_scan(*pieces, kernel=kernel))
-        y_bound, h_bound = f32_accumulated(T + 3) * largest_so_far[T - 1]
-        assert np.abs(y32 - expected[:, :T]).max() <= y_bound, T
-        assert np.abs(hT - states[T - 1]).max() <= h_bound, T
-
-
-@pytest.mark.parametrize("kernel", [*KERNELS, "moss_scan_f64_scalar"])
-def test_steps_in_place_equal_the_sequence(kernel: str) -> None:
-    """A step is the forward with T = 1 and the state in place: the same bits as one call, in place or not."""
-    arrays = [tensor.numpy() for tensor in make_inputs((2, 1000, 70, 5))]
-    x, dt, A, Bm, Cm, D, h0 = (array if "f64" in kernel else array.astype(np.float32) for array in arrays)
-    whole, stepped, last = np.empty_like(x), np.empty_like(x), h0.copy()
-    _native.scan_forward(x, dt, A, Bm, Cm, D, last, whole, last, None, threads=1, kernel=kernel)
-    state = h0.copy()
-    for t in range(1000):
-        step = [np.ascontiguousarray(array[:, t : t + 1]) for array in (x, dt, Bm, Cm)]
-        y = np.empty_like(step[0])
-        _native.scan_forward(*step[:2], A, *step[2:], D, state, y, state, None, threads=1, kernel=kernel)
-        stepped[:, t : t + 1] = y
-    assert np.array_equal(stepped, whole)
-    assert np.array_equal(state, last)
-    y, hT = selective_scan(*(torch.from_numpy(array) for array in (x, dt, A, Bm, Cm, D, h0)), kernel=kernel)
-    assert np.array_equal(y.numpy(), whole)
-    assert np.array_equal(hT.numpy(), last)
 
 
 def test_no_first_state_means_zeros() -> None:
