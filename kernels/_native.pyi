@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels on NumPy arrays: contiguous, float32 or float64, all of one dtype, outputs given by the caller.
+"""The C++ kernels on NumPy arrays: contiguous, of the types that are named, outputs given by the caller.
 
-Shapes and formulas are in `scan/scan.h` and `conv/conv.h`. A wrong shape, dtype or layout raises ValueError. `threads`
-is the most threads to use, the calling one included; `kernel` None is the best kernel this machine can run.
+Shapes and formulas are in the headers: `scan/scan.h`, `conv/conv.h`, `rms_norm/rms_norm.h`, `quantize/quantize.h`,
+`linear/linear.h`, `linear/packed.h`. Where no type is named all arrays are float32, or all float64. bf16 scales are
+given as their bits, uint16. A wrong shape, type or layout raises ValueError. `threads` is the most threads to use, the
+calling one included; `kernel` None is the best kernel this machine can run.
 """
 
 from collections.abc import Sequence
@@ -15,8 +17,8 @@ _Array = np.ndarray[Any, Any]
 CHUNK: int  # steps between two checkpoints of the scan
 
 def cpu_flags() -> list[str]: ...
-def kernel_names(op: str, dtype: str, flags: Sequence[str]) -> list[str]: ...
-def selected(op: str, dtype: str, flags: Sequence[str]) -> str: ...
+def kernel_names(op: str, numbers: str, flags: Sequence[str]) -> list[str]: ...
+def selected(op: str, numbers: str, flags: Sequence[str]) -> str: ...
 def scan_forward(
     x: _Array,
     dt: _Array,
@@ -79,3 +81,42 @@ def conv_backward(
     threads: int,
     kernel: str | None,
 ) -> None: ...
+def rms_norm(x: _Array, weight: _Array, eps: float, y: _Array, *, kernel: str | None) -> None:
+    """x, y [M, D], weight [D]; y may be x."""
+
+def quantize_int8_block(x: _Array, codes: _Array, scales: _Array, *, block: int, kernel: str | None) -> None:
+    """x float32 [M, K] → codes int8 [M, C], scales float32 [M, C / block]; C is K padded to whole blocks."""
+
+def packed_row_bytes(weight_format: str, columns: int) -> int:
+    """Bytes of a packed row of so many columns, in one of the number formats of weights."""
+
+def pack(weight_format: str, codes: _Array, scales: _Array, packed: _Array) -> None:
+    """Codes int8 [N, K], scales float32 [N, 1] or bf16 [N, blocks] → packed uint8 [N, packed_row_bytes]."""
+
+def unpack(weight_format: str, packed: _Array, codes: _Array, scales: _Array) -> None:
+    """The inverse of `pack`."""
+
+def linear_f32(
+    weight_format: str,
+    x: _Array,
+    packed: _Array,
+    bias: _Array | None,
+    y: _Array,
+    *,
+    threads: int,
+    kernel: str | None,
+) -> None:
+    """x float32 [M, K], weights as `pack` leaves them, bias float32 [N] → y float32 [M, N]."""
+
+def linear_int8_block(
+    weight_format: str,
+    x_codes: _Array,
+    x_scales: _Array,
+    packed: _Array,
+    bias: _Array | None,
+    y: _Array,
+    *,
+    threads: int,
+    kernel: str | None,
+) -> None:
+    """The same on an input as `quantize_int8_block` leaves it, in the blocks of the weight format."""

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Times every kernel that this machine can run, on one thread: the best of several runs, forward and backward, in ms and
-// in ns per channel and step (and state, for the scan).
+// Times every kernel that this machine can run, on one thread, the best of several runs in ms. Those over time: forward
+// and backward, and in ns per channel and step (and state, for the scan). Those on one token of each sequence, E inputs
+// to E outputs: in ns per input, or per weight of the linear.
 //
 //     kernels_bench [B T E N]
 
@@ -11,12 +12,16 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "conv/conv.h"
 #include "cpu.h"
+#include "linear/linear.h"
+#include "quantize/quantize.h"
+#include "rms_norm/rms_norm.h"
 #include "scan/scan.h"
 #include "tile.h"
 
@@ -40,23 +45,35 @@ std::vector<Real> empty(std::int64_t size) {
   return std::vector<Real>(static_cast<std::size_t>(size));
 }
 
-// Seconds of the best run of run(b, tile) over all units.
+// Seconds of the best run of run().
 template <typename Run>
-double best_seconds(std::int64_t batch, std::int64_t channels, const Run& run) {
+double best_seconds(const Run& run) {
   double best = 1e30;
   for (int i = 0; i < kRuns; ++i) {
     const auto begin = std::chrono::steady_clock::now();
-    for (std::int64_t b = 0; b < batch; ++b) {
-      for (std::int64_t tile = 0; tile < tile_count(channels); ++tile) run(b, tile);
-    }
+    run();
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
   }
   return best;
 }
 
+// Seconds of the best run of run(b, tile) over all units.
+template <typename Run>
+double best_seconds(std::int64_t batch, std::int64_t channels, const Run& run) {
+  return best_seconds([&] {
+    for (std::int64_t b = 0; b < batch; ++b) {
+      for (std::int64_t tile = 0; tile < tile_count(channels); ++tile) run(b, tile);
+    }
+  });
+}
+
 void print(const char* name, double forward, double backward, double elements) {
   std::printf("%-24s forward %8.2f ms  backward %8.2f ms  %7.3f ns per element\n", name, 1e3 * forward, 1e3 * backward,
               1e9 * (forward + backward) / elements);
+}
+
+void print(const char* name, double seconds, double elements) {
+  std::printf("%-46s %8.3f ms  %7.3f ns per element\n", name, 1e3 * seconds, 1e9 * seconds / elements);
 }
 
 template <typename Real>
@@ -115,6 +132,51 @@ void bench_conv(std::int64_t B, std::int64_t T, std::int64_t E) {
   }
 }
 
+template <typename Real>
+void bench_rms_norm(std::int64_t M, std::int64_t D) {
+  const auto x = normal<Real>(M * D), weight = normal<Real>(D);
+  auto y = empty<Real>(M * D);
+  const RmsNormArgs<Real> args = {M, D, x.data(), weight.data(), Real(1e-5), y.data()};
+  for (const auto* kernel : rms_norm_kernels<Real>()) {
+    if (!can_run(*kernel, detect_cpu_flags())) continue;
+    print(kernel->name, best_seconds([&] { kernel->run(args); }), static_cast<double>(M * D));
+  }
+}
+
+void bench_quantize(std::int64_t M, std::int64_t K) {
+  constexpr std::int64_t kBlock = 32;
+  const auto x = normal<float>(M * K);
+  const std::int64_t blocks = (K + kBlock - 1) / kBlock;
+  auto codes = empty<std::int8_t>(M * blocks * kBlock);
+  auto scales = empty<float>(M * blocks);
+  const QuantizeArgs args = {M, K, kBlock, x.data(), codes.data(), scales.data()};
+  for (const auto* kernel : quantize_kernels()) {
+    if (!can_run(*kernel, detect_cpu_flags())) continue;
+    print(kernel->name, best_seconds([&] { kernel->run(args); }), static_cast<double>(M * K));
+  }
+}
+
+// Codes and scales are zeros: no kernel's time depends on them.
+void bench_linear(std::int64_t M, std::int64_t K, std::int64_t N) {
+  for (int i = 0; i < static_cast<int>(std::size(kWeightFormats)); ++i) {
+    const WeightFormat& format = kWeightFormats[i];
+    const std::int64_t blocks = block_count(format, K);
+    const auto x = normal<float>(M * K), x_scales = normal<float>(M * blocks);
+    const auto x_codes = empty<std::int8_t>(M * blocks * format.block);
+    const auto packed = empty<std::uint8_t>(N * row_bytes(format, K));
+    auto y = empty<float>(M * N);
+    const LinearArgs args = {{M, K, N},     x.data(), x_codes.data(), x_scales.data(),
+                             packed.data(), nullptr,  y.data()};
+    for (const LinearInput input : {LinearInput::int8_block, LinearInput::f32}) {
+      for (const auto* kernel : linear_kernels(input, static_cast<WeightName>(i))) {
+        if (!can_run(*kernel, detect_cpu_flags())) continue;
+        const auto run = [&](std::int64_t, std::int64_t tile) { kernel->run(args, tile); };
+        print(kernel->name, best_seconds(1, N, run), static_cast<double>(M * K * N));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace moss
 
@@ -132,4 +194,8 @@ int main(int argc, char** argv) {
   moss::bench_scan<double>(B, T, E, N);
   moss::bench_conv<float>(B, T, E);
   moss::bench_conv<double>(B, T, E);
+  moss::bench_rms_norm<float>(B, E);
+  moss::bench_rms_norm<double>(B, E);
+  moss::bench_quantize(B, E);
+  moss::bench_linear(B, E, E);
 }

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace moss {
 
@@ -46,6 +47,20 @@ struct KernelList {
 
   const Kernel* const* begin() const { return kernels; }
   const Kernel* const* end() const { return kernels + count; }
+};
+
+// A list in the making: an operation's source adds every line of its `kernels.inc`; those of another type are left out.
+template <typename Kernel>
+struct KernelTable {
+  const Kernel* kernels[8] = {};
+  std::size_t count = 0;
+
+  template <typename Other>
+  constexpr void add(const Other& kernel) {
+    if constexpr (std::is_same_v<Kernel, Other>) kernels[count++] = &kernel;
+  }
+
+  constexpr KernelList<Kernel> list() const { return {kernels, count}; }
 };
 
 template <typename Kernel>

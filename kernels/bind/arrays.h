@@ -28,6 +28,9 @@ namespace moss {
 
 using Input = nanobind::ndarray<nanobind::ro>;
 using Output = nanobind::ndarray<>;
+using MaybeInput = std::optional<Input>;
+using MaybeOutput = std::optional<Output>;
+using MaybeName = std::optional<std::string>;
 using Shape = std::vector<std::int64_t>;
 
 [[noreturn]] inline void raise_value_error(const std::string& message) {
@@ -66,23 +69,30 @@ bool is_contiguous(const Array& array) {
   return true;
 }
 
-// The address of an array that must be contiguous, of type Real and of a given shape.
-template <typename Real, typename Array>
+// NumPy's name of a type of numbers.
+template <typename Number>
+std::string dtype_name() {
+  const std::string kind = std::is_floating_point_v<Number> ? "float" : std::is_signed_v<Number> ? "int" : "uint";
+  return kind + std::to_string(8 * sizeof(Number));
+}
+
+// The address of an array that must be contiguous, of type Number and of a given shape.
+template <typename Number, typename Array>
 auto checked(const Array& array, const char* name, const Shape& shape) {
-  if (array.dtype() != nanobind::dtype<Real>()) {
-    raise_value_error(std::string(name) + ": dtype must be float" + std::to_string(8 * sizeof(Real)));
+  if (array.dtype() != nanobind::dtype<Number>()) {
+    raise_value_error(std::string(name) + ": dtype must be " + dtype_name<Number>());
   }
   if (shape_of(array) != shape) {
     raise_value_error(std::string(name) + ": shape is " + describe(shape_of(array)) + ", must be " + describe(shape));
   }
   if (!is_contiguous(array)) raise_value_error(std::string(name) + ": must be contiguous, row-major");
-  using Element = std::conditional_t<std::is_same_v<Array, Input>, const Real, Real>;
+  using Element = std::conditional_t<std::is_same_v<Array, Input>, const Number, Number>;
   return static_cast<Element*>(array.data());
 }
 
-template <typename Real, typename Array>
+template <typename Number, typename Array>
 auto checked(const std::optional<Array>& array, const char* name, const Shape& shape) {
-  return array ? checked<Real>(*array, name, shape) : nullptr;
+  return array ? checked<Number>(*array, name, shape) : nullptr;
 }
 
 // run(Real()) with Real the element type of `x`, which decides that of all other arrays.
@@ -104,7 +114,7 @@ const Kernel& find_kernel(const KernelList<Kernel>& list, const std::optional<st
     if (*name == kernel->name) return *kernel;
     names += (names.empty() ? "" : ", ") + std::string(kernel->name);
   }
-  raise_value_error("kernel: '" + *name + "' is not one of those this machine can run for this dtype: " + names);
+  raise_value_error("kernel: '" + *name + "' is not one of those this machine can run on these numbers: " + names);
 }
 
 // Memory for one thread's scratch, aligned for every kernel.

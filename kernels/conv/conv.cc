@@ -2,42 +2,31 @@
 
 #include "conv.h"
 
-#include <type_traits>
-
 namespace moss {
 namespace {
 
-// The kernels of kernels.inc whose type is Real, in their order.
 template <typename Real>
-struct List {
-  const ConvKernel<Real>* kernels[8] = {};
-  std::size_t count = 0;
-
-  template <typename Other>
-  constexpr void add(const ConvKernel<Other>& kernel) {
-    if constexpr (std::is_same_v<Real, Other>) kernels[count++] = &kernel;
-  }
-
-  constexpr List() {
-#define MOSS_CONV_KERNEL(FLAG, REAL, NAME) add(NAME);
+constexpr KernelTable<ConvKernel<Real>> table() {
+  KernelTable<ConvKernel<Real>> kernels;
+#define MOSS_CONV_KERNEL(FLAG, REAL, NAME) kernels.add(NAME);
 #include "kernels.inc"
 #undef MOSS_CONV_KERNEL
-  }
-};
+  return kernels;
+}
 
 template <typename Real>
-constexpr List<Real> kList;
+constexpr KernelTable<ConvKernel<Real>> kTable = table<Real>();
 
 }  // namespace
 
 template <>
 KernelList<ConvKernel<float>> conv_kernels<float>() {
-  return {kList<float>.kernels, kList<float>.count};
+  return kTable<float>.list();
 }
 
 template <>
 KernelList<ConvKernel<double>> conv_kernels<double>() {
-  return {kList<double>.kernels, kList<double>.count};
+  return kTable<double>.list();
 }
 
 }  // namespace moss

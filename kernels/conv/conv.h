@@ -7,7 +7,8 @@
 //
 // B batch, T time, E channels (d_inner), W conv width (at least 1). The inputs before the first step come from `window`
 // [B, E, W-1], oldest first: x_{-k} = window[W-1-k]. The new window holds the last W-1 inputs of the two together, so
-// that a sequence may be given in pieces of any length. All arrays are contiguous and row-major.
+// that a sequence may be given in pieces of any length, down to single steps (T = 1): y and window are the same to the
+// bit. new_window may be window, which is then brought up to date in place. All arrays are contiguous and row-major.
 //
 // The unit of work is one sequence and one tile of channels (tile.h). Kernels are stateless, allocate nothing and start
 // no thread.
@@ -38,7 +39,7 @@ struct ConvForward {
   const Real* bias;    // [E]
   const Real* window;  // [B, E, W-1]; null: zeros
   Real* y;             // [B, T, E]
-  Real* new_window;    // [B, E, W-1]
+  Real* new_window;    // [B, E, W-1]; may be window
 };
 
 template <typename Real>

@@ -12,6 +12,9 @@
 // the batch, by the caller, from the parts that the units write. Kernels are stateless, allocate nothing and start no
 // thread.
 //
+// Inference is the same forward without checkpoints, for a prompt of any length or, with T = 1, for a single step. hT
+// may be h0, which is then brought up to date in place. Sequence and steps give the same y and state, to the bit.
+//
 // The forward keeps h before every chunk of kChunk steps (`checkpoints`); the backward recomputes the steps between.
 
 #ifndef MOSS_KERNELS_SCAN_SCAN_H_
@@ -43,7 +46,7 @@ struct ScanForward {
   const Real* D;      // [E]
   const Real* h0;     // [B, E, N]; null: zeros
   Real* y;            // [B, T, E]
-  Real* hT;           // [B, E, N]
+  Real* hT;           // [B, E, N]; may be h0
   Real* checkpoints;  // [B, chunks, N, E] (channels last: a vector of them is stored at once); null: not kept
 };
 

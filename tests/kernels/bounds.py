@@ -7,10 +7,23 @@ with its absolute value. It is what rounding errors scale with, whatever cancels
 
 from math import sqrt
 
-__all__ = ["EXP_ULPS", "F32_UNIT", "F64_RELATIVE", "SILU_ULPS", "SOFTPLUS_ULPS", "exp_relative", "f32_accumulated"]
+__all__ = [
+    "EXP_ULPS",
+    "F32_TINY",
+    "F32_UNIT",
+    "F64_RELATIVE",
+    "SILU_ULPS",
+    "SOFTPLUS_ULPS",
+    "exp_relative",
+    "f32_accumulated",
+    "f32_roundings",
+]
 
 F32_UNIT = 2.0**-24
 """Largest relative error of one fp32 rounding."""
+
+F32_TINY = 2.0**-150
+"""Largest absolute error of one fp32 rounding to a denormal number; additions to one are exact."""
 
 F64_RELATIVE = 1e-12
 """Scalar kernel in float64 against autograd through a loop over time, relative to the largest value: a few hundred
@@ -44,3 +57,12 @@ def f32_accumulated(terms: int) -> float:
     exceeded with probability below 2 exp(-lambda^2 / 2) each; lambda = 5).
     """
     return F32_UNIT * (16 + 5 * sqrt(terms))
+
+
+def f32_roundings(count: int) -> float:
+    """Relative error of a term that went through at most `count` fp32 roundings one after the other, whatever they are.
+
+    (1 + u)^count - 1 <= gamma_count (Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1). A sum is off
+    by at most this times the sum of its terms' absolute values.
+    """
+    return count * F32_UNIT / (1 - count * F32_UNIT)

@@ -5,10 +5,25 @@
 namespace moss_tests {
 bool test_scan();
 bool test_conv();
+bool test_linear();
+bool test_rms_norm();
 }  // namespace moss_tests
 
 int main() {
-  const bool scan = moss_tests::test_scan(), conv = moss_tests::test_conv();
-  std::printf("scan %s, conv %s\n", scan ? "passed" : "FAILED", conv ? "passed" : "FAILED");
-  return scan && conv ? 0 : 1;
+  const struct {
+    const char* name;
+    bool (*run)();
+  } tests[] = {
+      {"scan", moss_tests::test_scan},
+      {"conv", moss_tests::test_conv},
+      {"linear", moss_tests::test_linear},
+      {"rms_norm", moss_tests::test_rms_norm},
+  };
+  bool passed = true;
+  for (const auto& test : tests) {
+    const bool own = test.run();
+    std::printf("%s %s\n", test.name, own ? "passed" : "FAILED");
+    passed = passed && own;
+  }
+  return passed ? 0 : 1;
 }

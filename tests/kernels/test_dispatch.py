@@ -8,6 +8,13 @@ import pytest
 from mossquant.kernels import available, cpu_flags, selected
 
 OPERATIONS = ("scan", "conv")
+WEIGHTS = ("int8", "int8_g32", "int4_g32", "int4_g128")
+# Every choice of numbers there is, by operation.
+NUMBERS = [
+    *((op, numbers) for op in ("scan", "conv", "rms_norm") for numbers in ("f32", "f64")),
+    ("quantize", "int8_block_f32"),
+    *(("linear", f"f32_{given}_{weight}") for given in ("f32", "int8_block") for weight in WEIGHTS),
+]
 # Where the x86-64 kernels are compiled in, as a machine with every flag would see it.
 HAS_X86 = len(available("scan", flags=["avx2", "avx512"])) == 4
 
@@ -25,26 +32,28 @@ def test_best_that_the_flags_allow(op: str) -> None:
     assert available(op, flags=["avx2"]) == tuple(f"moss_{op}_f32_{isa}" for isa in ("avx2", "portable", "scalar"))
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_scalar_is_last_and_always_there(op: str, dtype: str) -> None:
+@pytest.mark.parametrize(("op", "numbers"), NUMBERS)
+def test_scalar_is_last_and_always_there(op: str, numbers: str) -> None:
     known = ("avx2", "avx512")
     for flags in (flags for size in range(3) for flags in combinations(known, size)):
-        names = available(op, dtype=dtype, flags=flags)
-        assert names[0] == selected(op, dtype=dtype, flags=flags)
-        assert names[-1] == f"moss_{op}_f{dtype[5:]}_scalar"
+        names = available(op, numbers=numbers, flags=flags)
+        assert names[0] == selected(op, numbers=numbers, flags=flags)
+        assert names[-1] == f"moss_{op}_{numbers}_scalar"
+        assert all(name.startswith(f"moss_{op}_{numbers}_") for name in names)
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_this_machine_is_the_default(op: str) -> None:
-    assert selected(op) == selected(op, flags=cpu_flags())
-    assert available(op) == available(op, flags=cpu_flags())
+@pytest.mark.parametrize(("op", "numbers"), NUMBERS)
+def test_this_machine_is_the_default(op: str, numbers: str) -> None:
+    assert selected(op, numbers=numbers) == selected(op, numbers=numbers, flags=cpu_flags())
+    assert available(op, numbers=numbers) == available(op, numbers=numbers, flags=cpu_flags())
 
 
 def test_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match="flags: 'avx3' is not known"):
         selected("scan", flags=["avx3"])
-    with pytest.raises(ValueError, match="no kernels for operation 'sort' and dtype 'float32'"):
+    with pytest.raises(ValueError, match="no kernels for operation 'sort' on numbers 'f32'"):
         available("sort")
-    with pytest.raises(ValueError, match="no kernels for operation 'scan' and dtype 'int8'"):
-        available("scan", dtype="int8")
+    with pytest.raises(ValueError, match="no kernels for operation 'scan' on numbers 'int8'"):
+        available("scan", numbers="int8")
+    with pytest.raises(ValueError, match="no kernels for operation 'linear' on numbers 'f32_int8_block_int3_g32'"):
+        available("linear", numbers="f32_int8_block_int3_g32")
