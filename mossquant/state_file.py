@@ -40,6 +40,7 @@ _KEY, _LOGITS = "mossquant", "logits"
 _AGAIN = "Read the prompt again with --save-state."
 # Some 100 bytes an array: enough for thousands of blocks, and little enough for any parser.
 _LARGEST_HEADER = 1 << 20
+_MOST_TOKENS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class _Metadata(BaseModel):
     weights: str
     model_sha256: Sha256
     tokenizer_sha256: Sha256 | None
-    tokens: Annotated[int, Field(gt=0, lt=1 << 63)]
+    tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)]
     arrays_sha256: Sha256
 
 
@@ -88,12 +89,14 @@ def save_state(
         force: replace a state that is there.
 
     Raises:
-        InputError: something is at `path`, and `force` is off or it is not a state; more than one stream; a Runner in
-            fp64, which fp32 would round; values that are not finite.
+        InputError: something is at `path`, and `force` is off or it is not a state; more than one stream; no token
+            was read; a Runner in fp64, which fp32 would round; values that are not finite.
     """
     info = runner.info
     if saved.state.batch != 1:
         raise InputError(f"a state of {saved.state.batch} streams was given; save one stream a file")
+    if not 1 <= saved.tokens <= _MOST_TOKENS:  # a file may claim as many as can be counted
+        raise InputError(f"a state after {saved.tokens} tokens was given; save one after 1 to {_MOST_TOKENS}")
     if info.state_format == "fp64":
         raise InputError(f"{info.path} computes in fp64, and states are saved in fp32; run it in fp32")
     arrays = {**runner.read(saved.state), _LOGITS: saved.logits[:, -1:].astype(np.float32)}

@@ -118,6 +118,13 @@ def test_an_fp32_state_goes_on_in_fp64(runner: TorchRunner, saved: Path, checkpo
         np.testing.assert_array_equal(array, arrays[name])
 
 
+@pytest.mark.parametrize("tokens", [0, 1 << 63])
+def test_tokens_that_cannot_be_counted(runner: TorchRunner, tmp_path: Path, tokens: int) -> None:
+    with pytest.raises(InputError, match=f"a state after {tokens} tokens was given"):
+        save_state(tmp_path / "state", runner, replace(read(runner), tokens=tokens))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_not_saved(runner: TorchRunner, tmp_path: Path, value: float) -> None:
     arrays = runner.read(read(runner).state)
@@ -235,7 +242,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an unknown key": (rewritten(lambda _, m: m.update(clock=1)), "clock: extra inputs are not permitted"),
     "an artifact": (rewritten(lambda _, m: m.update(kind="artifact")), "kind: input should be 'state'"),
-    "no tokens": (rewritten(lambda _, m: m.update(tokens=0)), "tokens: input should be greater than 0"),
+    "no tokens": (rewritten(lambda _, m: m.update(tokens=0)), "tokens: input should be greater than or equal to 1"),
     "2⁶³ tokens": (rewritten(lambda _, m: m.update(tokens=1 << 63)), "tokens: input should be less than"),
     "a hash of another length": (
         rewritten(lambda _, m: m.update(model_sha256="0" * 63)),
