@@ -7,17 +7,23 @@
 
 Draws come from numpy's default generator, so that a seed gives the same text on every machine as far as the logits are
 the same. Probabilities are computed in float64.
+
+A saved state (`mossquant.state_file`) stands after the prompt and everything that was generated, so that the next call
+reads what follows and nothing twice.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from mossquant import state_file
 from mossquant.errors import InputError
 from mossquant.eval.scores import advance
-from mossquant.runner import Floats, Runner
+from mossquant.runner import Floats, Runner, Tokens
+from mossquant.state_file import SavedState
 from mossquant.text import Tokenizer
 
 __all__ = ["Generation", "StopReason", "generate", "sample"]
@@ -45,26 +51,33 @@ class Generation:
 def generate(
     runner: Runner,
     tokenizer: Tokenizer,
-    prompt: str | bytes,
+    prompt: str | bytes = "",
     *,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
+    load_state: str | Path | None = None,
+    save_state: str | Path | None = None,
+    force: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt.
+    """Continue a prompt, or a saved state and what is said next.
 
     Args:
         runner: the model.
         tokenizer: its tokenizer.
-        prompt: what to continue. An empty prompt begins a new text: the model is shown the end-of-text token.
-        max_tokens: most tokens to add.
+        prompt: what to continue. An empty prompt begins a new text: the model is shown the end-of-text token; after
+            `load_state` it adds nothing, and the text goes on where it stood.
+        max_tokens: most tokens to add; 0 reads the prompt alone, for `save_state`.
         temperature: 0 is greedy.
         top_p: 0 < top_p ≤ 1; 1 draws from all tokens.
         seed: of the draws.
         stop: strings that end the text; they are looked for in the continuation, also across tokens, and left out.
+        load_state: file of a state, saved by any Runner of this model, that the prompt follows.
+        save_state: file to write the state to, after the prompt and all of `Generation.tokens`.
+        force: replace a state at `save_state`.
         on_text: is given the text piece by piece as soon as no stop string can begin in it and its characters are
             whole.
 
@@ -72,11 +85,15 @@ def generate(
         The continuation. Bytes that never became a character of UTF-8 are U+FFFD in its text.
 
     Raises:
-        InputError: an option out of range, or an empty prompt for a tokenizer without an end-of-text token.
+        InputError: an option out of range, an empty prompt for a tokenizer without an end-of-text token, a state that
+            cannot be read or written or is another model's.
     """
-    _check(max_tokens, temperature, top_p, seed, stop)
+    _check(max_tokens, temperature, top_p, seed, stop, saving=save_state is not None)
+    if save_state is not None:
+        state_file.check_state_free(save_state, force=force)
     ids = tokenizer.encode(prompt)
-    if len(ids) == 0:
+    at = None if load_state is None else state_file.load_state(load_state, runner, tokenizer=tokenizer)
+    if at is None and len(ids) == 0:
         if tokenizer.end_of_text is None:
             raise InputError("the prompt is empty, and this tokenizer has no end-of-text token; give a prompt")
         ids = np.array([tokenizer.end_of_text], np.int64)
@@ -84,9 +101,9 @@ def generate(
     decoder, text = tokenizer.stream(), _StoppingText(stop, on_text)
     tokens: list[int] = []
     reason: StopReason = "max_tokens"
-    logits, state = advance(runner, ids[None, :], runner.initial_state(1))
+    at = _read(runner, ids, at)
     while len(tokens) < max_tokens:
-        token = sample(logits[0, -1], generator, temperature=temperature, top_p=top_p)
+        token = sample(at.logits[0, -1], generator, temperature=temperature, top_p=top_p)
         tokens.append(token)
         if token == tokenizer.end_of_text:
             reason = "end_of_text"
@@ -96,10 +113,22 @@ def generate(
             reason = "stop"
             break
         if len(tokens) < max_tokens:
-            logits, state = runner(np.array([[token]], np.int64), state, logits="last")
+            at = _read(runner, np.array([token]), at)
     if reason != "stop" and text.add(decoder.finish()):
         reason = "stop"
+    if save_state is not None:
+        at = _read(runner, np.array(tokens[-1:], np.int64), at)  # the last one was not read yet
+        state_file.save_state(save_state, runner, at, tokenizer=tokenizer, force=force)
     return Generation(text.finish(), tuple(tokens), len(ids), reason)
+
+
+def _read(runner: Runner, ids: Tokens, at: SavedState | None) -> SavedState:
+    """Where a stream stands after tokens [T] more; None is its beginning."""
+    if at is not None and len(ids) == 0:
+        return at
+    state, before = (runner.initial_state(1), 0) if at is None else (at.state, at.tokens)
+    logits, state = advance(runner, ids[None, :], state)
+    return SavedState(state, logits, before + len(ids))
 
 
 def sample(logits: Floats, generator: np.random.Generator, *, temperature: float, top_p: float) -> int:
@@ -160,10 +189,10 @@ class _StoppingText:
                 self._on_text(piece)
 
 
-def _check(max_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[str]) -> None:
+def _check(max_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[str], *, saving: bool) -> None:
     offenders = []
-    if max_tokens < 1:
-        offenders.append(f"max_tokens is {max_tokens}, needs 1 or more")
+    if max_tokens < (0 if saving else 1):
+        offenders.append(f"max_tokens is {max_tokens}, needs 1 or more, or 0 with a state to save")
     if not 0 <= temperature < float("inf"):
         offenders.append(f"temperature is {temperature}, needs 0 (greedy) or more")
     if not 0 < top_p <= 1:

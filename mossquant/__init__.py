@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mossquant.eval.perplexity import perplexity
     from mossquant.eval.verify import verify
     from mossquant.importing import import_mamba
+    from mossquant.state_file import load_state, save_state
     from mossquant.targets.export import export
     from mossquant.training import train
 
@@ -30,9 +31,11 @@ __all__ = [
     "generate",
     "import_mamba",
     "info",
+    "load_state",
     "open_runner",
     "perplexity",
     "quantize",
+    "save_state",
     "train",
     "verify",
 ]
@@ -45,9 +48,11 @@ _WHERE = {
     "generate": "mossquant.eval.generate",
     "import_mamba": "mossquant.importing",
     "info": "mossquant.eval.info",
+    "load_state": "mossquant.state_file",
     "open_runner": "mossquant.eval.open",
     "perplexity": "mossquant.eval.perplexity",
     "quantize": "mossquant.calibration.quantize",
+    "save_state": "mossquant.state_file",
     "train": "mossquant.training",
     "verify": "mossquant.eval.verify",
 }

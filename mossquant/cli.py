@@ -380,11 +380,20 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="text to continue; - reads stdin")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="read the prompt from a file")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="most tokens to add")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=0, help="most tokens to add; 0 with --save-state only reads the prompt")
+    ] = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="draw from the likeliest tokens of this total")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=_MOST_SEED, help="of the draws")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="end before this string; may be repeated")] = None,
+    load_state: Annotated[
+        Path | None, typer.Option("--load-state", help="go on from this file; the prompt is what follows, if anything")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option("--save-state", help="write where the text stands at the end to this file")
+    ] = None,
+    force: Force = False,
     threads: Threads = None,
 ) -> None:
     """Continue a prompt (argument, file, or stdin) with a model or artifact, token by token.
@@ -393,8 +402,11 @@ def generate(
     """
     from mossquant.eval.generate import generate as run
     from mossquant.eval.open import open_model
+    from mossquant.state_file import check_state_free
 
-    given = _prompt(prompt, prompt_file)
+    if save_state is not None:
+        check_state_free(save_state, force=force)
+    given = _prompt(prompt, prompt_file, needed=load_state is None)
     opened = open_model(model, threads=threads)
     tokenizer = opened.tokenizer
     run(
@@ -406,9 +418,15 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop or (),
+        load_state=load_state,
+        save_state=save_state,
+        force=force,
         on_text=_terminal.write,
     )
-    _terminal.write("\n")
+    if max_tokens > 0:
+        _terminal.write("\n")
+    if save_state is not None:
+        _terminal.say(f"{save_state}: go on with: {_next('generate', model, 'PROMPT', '--load-state', save_state)}")
 
 
 @app.command()
@@ -528,7 +546,8 @@ def _percent(text: str) -> float:
         raise InputError(f"--max-ppl-increase {text!r} is not a percentage; give one like 1% or 0.5%") from None
 
 
-def _prompt(argument: str | None, file: Path | None) -> str | bytes:
+def _prompt(argument: str | None, file: Path | None, *, needed: bool) -> str | bytes:
+    """What to continue; where none is `needed`, a terminal is not read from."""
     if file is not None:
         if argument is not None:
             raise InputError("a prompt and --prompt-file were both given; give one of them")
@@ -537,9 +556,9 @@ def _prompt(argument: str | None, file: Path | None) -> str | bytes:
         return read_text(file, as_bytes=True).data
     if argument == "-" or (argument is None and not sys.stdin.isatty()):
         return sys.stdin.buffer.read()
-    if argument is None:
+    if argument is None and needed:
         raise InputError("no prompt was given; give it as an argument, with --prompt-file, or on stdin")
-    return argument
+    return argument or ""
 
 
 def run() -> None:

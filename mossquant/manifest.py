@@ -17,6 +17,7 @@ __all__ = [
     "Parent",
     "SeenText",
     "file_offenders",
+    "parse_stored",
     "read_json",
     "read_manifest",
     "read_stored",
@@ -100,17 +101,21 @@ def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> 
         noun: what it should be, with its article, for the error.
         advice: what to do, one sentence.
     """
-    values = read_json(path)
+    return parse_stored(read_json(path), schema, where=str(path), noun=noun, advice=advice)
+
+
+def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:
+    """What `read_stored` makes of JSON that lies in the file `where`, among other things."""
     if isinstance(values, dict) and values.get("version") != 1:
         release = str(values.get("release", "a newer release"))[:40]
         raise InputError(
-            f"{path}: version {values.get('version')!r} was written by mossquant {release}; use that release"
+            f"{where}: version {repr(values.get('version'))[:40]} was written by mossquant {release}; use that release"
         )
     try:
         return schema.model_validate(values)
     except ValidationError as error:
         offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
-        raise InputError.listing(f"{path} is not {noun}", offenders, advice) from None
+        raise InputError.listing(f"{where} is not {noun}", offenders, advice) from None
 
 
 def file_offenders(folder: Path, manifest: Manifest, *, check_hashes: bool) -> list[str]:

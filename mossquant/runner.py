@@ -8,6 +8,7 @@ Perplexity, divergence, generation, parity and bench are written once against it
 ships. Tokens are int64 arrays [B, T], logits are float arrays [B, T, V] ("all") or [B, 1, V] ("last").
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -41,6 +42,7 @@ class RunnerInfo:
         file_bytes: bytes on disk of the program or weights, without the tokenizer.
         parameters: number of parameters of the full-precision model.
         config: the model's config as JSON.
+        source_files: file name → SHA-256 of the checkpoint that this is, or was lowered from.
         seen_text: SHA-256 of texts that the model was trained or calibrated on.
     """
 
@@ -54,6 +56,7 @@ class RunnerInfo:
     file_bytes: int
     parameters: int
     config: Mapping[str, Any]
+    source_files: Mapping[str, str]
     max_batch: int | None = None
     max_chunk: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +66,16 @@ class RunnerInfo:
     def bits_per_weight(self) -> float:
         """8 × bytes stored for the weights ÷ parameters of the full-precision model."""
         return 8 * self.weight_bytes / self.parameters
+
+    @property
+    def model_sha256(self) -> str:
+        """Which model this is, the same on every Runner of it: `sha256sum config.json model* | sha256sum`.
+
+        The config and the stored weights make the model: a checkpoint and everything lowered from it are one model, and
+        so are two tokenizers' copies of it; another quantization of the same original is another.
+        """
+        names = sorted(name for name in self.source_files if name == "config.json" or name.startswith("model"))
+        return hashlib.sha256("".join(f"{self.source_files[name]}  {name}\n" for name in names).encode()).hexdigest()
 
 
 class State:

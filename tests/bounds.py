@@ -45,3 +45,6 @@ ONNX_INT8_MEDIAN = 2e-6
 
 ONNX_CUT = 1e-6
 """Relative: one text read by an .onnx in other pieces or batches; its kernels may sum in another order."""
+
+FORGOTTEN = 0.25
+"""Of what forgetting the state does to the logits: the most that a state carried between two arithmetics may do."""

@@ -112,7 +112,14 @@ BAD_OPTIONS = [
     ("generate MODEL x --top-p 0", "top_p is 0.0, needs more than 0 and at most 1"),
     ("generate MODEL x --top-p 1.5", "top_p is 1.5, needs more than 0 and at most 1"),
     ("generate MODEL x --top-p nan", "top_p is nan, needs more than 0 and at most 1"),
-    ("generate MODEL x --max-tokens 0", "Invalid value for '--max-tokens'"),
+    ("generate MODEL x --max-tokens 0", "max_tokens is 0, needs 1 or more, or 0 with a state to save"),
+    ("generate MODEL x --max-tokens -1", "Invalid value for '--max-tokens'"),
+    ("generate MODEL x --load-state OUT", "is not a file; give one that `mossquant generate --save-state` wrote"),
+    ("generate MODEL x --load-state TEXT", "is not a state: "),
+    ("generate MODEL x --save-state TEXT", "exists already; choose another output path or pass --force to replace it"),
+    ("generate MODEL x --save-state TEXT --force", "is not a state, so it is not replaced; choose another path for it"),
+    ("generate MODEL x --save-state MODEL --force", "is a folder, and a file is to be written"),
+    ("generate MODEL --save-state OUT", "the prompt is empty"),
     ("generate MODEL x --seed -1", "Invalid value for '--seed'"),
     ("generate MODEL x --seed 1000000000000000000000000000000", "Invalid value for '--seed'"),
     ("generate MODEL x --stop=", "an empty stop string"),
@@ -250,6 +257,20 @@ def test_bad_places_for_json(
     assert "was given both for the output and for --json" in refused(place, *both)
 
 
+@pytest.mark.parametrize("name", BAD_OUTPUTS)
+def test_bad_places_for_a_state(
+    name: str, checkpoint_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the model is opened, so that nothing is generated in vain."""
+    if not Path("/proc").is_dir() and name.startswith("/proc"):
+        pytest.skip("needs a system with /proc")
+    furnish(place)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("mossquant.outputs._beside", reached)
+    monkeypatch.setattr("mossquant.eval.open.open_model", reached)
+    refused(place, "generate", checkpoint_folder, "x", "--save-state", name, "--force")
+
+
 @pytest.mark.parametrize("verb", ["quantize", "export", "train"])
 def test_a_full_disk(verb: str, checkpoint_folder: Path, text: Path, place: Path) -> None:
     """The system's limit on the size of a file stands in for it: the error comes from the same place."""
@@ -260,6 +281,15 @@ def test_a_full_disk(verb: str, checkpoint_folder: Path, text: Path, place: Path
     assert "File too large; free space or choose another path" in found.err
     assert found.err.count("\n") == 1, found.err
     assert [path.name for path in place.iterdir() if path.name != "out.training"] == []
+
+
+def test_a_full_disk_under_a_state(checkpoint_folder: Path, place: Path) -> None:
+    words = ["generate", checkpoint_folder, "x", "--max-tokens", 0, "--save-state", place / "state"]
+    found = process("--quiet", *words, limit_bytes=10_000)
+    assert (found.status, found.out) == (2, ""), found
+    assert "File too large; free space or choose another path" in found.err
+    assert found.err.count("\n") == 1, found.err
+    assert not list(place.iterdir())
 
 
 def broken(*_: object, **__: object) -> None:

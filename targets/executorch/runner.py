@@ -85,6 +85,7 @@ class ExecutorchRunner:
             file_bytes=size,
             parameters=metadata.parameters,
             config=metadata.config,
+            source_files=metadata.source_files,
             max_batch=1,
             files={self._path.name: self._sha256},
             seen_text=tuple(metadata.seen_text),

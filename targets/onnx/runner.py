@@ -94,6 +94,7 @@ class OnnxRunner:
             file_bytes=self._path.stat().st_size + data_bytes,
             parameters=metadata.parameters,
             config=metadata.config,
+            source_files=metadata.source_files,
             files=self._files,
             seen_text=tuple(metadata.seen_text),
         )

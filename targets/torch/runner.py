@@ -235,6 +235,7 @@ def _checkpoint_info(given: str, checkpoint: Checkpoint, dtype: torch.dtype) -> 
         file_bytes=sum((checkpoint.folder / name).stat().st_size for name in files if name != "config.json"),
         parameters=checkpoint.parameters,
         config=checkpoint.config.to_json(torch_dtype=checkpoint.torch_dtype),
+        source_files=files,
         files=files,
         seen_text=checkpoint.seen_text(),
     )
@@ -252,6 +253,7 @@ def _quantized_info(given: str, quantized: QuantizedCheckpoint, activations: str
         file_bytes=quantized.file_bytes,
         parameters=quantized.parameters,
         config=quantized.config.to_json(torch_dtype=quantized.torch_dtype),
+        source_files=quantized.hashes(),
         files=quantized.hashes(),
         seen_text=quantized.seen_text(),
     )

@@ -22,7 +22,7 @@ class Scripted:
     def __init__(self, script: Sequence[int], *, vocab_size: int = 256) -> None:
         self.script = list(script)
         self.read_tokens: list[int] = []
-        self.info = RunnerInfo("script", "checkpoint", vocab_size, "fp32", "fp32", "float32", 1, 1, 1, {})
+        self.info = RunnerInfo("script", "checkpoint", vocab_size, "fp32", "fp32", "float32", 1, 1, 1, {}, {})
 
     def initial_state(self, batch: int = 1) -> State:
         return State(-1, batch)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One PATH argument opens anything that runs, and nothing else."""
 
+import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from mossquant.calibration.quantize import quantize
 from mossquant.errors import InputError
 from mossquant.eval.open import open_model, open_runner
 from mossquant.locate import BUNDLED, asset_folder
+from mossquant.outputs import file_sha256
 from mossquant.targets.export import export
 
 BYTES = replace(SMALL, vocab_size=256)
@@ -78,6 +81,21 @@ def test_activations_of_anything_else_can_only_be_confirmed(folders: dict[str, P
         open_runner(folders["checkpoint"], activations="planned")
     with pytest.raises(InputError, match="int7"):
         open_runner(folders["quantized checkpoint"], activations="int7")
+
+
+def test_a_checkpoint_and_what_was_lowered_from_it_are_one_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its hash is that of the config and the stored weights: `sha256sum config.json model* | sha256sum`."""
+    found = {kind: open_runner(path).info.model_sha256 for kind, path in folders.items()}
+    assert found["quantized checkpoint"] == found["onnx"] != found["checkpoint"]
+    listed = [f"{file_sha256(folders['checkpoint'] / name)}  {name}\n" for name in ("config.json", "model.safetensors")]
+    assert found["checkpoint"] == hashlib.sha256("".join(listed).encode()).hexdigest()
+    exact = export(folders["quantized checkpoint"], tmp_path / "exact", activations="fp32")
+    assert open_runner(exact.folder).info.model_sha256 == found["onnx"]
+    same, other = tmp_path / "same", tmp_path / "other"
+    shutil.copytree(folders["checkpoint"], same)
+    (same / "training.json").write_text('{"version": 1, "text": []}')
+    write_model(other, random_model(BYTES, seed=1))
+    assert open_runner(same).info.model_sha256 == found["checkpoint"] != open_runner(other).info.model_sha256
 
 
 def test_nothing_that_runs(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from mossquant.config import PRESETS
 from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
+from mossquant.targets import export as artifact_export
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
-from mossquant.targets import export as artifact_export
 from mossquant.targets.onnx import export as exporting
 from mossquant.targets.onnx.metadata import open_program, read_metadata
 

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one stream as a small file, so that a prompt is never read twice.
+
+    a safetensors file
+        layers.0.mixer.conv, …    the state as `Runner.read` gives it: fp32 [1, …]
+        logits                    fp32 [1, 1, V], what the last token that was read makes of the next
+        __metadata__.mossquant    JSON: version, release, model, tokenizer, tokens that were read, SHA-256 of the arrays
+
+The logits are in it because the state does not know the next token, and reading the last one once more would be another
+call with other roundings: with them, whatever follows is bit for bit what it would have been without the file.
+
+A state belongs to a model (`RunnerInfo.model_sha256`), not to a runtime: one that the PyTorch model saved goes on in an
+artifact lowered from the same checkpoint. Nothing else is in the file: the same input gives the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+
+from mossquant.errors import InputError
+from mossquant.manifest import Sha256, parse_stored
+from mossquant.outputs import check_free, new_file
+from mossquant.release import release
+from mossquant.runner import Arrays, Floats, Runner, State
+from mossquant.tensorfiles import save_tensors
+from mossquant.text import Tokenizer
+
+__all__ = ["SavedState", "check_state_free", "load_state", "save_state"]
+
+_KEY, _LOGITS = "mossquant", "logits"
+_AGAIN = "Read the prompt again with --save-state."
+# Some 100 bytes an array: enough for thousands of blocks, and little enough for any parser.
+_LARGEST_HEADER = 1 << 20
+_MOST_TOKENS = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Where a stream stands.
+
+    Attributes:
+        state: after `tokens` tokens.
+        logits: [1, 1, V] of the last of them.
+        tokens: how many were read since the initial state.
+    """
+
+    state: State
+    logits: Floats
+    tokens: int
+
+
+class _Metadata(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    kind: Literal["state"] = "state"
+    release: str
+    weights: str
+    model_sha256: Sha256
+    tokenizer_sha256: Sha256 | None
+    tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)]
+    arrays_sha256: Sha256
+
+
+def save_state(
+    path: str | Path,
+    runner: Runner,
+    saved: SavedState,
+    *,
+    tokenizer: Tokenizer | None = None,
+    force: bool = False,
+) -> None:
+    """Write the state of one stream; it stays usable.
+
+    Args:
+        path: the file to write, which appears whole or not at all.
+        runner: whose state it is.
+        saved: the state, and what the call that returned it gave for the last position.
+        tokenizer: what turned the text into tokens; None where tokens came from elsewhere.
+        force: replace a state that is there.
+
+    Raises:
+        InputError: something is at `path`, and `force` is off or it is not a state; more than one stream; no token
+            was read; a Runner in fp64, which fp32 would round; values that are not finite.
+    """
+    info = runner.info
+    if saved.state.batch != 1:
+        raise InputError(f"a state of {saved.state.batch} streams was given; save one stream a file")
+    if not 1 <= saved.tokens <= _MOST_TOKENS:  # a file may claim as many as can be counted
+        raise InputError(f"a state after {saved.tokens} tokens was given; save one after 1 to {_MOST_TOKENS}")
+    if info.state_format == "fp64":
+        raise InputError(f"{info.path} computes in fp64, and states are saved in fp32; run it in fp32")
+    arrays = {**runner.read(saved.state), _LOGITS: saved.logits[:, -1:].astype(np.float32)}
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        advice = "Its weights or its activation format do not hold this model."
+        raise InputError.listing(f"{info.path} computed values that are not finite", broken, advice)
+    metadata = _Metadata(
+        release=release(),
+        weights=info.weights,
+        model_sha256=info.model_sha256,
+        tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
+        tokens=saved.tokens,
+        arrays_sha256=_sha256(arrays),
+    )
+    check_state_free(path, force=force)
+    with new_file(Path(path), force=force) as partial:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        save_tensors(tensors, partial, metadata={_KEY: metadata.model_dump_json()})
+
+
+def load_state(path: str | Path, runner: Runner, *, tokenizer: Tokenizer | None = None) -> SavedState:
+    """Read a state that any Runner of the same model saved.
+
+    Args:
+        path: the file.
+        runner: what goes on from it.
+        tokenizer: what will turn text into tokens; None where tokens come from elsewhere.
+
+    Raises:
+        InputError: not a state, a damaged one, or one of another release, another model or another tokenizer.
+    """
+    try:
+        opened, metadata = _open(Path(path))
+        _check_model(path, metadata, runner, tokenizer)
+        shapes = {name: array.shape for name, array in runner.read(runner.initial_state(1)).items()}
+        arrays = _arrays(path, opened, {**shapes, _LOGITS: (1, 1, runner.info.vocab_size)}, metadata.arrays_sha256)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); give a readable file") from None
+    logits = arrays.pop(_LOGITS)
+    return SavedState(runner.write(arrays), logits, metadata.tokens)
+
+
+def check_state_free(path: str | Path, *, force: bool = False) -> None:
+    """Say early that a state cannot be written to `path`; `force` replaces a state, and nothing else."""
+    path = Path(path)
+    check_free(path, force=force, as_file=True)
+    if path.is_file():
+        try:
+            _open(path)
+        except InputError:
+            raise InputError(f"{path} is not a state, so it is not replaced; choose another path for it") from None
+
+
+def _open(path: Path) -> tuple[Any, _Metadata]:
+    """The opened file, of which the header was read, and what it says about itself."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give one that `mossquant generate --save-state` wrote")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    try:
+        if header_bytes > _LARGEST_HEADER:
+            raise SafetensorError("its header is too large")
+        opened: Any = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a state: {str(error)[:100]}. {_AGAIN}") from None
+    stored = (opened.metadata() or {}).get(_KEY)
+    if stored is None:
+        raise InputError(f"{path} holds tensors, but not a state that mossquant saved. {_AGAIN}")
+    try:
+        values = json.loads(stored)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is a damaged state: its metadata is not JSON. {_AGAIN}") from None
+    return opened, parse_stored(values, _Metadata, where=str(path), noun="a state", advice=_AGAIN)
+
+
+def _check_model(path: str | Path, metadata: _Metadata, runner: Runner, tokenizer: Tokenizer | None) -> None:
+    info = runner.info
+    if metadata.model_sha256 != info.model_sha256:
+        raise InputError(
+            f"{path} is the state of another model: {metadata.weights[:40]}, SHA-256 {metadata.model_sha256[:12]}; "
+            f"{info.path} is {info.weights}, {info.model_sha256[:12]}; "
+            "give the model that saved it, or something lowered from that"
+        )
+    if tokenizer is not None and metadata.tokenizer_sha256 != tokenizer.sha256:
+        raise InputError(
+            f"{path} was read with another tokenizer ({_short(metadata.tokenizer_sha256)}) than that of {info.path} "
+            f"({_short(tokenizer.sha256)}). {_AGAIN}"
+        )
+
+
+def _short(sha256: str | None) -> str:
+    return "no tokenizer.json" if sha256 is None else f"SHA-256 {sha256[:12]}"
+
+
+def _sha256(arrays: Arrays) -> str:
+    """SHA-256 of the values of all arrays, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+def _arrays(
+    path: str | Path, opened: Any, shapes: Mapping[str, tuple[int, ...]], sha256: str
+) -> dict[str, NDArray[np.float32]]:
+    """The tensors of an opened file, which must be these; no value is read before all shapes fit."""
+    found = set(opened.keys())
+    offenders = [f"{name} is missing" for name in shapes if name not in found]
+    offenders += [f"{name[:80]} is unexpected" for name in sorted(found) if name not in shapes]
+    for name in shapes.keys() & found:
+        view = opened.get_slice(name)
+        stored, shape = view.get_dtype(), tuple(view.get_shape())
+        if (stored, shape) != ("F32", shapes[name]):
+            offenders.append(f"{name} is {stored} {list(shape)}, needs F32 {list(shapes[name])}")
+    arrays: dict[str, NDArray[np.float32]] = {}
+    if not offenders:
+        arrays = {name: opened.get_tensor(name) for name in shapes}
+        offenders = [f"{name} holds NaN or infinite values" for name in shapes if not np.isfinite(arrays[name]).all()]
+        offenders += [] if _sha256(arrays) == sha256 else ["its values have another SHA-256 than it says"]
+    if offenders:
+        raise InputError.listing(f"{path} is a damaged state", sorted(offenders), _AGAIN)
+    return arrays

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved state goes on bit for bit on the runtime that saved it, and as the same text on another of the same model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bounds import FORGOTTEN, ONNX_INT8_MEDIAN
+from numpy.typing import NDArray
+
+from mossquant.calibration.quantize import quantize
+from mossquant.errors import InputError
+from mossquant.eval.generate import generate
+from mossquant.eval.open import open_runner
+from mossquant.runner import Runner
+from mossquant.state_file import SavedState, load_state, save_state
+from mossquant.targets.export import export
+from mossquant.text import Tokenizer
+
+RUNTIMES: dict[str, tuple[str, str | None]] = {
+    "original": ("checkpoint_folder", None),
+    "original .onnx": ("original_artifact", None),
+    "int4": ("quantized_folder", None),
+    "int4, planned": ("quantized_folder", "planned"),
+    "int4 .onnx": ("artifact_folder", None),
+}
+"""Name → fixture of its path, and the activations that it is opened with."""
+
+INT4 = [name for name in RUNTIMES if name.startswith("int4")]
+SAME_ARITHMETIC = [("original", "original .onnx"), ("int4, planned", "int4 .onnx")]
+SAME_MODEL = SAME_ARITHMETIC + [(one, other) for one in INT4 for other in INT4 if one < other]
+BYTES = Tokenizer.byte_level()
+PROMPT = "The quick brown fox – größer als zuvor – jumps over the lazy dog. "
+
+Opener = Callable[[str], Runner]
+
+
+@pytest.fixture(scope="session")
+def original_artifact(checkpoint_folder: Path) -> Path:
+    """The full-precision .onnx of the small model."""
+    folder = checkpoint_folder.with_name("tiny-onnx")
+    export(checkpoint_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(request: pytest.FixtureRequest) -> Opener:
+    """Opens a runtime by its name, once."""
+    found: dict[str, Runner] = {}
+
+    def get(name: str) -> Runner:
+        if name not in found:
+            fixture, activations = RUNTIMES[name]
+            found[name] = open_runner(request.getfixturevalue(fixture), activations=activations, threads=1)
+        return found[name]
+
+    return get
+
+
+def read(runner: Runner, tokens: NDArray[np.int64]) -> SavedState:
+    logits, state = runner(tokens, runner.initial_state(1))
+    return SavedState(state, logits, tokens.shape[1])
+
+
+def tokens_of(count: int, *, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, 256, (1, count))
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("first", [1, 7, 80])
+@pytest.mark.parametrize("then", [1, 33])
+def test_bit_for_bit_on_the_same_runtime(opened: Opener, name: str, first: int, then: int, tmp_path: Path) -> None:
+    """The bar: the same logits as from the same two calls without saving between them, and at every step after."""
+    runner, tokens, more = opened(name), tokens_of(first), tokens_of(then, seed=1)
+    at = read(runner, tokens)
+    save_state(tmp_path / "state", runner, at)
+    restored = load_state(tmp_path / "state", runner)
+    np.testing.assert_array_equal(restored.logits, at.logits)
+    expected, state = runner(more, at.state, logits="all")
+    found, other = runner(more, restored.state, logits="all")
+    np.testing.assert_array_equal(found, expected)
+    for token in tokens_of(8, seed=2)[0]:
+        expected, state = runner(np.array([[token]]), state)
+        found, other = runner(np.array([[token]]), other)
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_generation_in_two_parts_is_the_whole(opened: Opener, name: str, tmp_path: Path) -> None:
+    runner = opened(name)
+    whole = generate(runner, BYTES, PROMPT, max_tokens=24, save_state=tmp_path / "whole")
+    one = generate(runner, BYTES, PROMPT, max_tokens=10, save_state=tmp_path / "part")
+    two = generate(runner, BYTES, max_tokens=14, load_state=tmp_path / "part", save_state=tmp_path / "end")
+    assert one.tokens + two.tokens == whole.tokens
+    assert two.prompt_tokens == 0
+    assert (tmp_path / "end").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert load_state(tmp_path / "end", runner).tokens == len(PROMPT.encode()) + 24
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_prompt_after_a_saved_prompt_is_the_second_of_two_calls(opened: Opener, name: str, tmp_path: Path) -> None:
+    runner, path = opened(name), tmp_path / "state"
+    silent = generate(runner, BYTES, PROMPT, max_tokens=0, save_state=path)
+    assert (silent.text, silent.tokens, silent.reason) == ("", (), "max_tokens")
+    found = generate(runner, BYTES, "And then ", max_tokens=12, load_state=path, save_state=path, force=True)
+    at = read(runner, BYTES.encode(PROMPT)[None])
+    logits, state = runner(BYTES.encode("And then ")[None], at.state)
+    for token in found.tokens:
+        assert token == np.argmax(logits[0, -1])
+        logits, state = runner(np.array([[token]]), state)
+    after = load_state(path, runner)
+    np.testing.assert_array_equal(after.logits, logits)
+    assert after.tokens == len(PROMPT.encode()) + len("And then ") + 12
+
+
+def test_a_stop_string_has_been_read_when_the_state_is_saved(opened: Opener, tmp_path: Path) -> None:
+    runner = opened("original")
+    whole = generate(runner, BYTES, PROMPT, max_tokens=12)
+    stop = BYTES.decode(whole.tokens[4:6])
+    found = generate(runner, BYTES, PROMPT, max_tokens=12, stop=[stop], save_state=tmp_path / "state")
+    assert found.reason == "stop"
+    rest = generate(runner, BYTES, max_tokens=12 - len(found.tokens), load_state=tmp_path / "state")
+    assert found.tokens + rest.tokens == whole.tokens
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_MODEL + [(other, one) for one, other in SAME_MODEL])
+def test_another_runtime_of_the_same_model_goes_on(opened: Opener, one: str, other: str, tmp_path: Path) -> None:
+    """What arrives is what was saved; what follows is what the other makes of the text itself, up to arithmetic."""
+    source, target, tokens, more = opened(one), opened(other), tokens_of(80), tokens_of(40, seed=1)
+    assert source.info.model_sha256 == target.info.model_sha256
+    at = read(source, tokens)
+    save_state(tmp_path / "state", source, at)
+    restored = load_state(tmp_path / "state", target)
+    np.testing.assert_array_equal(restored.logits, at.logits)
+    for name, array in target.read(restored.state).items():
+        np.testing.assert_array_equal(array, source.read(at.state)[name])
+    found = target(more, restored.state, logits="all")[0]
+    expected = target(more, read(target, tokens).state, logits="all")[0]
+    forgotten = target(more, target.initial_state(1), logits="all")[0]
+    if (one, other) in SAME_ARITHMETIC or (other, one) in SAME_ARITHMETIC:
+        assert apart(found, expected) <= 2 * ONNX_INT8_MEDIAN * np.abs(expected).max()
+    assert apart(found, expected) <= FORGOTTEN * apart(forgotten, expected)
+
+
+def apart(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """The median over positions of the largest difference."""
+    return float(np.median(np.abs(one - other).max(-1)))
+
+
+def test_a_state_of_another_model_is_refused(
+    opened: Opener, checkpoint_folder: Path, quantized_folder: Path, tmp_path: Path
+) -> None:
+    """The original and two of its quantizations are three models, and the error names the two that met."""
+    quantize(checkpoint_folder, tmp_path / "int8", recipe="int8")
+    runners = {"bfloat16": opened("original"), "int4": opened("int4 .onnx"), "int8": open_runner(tmp_path / "int8")}
+    for saver, source in runners.items():
+        path = tmp_path / f"{saver}.state"
+        generate(source, BYTES, PROMPT, max_tokens=0, save_state=path)
+        for name, runner in runners.items():
+            if name == saver:
+                continue
+            with pytest.raises(InputError) as caught:
+                generate(runner, BYTES, "x", load_state=path)
+            message = str(caught.value)
+            assert f"{path} is the state of another model: {saver}, SHA-256 {source.info.model_sha256[:12]}" in message
+            assert f"{runner.info.path} is {name}, {runner.info.model_sha256[:12]}" in message
+
+
+def test_options_are_checked_before_anything_is_read(opened: Opener, tmp_path: Path) -> None:
+    runner = opened("original")
+    with pytest.raises(InputError, match="max_tokens is 0, needs 1 or more, or 0 with a state to save"):
+        generate(runner, BYTES, "x", max_tokens=0)
+    with pytest.raises(InputError, match="is not a file"):
+        generate(runner, BYTES, "x", load_state=tmp_path / "none")
+    (tmp_path / "state").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        generate(runner, BYTES, "x", save_state=tmp_path / "state", on_text=pytest.fail)
+    with pytest.raises(InputError, match="is not a state, so it is not replaced"):
+        generate(runner, BYTES, "x", save_state=tmp_path / "state", force=True, on_text=pytest.fail)
+    assert (tmp_path / "state").read_text() == "mine"
