@@ -57,7 +57,6 @@ def lower(
     check_packages()
     model = Model(source.config, specs, XnnpackMatrices(source)).eval()
     with torch.no_grad(), quiet():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
 
@@ -67,7 +66,7 @@ def lower(
             stage_done()
         edge = to_edge_transform_and_lower(
             programs,
-            partitioner={name: [XnnpackPartitioner()] for name in METHODS},
+            partitioner={name: [_partitioner()] for name in METHODS},
             # The loop of the scan is not an operator that the verifier knows.
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
             constant_methods={METADATA: json.dumps(metadata, sort_keys=True)},
@@ -78,6 +77,20 @@ def lower(
         with path.open("wb") as file:
             lowered.write_to_file(file)
         stage_done()
+
+
+def _partitioner() -> Any:
+    """XNNPACK's, without the passes for convolutions, pooling and attention over each delegate: none of these is in the
+    program, and they take most of the time. A node that a pass would have had to rewrite is an error of the backend.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec
+
+    partitioner = XnnpackPartitioner()
+    only_linears = CompileSpec("dqlinear_partitioner", b"")
+    partitioner.delegation_spec = DelegationSpec(partitioner.delegation_spec.backend_id, [only_linears])
+    return partitioner
 
 
 def _exported(method: nn.Module, config: MossNetConfig, name: str) -> torch.export.ExportedProgram:
