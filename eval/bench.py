@@ -52,7 +52,7 @@ class Timing:
 
     Attributes:
         path: as given.
-        kind: "checkpoint", "quantized checkpoint" or "onnx".
+        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
         weights: recipe name or stored type.
         activations: activation format that it ran with.
         decode_tok_s: single steps a second.
@@ -189,7 +189,8 @@ def bench(
 def active_share(config: MossNetConfig, *, kind: str = "checkpoint") -> float:
     """Share of the parameters that one token uses: of a layer's experts the chosen ones, of an untied table one row.
 
-    An .onnx computes all SSM experts (they lie in one matmul), so that there every one of them is read.
+    An .onnx computes all SSM experts (they lie in one matmul), so that there every one of them is read; a .pte computes
+    all experts of both kinds.
     """
     active = total = 0.0
     for spec in tensor_specs(config):
@@ -198,7 +199,7 @@ def active_share(config: MossNetConfig, *, kind: str = "checkpoint") -> float:
             is_mlp = spec.role.startswith("mlp.")
             chosen = config.mlp_chosen(spec.layer) if is_mlp else config.ssm_chosen(spec.layer)
             share = chosen / (config.mlp_experts(spec.layer) if is_mlp else config.ssm_experts(spec.layer))
-            if kind == "onnx" and not is_mlp:
+            if kind == "executorch" or (kind == "onnx" and not is_mlp):
                 share = 1.0
         elif spec.role == "embedding" and not config.tie_word_embeddings:
             share = 1 / config.vocab_size

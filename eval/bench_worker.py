@@ -72,9 +72,12 @@ def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:
     }
 
 
+_RUNTIMES = {"onnx": "mossquant.targets.onnx", "executorch": "mossquant.targets.executorch"}
+
+
 def _warm(located: Located) -> None:
     """Import the runtime and bring the files into memory: an application's second start is what is timed."""
-    importlib.import_module("mossquant.targets.onnx" if located.kind == "onnx" else "mossquant.targets.torch.runner")
+    importlib.import_module(_RUNTIMES.get(located.kind, "mossquant.targets.torch.runner"))
     files = [located.path] if located.path.is_file() else sorted(located.path.glob("*.safetensors"))
     for path in files:
         with path.open("rb") as file:

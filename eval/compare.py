@@ -58,7 +58,7 @@ class Candidate:
 
     Attributes:
         path: as given.
-        kind: "checkpoint", "quantized checkpoint" or "onnx".
+        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
         weights: recipe name or stored type.
         activations: activation format that it ran with.
         perplexity: on the same tokens.

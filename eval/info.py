@@ -16,7 +16,7 @@ from mossquant.eval.bench import active_share
 from mossquant.locate import Located, locate
 from mossquant.quantized import QuantizedCheckpoint
 
-__all__ = ["FileRow", "InfoReport", "SectionRow", "WeightsRow", "info"]
+__all__ = ["FileRow", "InfoReport", "SectionRow", "WeightsRow", "info", "short_hashes"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class InfoReport:
 
     Attributes:
         path: as given.
-        kind: "checkpoint", "quantized checkpoint" or "onnx".
+        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
         weights: stored type, or recipe name.
         config: the model's shape.
         torch_dtype: stored type of the full-precision model.
@@ -142,6 +142,10 @@ def info(path: str | Path) -> InfoReport:
         return _of_checkpoint(located)
     if located.kind == "quantized checkpoint":
         return _of_quantized(located)
+    if located.kind == "executorch":
+        from mossquant.eval.executorch_info import executorch_info
+
+        return executorch_info(located)
     # Only an .onnx needs the onnx library.
     from mossquant.eval.onnx_info import onnx_info
 
@@ -237,3 +241,8 @@ def _merged(rows: Iterable[WeightsRow]) -> tuple[WeightsRow, ...]:
 
 def _files(folder: Path, hashes: Mapping[str, str]) -> tuple[FileRow, ...]:
     return tuple(FileRow(name, (folder / name).stat().st_size, digest) for name, digest in hashes.items())
+
+
+def short_hashes(hashes: Mapping[str, str]) -> str:
+    """Names with the first digits of their hashes, in one line."""
+    return ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(hashes.items()))

@@ -50,7 +50,7 @@ def machine() -> dict[str, Any]:
         "usable_cores": cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "onnxruntime")},
+        **{name: _version(name) for name in ("torch", "onnxruntime", "executorch")},
     }
 
 

@@ -4,7 +4,7 @@
 import onnx
 
 from mossquant.eval.bench import active_share
-from mossquant.eval.info import FileRow, InfoReport, SectionRow
+from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
 from mossquant.locate import Located
 from mossquant.targets.artifact import check_listed
 from mossquant.targets.onnx.metadata import Opened, initializers, open_program
@@ -37,13 +37,13 @@ def onnx_info(located: Located) -> InfoReport:
         ),
         sections=sections(opened),
         facts=(
-            ("made from", f"a {metadata.source_kind}: {_short(metadata.source_files)}"),
+            ("made from", f"a {metadata.source_kind}: {short_hashes(metadata.source_files)}"),
             ("activations", metadata.activations),
             ("state", metadata.state_format),
             ("runs on", f"onnxruntime {metadata.runtime_minimum} and later"),
             (
                 "tokenizer",
-                _short({"tokenizer.json": metadata.tokenizer_sha256}) if metadata.tokenizer_sha256 else "none",
+                short_hashes({"tokenizer.json": metadata.tokenizer_sha256}) if metadata.tokenizer_sha256 else "none",
             ),
             ("written by", f"mossquant {metadata.release}"),
         ),
@@ -91,7 +91,3 @@ def _data_bytes(tensor: onnx.TensorProto) -> int:
         if entry.key == "length":
             return int(entry.value)
     return len(tensor.raw_data)
-
-
-def _short(hashes: dict[str, str]) -> str:
-    return ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(hashes.items()))

@@ -28,7 +28,7 @@ class PerplexityReport:
 
     Attributes:
         path: what was measured, as given.
-        kind: "checkpoint", "quantized checkpoint" or "onnx".
+        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
         activations: activation format that it ran with.
         text: name of the text.
         text_sha256: of the whole text.

@@ -8,12 +8,14 @@ from mossquant.capabilities import Activations, check, get_target
 from mossquant.checkpoint import Checkpoint
 from mossquant.config import MossNetConfig
 from mossquant.model import state_specs
+from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
 from mossquant.targets.executorch.metadata import Metadata
 from mossquant.targets.executorch.packages import EXECUTORCH, check_packages
 from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.executorch.verify import check_linears
 from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.program import METHODS, MethodName
@@ -50,6 +52,7 @@ def export_executorch(source: Checkpoint | QuantizedCheckpoint, *, activations: 
         lower(tensors, specs, metadata.model_dump(), folder / PROGRAM, progress)
         file = ProgramFile(folder / PROGRAM)
         check_linears(file, tensors, specs)
+        try_apart(file.path, file_sha256(file.path))
         operators: dict[str, set[str]] = {}
         for method in file.methods.values():
             for name in method.operators:

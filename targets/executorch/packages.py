@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat
 
-__all__ = ["EXECUTORCH", "TORCHAO", "check_packages", "intx_tensor", "quiet", "runtime"]
+__all__ = ["EXECUTORCH", "TORCHAO", "check_packages", "intx_tensor", "load_program", "load_runtime", "quiet"]
 
 EXECUTORCH, TORCHAO = "1.4.1", "0.18.0"
 """Releases that this target was written for and tested with."""
@@ -92,11 +93,32 @@ def intx_tensor(codes: Tensor, scales: Tensor, number_format: NumberFormat) -> T
     return tensor
 
 
-def runtime() -> Any:
-    """The ExecuTorch runtime of this process, with the kernels of quantized tables registered."""
+def load_runtime() -> Any:
+    """ExecuTorch's runtime, with the kernels of quantized tables registered.
+
+    The binding itself is imported, not the module around it: that one loads the whole compiler, for a warning.
+    """
     check_packages()
     with quiet():
-        import executorch.kernels.quantized  # noqa: F401  registers embedding_4bit and embedding_byte
-        from executorch.runtime import Runtime
+        from executorch.extension.pybindings import _portable_lib
 
-        return Runtime.get()
+        # The second depends on symbols of the first.
+        import executorch.kernels.quantized  # noqa: F401  isort: skip
+
+    return _portable_lib
+
+
+def load_program(path: str | Path) -> Any:
+    """A program, its file mapped. A method borrows from it: keep it as long as any of its methods.
+
+    Raises:
+        RuntimeError: the runtime refuses it.
+    """
+    library = load_runtime()
+    with quiet():
+        return library._load_program(
+            str(path),
+            enable_etdump=False,
+            debug_buffer_size=0,
+            program_verification=library.Verification.InternalConsistency,
+        )

@@ -23,9 +23,9 @@ from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, To
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
 from mossquant.targets.artifact import check_listed
 from mossquant.targets.executorch.metadata import Metadata, read_metadata, weight_bytes
-from mossquant.targets.executorch.packages import check_packages, quiet, runtime
+from mossquant.targets.executorch.packages import check_packages, load_program, load_runtime, quiet
 from mossquant.targets.executorch.program_file import ProgramFile
-from mossquant.targets.executorch.trial import trial
+from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.program import METHODS
 
 __all__ = ["ExecutorchRunner"]
@@ -50,7 +50,6 @@ class ExecutorchRunner:
         self._given = str(path)
         self._path = locate(path).require("executorch", verb="the ExecuTorch Runner")
         check_packages()
-        apart = trial()
         self._file = ProgramFile(self._path)
         self._metadata = read_metadata(self._file)
         self._sha256 = file_sha256(self._path)
@@ -60,14 +59,10 @@ class ExecutorchRunner:
         self._shapes = {spec.name: spec.shape for spec in state_specs(config)}
         self._vocab_size, self._chunk = config.vocab_size, self._metadata.max_chunk
         _check_ports(self._file, self._shapes, self._vocab_size, self._chunk)
-        apart.run(self._path, self._sha256)
-        with quiet():
-            # The runtime maps the file; a method borrows from its program, which must live as long.
-            self._program = runtime().load_program(str(self._path))
-            if threads is not None:
-                from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-
-                _unsafe_reset_threadpool(threads)
+        try_apart(self._path, self._sha256)
+        self._program = load_program(self._path)
+        if threads is not None:
+            load_runtime()._unsafe_reset_threadpool(threads)
         self._methods: dict[str, Any] = {}
 
     @cached_property
@@ -135,7 +130,7 @@ class ExecutorchRunner:
         if name not in self._methods:
             with quiet():
                 self._methods[name] = self._program.load_method(name)
-        logits, *after = self._methods[name].execute([tokens, *states])
+        logits, *after = self._methods[name]([tokens, *states])
         return logits.numpy(), after
 
 

@@ -3,7 +3,8 @@
 
 The runtime checks the outer flatbuffer and believes what lies inside: offsets of planned memory, indices of values, the
 delegates' graphs. So every program is first run for a few tokens in a process of its own. That process is one for all
-programs (it loads the libraries once) and forks for each of them; what happens to the fork is the answer.
+programs (it loads the libraries once) and forks for each of them; what happens to the fork is the answer. A program
+that passed is noted by its hash in the user's cache ($XDG_CACHE_HOME or ~/.cache, mossquant/ran) and not tried again.
 
     → {"path": …}        a line on the standard input
     ← {"error": null}    or what was wrong, one line on the standard output
@@ -18,13 +19,19 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from mossquant.errors import InputError
+import torch
 
-__all__ = ["Trial", "trial"]
+from mossquant.errors import InputError
+from mossquant.release import release
+from mossquant.targets.executorch.packages import EXECUTORCH, load_program, load_runtime
+from mossquant.targets.program import METHODS
+
+__all__ = ["try_apart"]
 
 SECONDS = 120
 """How long a few tokens may take; a program that runs longer does not end."""
@@ -35,8 +42,34 @@ _POLL_SECONDS = 0.005
 _AGAIN = "copy the artifact's folder again, or export again"
 
 
-class Trial:
-    """The process that tries programs. It is started at once and answers when asked."""
+def try_apart(path: Path, sha256: str) -> None:
+    """Run a program apart, unless it passed before.
+
+    Args:
+        path: the .pte.
+        sha256: its hash.
+
+    Raises:
+        InputError: it cannot be loaded or run, or brought its process down.
+    """
+    note = _cache() / f"{sha256}-executorch-{EXECUTORCH}-mossquant-{release()}"
+    if note.is_file():
+        return
+    error = _process().ask(path)
+    if error is not None:
+        raise InputError(f"{path} cannot be run ({error}); {_AGAIN}")
+    # Without a place to write to, it is tried again the next time.
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mossquant" / "ran"
+
+
+class _Process:
+    """The process that tries programs."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -47,31 +80,24 @@ class Trial:
             text=True,
         )
         self._lock = threading.Lock()
-        self._passed: set[tuple[str, str]] = set()
         atexit.register(self.close)
 
-    def run(self, path: Path, sha256: str) -> None:
-        """Try a program; one that passed is not tried again.
-
-        Raises:
-            InputError: it cannot be loaded or run, or brought its process down.
-        """
-        key = (str(path), sha256)
+    def ask(self, path: Path) -> str | None:
+        """What is wrong with a program, None if it passes."""
         with self._lock:
-            if key in self._passed:
-                return
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            self._process.stdin.write(json.dumps({"path": str(path.absolute())}) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            try:
+                self._process.stdin.write(json.dumps({"path": str(path.absolute())}) + "\n")
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
             if not answer:
+                _process.cache_clear()
                 raise RuntimeError("the process that tries .pte programs ended by itself")
-            error = json.loads(answer)["error"]
-            if error is None:
-                self._passed.add(key)
-        if error is not None:
-            raise InputError(f"{path} cannot be run ({error}); {_AGAIN}")
+            found: str | None = json.loads(answer)["error"]
+            return found
 
     def close(self) -> None:
         """End the process."""
@@ -81,15 +107,12 @@ class Trial:
 
 
 @lru_cache(maxsize=1)
-def trial() -> Trial:
-    """The one process of this process that tries programs."""
-    return Trial()
+def _process() -> _Process:
+    return _Process()
 
 
 def _serve(requests: IO[str], answers: IO[str]) -> None:
-    from mossquant.targets.executorch.packages import runtime
-
-    runtime()
+    load_runtime()
     for line in requests:
         answers.write(json.dumps({"error": _in_a_fork(json.loads(line)["path"])}) + "\n")
         answers.flush()
@@ -128,22 +151,17 @@ def _in_a_fork(path: str) -> str | None:
 
 def _run(path: str) -> None:
     """Every method once, on zeros."""
-    import torch
-
-    from mossquant.targets.executorch.packages import runtime
-    from mossquant.targets.program import METHODS
-
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = used + EXTRA_BYTES + 2 * Path(path).stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    program = runtime().load_program(path)
+    program = load_program(path)
     for name in METHODS:
         method = program.load_method(name)
-        meta = method.metadata
+        meta = method.method_meta()
         shapes = [meta.input_tensor_meta(i).sizes() for i in range(meta.num_inputs())]
         length = 1 if name == "decode" else 3
         arrays = [torch.zeros((1, length), dtype=torch.int64), *(torch.zeros(tuple(shape)) for shape in shapes[1:])]
-        logits, *states = method.execute(arrays)
+        logits, *states = method(arrays)
         expected = [(1, length if name == "score" else 1), *(tuple(shape) for shape in shapes[1:])]
         found = [tuple(logits.shape[:2]), *(tuple(state.shape) for state in states)]
         if found != expected:

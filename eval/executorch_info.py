@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a .pte is, and what each byte of it is for. The file is read, not run."""
+
+from mossquant.config import MossNetConfig
+from mossquant.eval.bench import active_share
+from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
+from mossquant.locate import Located
+from mossquant.outputs import file_sha256
+from mossquant.targets.artifact import check_listed
+from mossquant.targets.executorch.metadata import read_metadata, weight_bytes
+from mossquant.targets.executorch.program_file import ProgramFile
+
+__all__ = ["executorch_info"]
+
+
+def executorch_info(located: Located) -> InfoReport:
+    """Say what a .pte is. Raises `InputError` where it is none of ours, or not what its manifest says."""
+    file = ProgramFile(located.path)
+    metadata = read_metadata(file)
+    config = MossNetConfig.from_json(metadata.config, where=f"the metadata of {located.path}")
+    digest = file_sha256(located.path)
+    check_listed(located.path, {located.path.name: digest})
+    memory = max(method.planned_bytes for method in file.methods.values())
+    tokenizer = metadata.tokenizer_sha256
+    return InfoReport(
+        path=located.given,
+        kind=located.kind,
+        weights=metadata.weights,
+        config=config,
+        torch_dtype=str(metadata.config["torch_dtype"]),
+        parameters=metadata.parameters,
+        active_parameters=round(metadata.parameters * active_share(config, kind="executorch")),
+        weight_bytes=weight_bytes(file, config),
+        payload_bytes=metadata.payload_bytes,
+        rows=(),
+        files=(FileRow(located.path.name, located.path.stat().st_size, digest),),
+        sections=tuple(SectionRow(name, size) for name, size in file.sections.items()),
+        facts=(
+            ("made from", f"a {metadata.source_kind}: {short_hashes(metadata.source_files)}"),
+            ("activations", metadata.activations),
+            ("state", metadata.state_format),
+            ("methods", f"{', '.join(sorted(file.methods))}; up to {metadata.max_chunk} tokens a call"),
+            ("memory planned", f"{memory:,} bytes for values, besides the weights that XNNPACK packs when it loads"),
+            ("runs on", f"ExecuTorch {metadata.runtime_minimum} with XNNPACK and the quantized kernels"),
+            ("tokenizer", short_hashes({"tokenizer.json": tokenizer}) if tokenizer else "none"),
+            ("written by", f"mossquant {metadata.release}"),
+        ),
+        ledger=(),
+    )
