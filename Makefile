@@ -62,7 +62,7 @@ $(VENV)/.torch: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --quiet --no-build-isolation "$(CURDIR)"
+	$(PIP) install --quiet --no-build-isolation "$(CURDIR)[executorch]"
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch

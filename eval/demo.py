@@ -4,7 +4,7 @@
 A second run keeps every checkpoint and artifact whose hashes say that it would come out the same, and measures again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mossquant.calibration.quantize import quantize
@@ -24,12 +24,15 @@ from mossquant.quantized import QuantizedCheckpoint
 from mossquant.recipe import Recipe
 from mossquant.release import release
 from mossquant.targets.artifact import Artifact
+from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.export import export
 from mossquant.text import Tokenizer, bundled_text
 
 __all__ = ["demo"]
 
 RECIPES = ("int8", "int4")
+TARGETS = ("onnx", "executorch")
+"""What the quantized models are lowered to; the original, to compare with, to the first alone."""
 TOKENS = 65_536
 _PROMPT = "import os\n\ndef read_lines(path):\n"
 _CONTINUED = 48
@@ -47,7 +50,7 @@ def demo(
     said: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> DemoReport:
-    """Quantize the bundled model to int8 and int4, lower all three to .onnx, and measure every one of them.
+    """Quantize the bundled model to int8 and int4, lower them to .onnx and .pte, and measure every one of them.
 
     Args:
         output: folder for the checkpoints and artifacts; may be there from an earlier run.
@@ -65,8 +68,9 @@ def demo(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose a folder for what the demo writes")
     check_free(folder / _PICTURE, force=True, as_file=True)
+    check_packages()
     checkpoints = {recipe: folder / f"{BUNDLED}-{recipe}" for recipe in RECIPES}
-    folders = {"original": folder / f"{BUNDLED}-onnx", **{r: folder / f"{BUNDLED}-{r}-onnx" for r in RECIPES}}
+    folders = {"original": folder / f"{BUNDLED}-app", **{r: folder / f"{BUNDLED}-{r}-app" for r in RECIPES}}
     _check_ours([*checkpoints.values(), *folders.values()])
     original = Checkpoint.open(asset_folder(BUNDLED))
     words = Tokenizer.for_folder(original.folder, original.config.vocab_size)
@@ -79,26 +83,26 @@ def demo(
         else:
             say(f"{path}: quantizing {BUNDLED} to {recipe}")
             quantize(BUNDLED, path, recipe=recipe, force=path.exists())
-    artifacts = {}
+    artifacts: dict[str, dict[str, Path]] = {}
     for name, path in folders.items():
-        source = checkpoints.get(name)
-        if _is_current_artifact(path, original if source is None else QuantizedCheckpoint.open(source)):
+        source, targets = checkpoints.get(name), ("onnx",) if name == "original" else TARGETS
+        if _is_current_artifact(path, targets, original if source is None else QuantizedCheckpoint.open(source)):
             say(f"{path}: kept, its hashes match")
         else:
-            say(f"{path}: lowering {source or BUNDLED} to .onnx")
-            export(BUNDLED if source is None else source, path, target="onnx", force=path.exists())
-        artifacts[name] = Artifact.open(path).program("onnx")
-        read_back = verify(source or BUNDLED, [artifacts[name]], weights_only=True)
+            say(f"{path}: lowering {source or BUNDLED} to {' and '.join(targets)}")
+            export(BUNDLED if source is None else source, path, target=targets, force=path.exists())
+        artifacts[name] = {target: Artifact.open(path).program(target) for target in targets}
+        read_back = verify(source or BUNDLED, list(artifacts[name].values()), weights_only=True)
         if not read_back.passed:
             # Its hashes match and we wrote it: a fault of the lowering, not of the user.
             raise RuntimeError(f"{path} does not hold its checkpoint's weights: {read_back.failures()[0]}")
     say(f"measuring on the first {tokens:,} held-out tokens")
-    candidates = [*checkpoints.values(), *artifacts.values()]
+    candidates = [*checkpoints.values(), *(path for programs in artifacts.values() for path in programs.values())]
     comparison = compare(BUNDLED, candidates, tokens=tokens, threads=threads, progress=progress)
     say("timing")
     # One core unless more are asked for: the figures then do not depend on what else the machine is doing.
     timed = bench([BUNDLED, *candidates], threads=threads or 1, repeats=_REPEATS, progress=progress)
-    smallest = open_model(artifacts["int4"], threads=threads)
+    smallest = open_model(artifacts["int4"]["onnx"], threads=threads)
     report = DemoReport(
         comparison=comparison,
         bench=timed,
@@ -137,15 +141,17 @@ def _is_current_checkpoint(path: Path, recipe: str, original: Checkpoint) -> boo
     )
 
 
-def _is_current_artifact(path: Path, source: Checkpoint | QuantizedCheckpoint) -> bool:
-    """Whether an artifact is whole, and what this release makes of this source."""
+def _is_current_artifact(path: Path, targets: Sequence[str], source: Checkpoint | QuantizedCheckpoint) -> bool:
+    """Whether an artifact is whole, and what this release makes of this source for these targets."""
     if not path.exists():
         return False
     try:
         found = Artifact.open(path)
     except InputError:
         return False
+    programs = found.manifest.programs
     return (
         found.manifest.release == release()
-        and found.manifest.programs["onnx"].model.get("source_files") == source.hashes()
+        and list(programs) == list(targets)
+        and all(program.model.get("source_files") == source.hashes() for program in programs.values())
     )

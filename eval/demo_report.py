@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo found: the original, int8 and int4, each as PyTorch runs the checkpoint and as its .onnx."""
+"""What the demo found: the original, int8 and int4, as PyTorch runs the checkpoint, as .onnx and as .pte."""
 
 import shutil
 import sys
@@ -23,7 +23,7 @@ class DemoRow:
 
     Attributes:
         model: "original, bf16", "int8" or "int4"; empty where it is the one of the line above.
-        form: what was run: "checkpoint" (in PyTorch) or ".onnx".
+        form: what was run: "checkpoint" (in PyTorch), ".onnx" or ".pte".
         perplexity: on the held-out tokens.
         candidate: how it compares with the original; None for the original itself.
         file_bytes: on disk, without the tokenizer.
@@ -45,11 +45,11 @@ class DemoReport:
     """What `demo` found.
 
     Attributes:
-        comparison: the original against every quantized checkpoint and every .onnx.
+        comparison: the original against every quantized checkpoint and every program.
         bench: the same, timed, the original first.
         original_bytes: bytes of the original's tensor file.
         checkpoints: folders of the quantized checkpoints, by recipe.
-        artifacts: .onnx files, by recipe; "original" is the full-precision one.
+        artifacts: programs by recipe, then by target; "original" is the full-precision one.
         prompt: what was continued.
         generation: the continuation by the int4 .onnx.
         picture: the table as a picture.
@@ -59,32 +59,33 @@ class DemoReport:
     bench: BenchReport
     original_bytes: int
     checkpoints: dict[str, Path]
-    artifacts: dict[str, Path]
+    artifacts: dict[str, dict[str, Path]]
     prompt: str
     generation: Generation
     picture: Path
 
     def rows(self) -> list[DemoRow]:
-        """The table's lines: for each model the checkpoint, then the .onnx."""
+        """The table's lines: for each model the checkpoint, then its programs."""
         base = self.comparison.baseline
         found = {candidate.path: candidate for candidate in self.comparison.candidates}
         timed = {timing.path: timing for timing in self.bench.artifacts}
         rows = []
-        for model, program in self.artifacts.items():
+        for model, programs in self.artifacts.items():
             if model in self.checkpoints:
                 rows.append(_row(model, "checkpoint", found[str(self.checkpoints[model])], timed))
             else:
                 name = f"{model}, {_SHORT.get(base.weights, base.weights)}"
                 timing, bits = timed[base.path], base.bits_per_weight
                 rows.append(DemoRow(name, "checkpoint", base.perplexity, None, self.original_bytes, bits, timing))
-            rows.append(_row("", ".onnx", found[str(program)], timed))
+            rows += [_row("", program.suffix, found[str(program)], timed) for program in programs.values()]
         return rows
 
     def closing(self) -> list[str]:
         """What stands below the table: paths, what the smallest artifact writes, what to try next."""
-        int4, program = self.checkpoints["int4"], self.artifacts["int4"]
-        command = _command()
-        paths = [*self.checkpoints.values(), *self.artifacts.values(), self.picture]
+        int4, smallest = self.checkpoints["int4"], self.artifacts["int4"]
+        program, command = smallest["onnx"], _command()
+        programs = [path for of_model in self.artifacts.values() for path in of_model.values()]
+        paths = [*self.checkpoints.values(), *programs, self.picture]
         return [
             "",
             f"The int4 .onnx continues {self.prompt!r}:",
@@ -97,7 +98,7 @@ class DemoReport:
             "Try next:",
             f'    {command} generate {program} "def main(" --temperature 0.8 --max-tokens 64',
             f"    {command} info {program}",
-            f"    {command} verify {int4} {program}",
+            f"    {command} verify {int4} {' '.join(map(str, smallest.values()))}",
             f"    {command} quantize YOUR-MODEL --recipe int4 -o YOUR-MODEL-int4",
         ]
 

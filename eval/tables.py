@@ -105,7 +105,7 @@ def bench_table(report: BenchReport) -> Table:
 
 
 def demo_table(report: DemoReport) -> Table:
-    """What the demo ends with: the original, int8 and int4, as checkpoint and as .onnx."""
+    """What the demo ends with: the original, int8 and int4, as checkpoint, .onnx and .pte."""
     rows: list[Sequence[str]] = []
     for row in report.rows():
         timing = row.timing
@@ -125,7 +125,7 @@ def demo_table(report: DemoReport) -> Table:
         f"{report.comparison.tokens:,} held-out tokens in one stream. KL to the original in nats a token, ± half of "
         "its 95 % interval; bits a weight; tokens/s of prefill/decode "
         f"on {report.bench.threads} of {machine['cores']} cores, {machine['cpu']}. "
-        "Checkpoints run in PyTorch with fp32 activations, the quantized .onnx with int8 ones."
+        "Checkpoints run in PyTorch with fp32 activations, quantized programs with int8 ones."
     )
     columns = ["perplexity", "KL", "MB", "bits", "tokens/s"]
     heads: list[Head] = [("", "left"), ("", "left"), *((name, "right") for name in columns)]

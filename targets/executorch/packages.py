@@ -22,7 +22,17 @@ from torch import Tensor
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat
 
-__all__ = ["EXECUTORCH", "TORCHAO", "check_packages", "intx_tensor", "load_program", "load_runtime", "quiet"]
+__all__ = [
+    "EXECUTORCH",
+    "TORCHAO",
+    "check_packages",
+    "intx_tensor",
+    "load_method",
+    "load_program",
+    "load_runtime",
+    "quiet",
+    "set_threads",
+]
 
 EXECUTORCH, TORCHAO = "1.4.1", "0.18.0"
 """Releases that this target was written for and tested with."""
@@ -122,3 +132,34 @@ def load_program(path: str | Path) -> Any:
             debug_buffer_size=0,
             program_verification=library.Verification.InternalConsistency,
         )
+
+
+def load_method(program: Any, name: str) -> Any:
+    """A method of a program, called with a list of tensors for a list of tensors. XNNPACK packs its weights now."""
+    _loaded.add(name)
+    with quiet():
+        return program.load_method(name)
+
+
+_loaded: set[str] = set()
+"""Methods that this process has loaded: they hold on to the pool of threads."""
+
+
+def set_threads(count: int) -> None:
+    """Threads of XNNPACK, for the whole process.
+
+    Raises:
+        InputError: methods were loaded with another number, which cannot be changed under them.
+    """
+    library = load_runtime()
+    with quiet():
+        running = library._threadpool_get_thread_count()
+    if running == count:
+        return
+    if _loaded:
+        raise InputError(
+            f"this process runs .pte programs with {running} threads, which cannot become {count} any more; "
+            "ask for the same number, or start another process"
+        )
+    with quiet():
+        library._unsafe_reset_threadpool(count)

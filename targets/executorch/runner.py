@@ -23,7 +23,7 @@ from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, To
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
 from mossquant.targets.artifact import check_listed
 from mossquant.targets.executorch.metadata import Metadata, read_metadata, weight_bytes
-from mossquant.targets.executorch.packages import check_packages, load_program, load_runtime, quiet
+from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
 from mossquant.targets.executorch.program_file import ProgramFile
 from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.program import METHODS
@@ -41,7 +41,7 @@ class ExecutorchRunner:
 
         Args:
             path: the file, or the artifact's folder.
-            threads: threads of XNNPACK, for the whole process; None leaves them.
+            threads: threads of XNNPACK, for the whole process and all its .pte programs; None leaves them.
 
         Raises:
             InputError: no .pte of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
@@ -62,7 +62,7 @@ class ExecutorchRunner:
         try_apart(self._path, self._sha256)
         self._program = load_program(self._path)
         if threads is not None:
-            load_runtime()._unsafe_reset_threadpool(threads)
+            set_threads(threads)
         self._methods: dict[str, Any] = {}
 
     @cached_property
@@ -128,8 +128,7 @@ class ExecutorchRunner:
 
     def _execute(self, name: str, tokens: Tensor, states: list[Tensor]) -> tuple[Floats, list[Tensor]]:
         if name not in self._methods:
-            with quiet():
-                self._methods[name] = self._program.load_method(name)
+            self._methods[name] = load_method(self._program, name)
         logits, *after = self._methods[name]([tokens, *states])
         return logits.numpy(), after
 

@@ -28,7 +28,7 @@ import torch
 
 from mossquant.errors import InputError
 from mossquant.release import release
-from mossquant.targets.executorch.packages import EXECUTORCH, load_program, load_runtime
+from mossquant.targets.executorch.packages import EXECUTORCH, load_method, load_program, load_runtime
 from mossquant.targets.program import METHODS
 
 __all__ = ["try_apart"]
@@ -156,7 +156,7 @@ def _run(path: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     program = load_program(path)
     for name in METHODS:
-        method = program.load_method(name)
+        method = load_method(program, name)
         meta = method.method_meta()
         shapes = [meta.input_tensor_meta(i).sizes() for i in range(meta.num_inputs())]
         length = 1 if name == "decode" else 3

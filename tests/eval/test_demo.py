@@ -36,7 +36,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoReport, lis
     return folder, report, said
 
 
-def test_the_table_has_original_int8_and_int4_as_checkpoint_and_onnx(ran: tuple[Path, DemoReport, list[str]]) -> None:
+def test_the_table_has_original_int8_and_int4_as_checkpoint_onnx_and_pte(
+    ran: tuple[Path, DemoReport, list[str]],
+) -> None:
     _, report, _ = ran
     rows = report.rows()
     assert [(row.model, row.form) for row in rows] == [
@@ -44,16 +46,22 @@ def test_the_table_has_original_int8_and_int4_as_checkpoint_and_onnx(ran: tuple[
         ("", ".onnx"),
         ("int8", "checkpoint"),
         ("", ".onnx"),
+        ("", ".pte"),
         ("int4", "checkpoint"),
         ("", ".onnx"),
+        ("", ".pte"),
     ]
     assert rows[0].candidate is None
     divergence = [row.candidate.kl_mean for row in rows if row.candidate is not None]
-    assert divergence[0] < divergence[1] < divergence[3]
+    original, int8, int8_onnx, _, int4, _, _ = divergence
+    assert original < int8 < int8_onnx < int4
     assert rows[0].bits_per_weight == 16
     assert rows[2].bits_per_weight <= 8.7
-    assert rows[4].bits_per_weight <= 5.0
-    assert rows[5].file_bytes <= 1.08 * report.comparison.candidates[1].bytes
+    assert rows[5].bits_per_weight <= 5.0
+    payload = report.comparison.candidates[1].bytes
+    table = 4096 * 256 // 2 + 4096 * 8 * 2
+    assert rows[6].file_bytes <= 1.08 * payload
+    assert rows[7].file_bytes <= 1.3 * (payload + table)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(demo_table(report))
     text = console.export_text()
@@ -65,7 +73,7 @@ def test_the_table_has_original_int8_and_int4_as_checkpoint_and_onnx(ran: tuple[
 
 def test_what_it_wrote_is_there_and_named_at_the_end(ran: tuple[Path, DemoReport, list[str]]) -> None:
     folder, report, _ = ran
-    names = {"tiny-int8", "tiny-int4", "tiny-onnx", "tiny-int8-onnx", "tiny-int4-onnx", "table.svg"}
+    names = {"tiny-int8", "tiny-int4", "tiny-app", "tiny-int8-app", "tiny-int4-app", "table.svg"}
     assert {path.name for path in folder.iterdir()} == names
     closing = "\n".join(report.closing())
     assert all(name in closing for name in names)
@@ -80,7 +88,7 @@ def test_a_second_run_keeps_what_matches_and_makes_again_what_does_not(
 ) -> None:
     folder, first, said_first = ran
     assert not any("kept" in line for line in said_first)
-    program = folder / "tiny-int4-onnx" / "model.onnx"
+    program = folder / "tiny-int4-app" / "model.onnx"
     whole = program.read_bytes()
     program.write_bytes(whole[:-1])
     monkeypatch.setattr(module, "bench", _bench)
