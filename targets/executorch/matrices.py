@@ -23,6 +23,8 @@ from mossquant.targets.source import Source
 
 __all__ = ["XnnpackMatrices"]
 
+_CAT = 4
+"""Tensors that XNNPACK puts side by side in one node."""
 _TABLE_RANGE = {4: (-8, 7), 8: (-128, 127)}
 
 
@@ -50,7 +52,11 @@ class _Runs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] → [T, X · N]."""
-        return torch.cat([run(x) for run in self.runs], -1)
+        parts = [run(x) for run in self.runs]
+        while len(parts) > 1:
+            parts = [torch.cat(parts[i : i + _CAT], -1) for i in range(0, len(parts), _CAT)]
+        found: Tensor = parts[0]
+        return found
 
 
 class _Sum(nn.Module):
