@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes `docs/accuracy.md`: what every step of compressing the bundled model costs, on its held-out text.
 
-    python bench/accuracy.py [TOKENS]          65,536 tokens by default; about 6 minutes on two cores
+    python bench/accuracy.py [TOKENS]          65,536 tokens by default; about 12 minutes on two cores
 
 All rows are measured in one run, on the same tokens, in one stream with carried state. Intervals are paired bootstrap
 intervals over windows of the text (95 %).
@@ -42,6 +42,9 @@ def made(folder: Path) -> list[Path]:
             artifact = folder / f"{name} .onnx {activations}"
             export(folder / f"{name} nearest-mse", artifact, activations="fp32" if activations == "fp32" else "int8")
             out.append(artifact)
+        program = folder / f"{name} .pte int8"
+        export(folder / f"{name} nearest-mse", program, target="executorch")
+        out.append(program)
     return out
 
 
@@ -80,10 +83,10 @@ def main() -> None:
     ]
     for name, found in zip(names, report.candidates, strict=True):
         recipe, kind = name.split(" ", 1)
-        artifact = kind.startswith(".onnx")
+        artifact = kind.startswith(".")
         rise, kl = found.ppl_increase_ci95, found.kl_ci95
         lines.append(
-            f"| {recipe} {'.onnx' if artifact else 'checkpoint'} | {'nearest-mse' if artifact else kind} "
+            f"| {recipe} {kind.split()[0] if artifact else 'checkpoint'} | {'nearest-mse' if artifact else kind} "
             f"| {found.activations} | {found.bits_per_weight:.3f} | {found.perplexity:.4f} "
             f"| {found.ppl_increase_pct:+.3f} [{rise.low:+.3f}, {rise.high:+.3f}] "
             f"| {found.kl_mean:.2e} [{kl.low:.2e}, {kl.high:.2e}] | {found.kl_median:.1e} "
@@ -105,6 +108,11 @@ def main() -> None:
         lines.append(
             f"| {recipe}: what int8 activations cost against fp32 ones, in the .onnx "
             f"| {shown(difference(report, names, f'{recipe} .onnx int8', f'{recipe} .onnx fp32'))} |"
+        )
+    for recipe in RECIPES:
+        lines.append(
+            f"| {recipe}: the .pte less the .onnx with int8 activations "
+            f"| {shown(difference(report, names, f'{recipe} .pte int8', f'{recipe} .onnx int8'))} |"
         )
     OUTPUT.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -18,7 +18,7 @@ from mossquant.targets.program import METHODS, Method, Model
 from mossquant.targets.source import Source
 from mossquant.tensors import TensorSpec
 
-__all__ = ["CHUNK", "METADATA", "lower"]
+__all__ = ["CHUNK", "METADATA", "lower", "lower_module"]
 
 CHUNK = 128
 """Most tokens of one call of prefill or score. Memory is planned for so many, so that it is a limit of the file."""
@@ -56,27 +56,46 @@ def lower(
 
     check_packages()
     model = Model(source.config, specs, XnnpackMatrices(source)).eval()
+    programs: dict[str, torch.export.ExportedProgram] = {}
     with torch.no_grad(), quiet():
-        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
 
-        programs = {}
         for name in METHODS:
             programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), source.config, name)
             stage_done()
-        edge = to_edge_transform_and_lower(
-            programs,
-            partitioner={name: [_partitioner()] for name in METHODS},
-            # The loop of the scan is not an operator that the verifier knows.
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            constant_methods={METADATA: json.dumps(metadata, sort_keys=True)},
-        )
-        stage_done()
-        # Tables stay codes only if their look-ups are recognised, which this switch is for.
-        lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
-        with path.open("wb") as file:
-            lowered.write_to_file(file)
-        stage_done()
+        _write(programs, {METADATA: json.dumps(metadata, sort_keys=True)}, path, stage_done)
+
+
+def lower_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
+    """Write a program with one method, `forward`, for inputs of these very shapes: a part of a model, to be timed."""
+    torch._dynamo.reset()
+    with torch.no_grad(), quiet():
+        from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
+
+        _write({"forward": torch.export.export(module.eval(), inputs, strict=False)}, {}, path, lambda: None)
+
+
+def _write(
+    programs: Mapping[str, torch.export.ExportedProgram],
+    constants: Mapping[str, str],
+    path: Path,
+    stage_done: Callable[[], None],
+) -> None:
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+
+    edge = to_edge_transform_and_lower(
+        dict(programs),
+        partitioner={name: [_partitioner()] for name in programs},
+        # The loop of the scan is not an operator that the verifier knows.
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        constant_methods=dict(constants),
+    )
+    stage_done()
+    # Tables stay codes only if their look-ups are recognised, which this switch is for.
+    lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
+    stage_done()
 
 
 def _partitioner() -> Any:
