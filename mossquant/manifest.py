@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`manifest.json` of a quantized checkpoint: what the folder holds, what it was made from and by, what it has seen."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST_SMALL, read_json
 from mossquant.outputs import file_sha256
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Parent",
     "SeenText",
     "file_offenders",
-    "read_json",
     "read_manifest",
     "read_stored",
     "record_offenders",
@@ -70,17 +69,6 @@ class Manifest(_Strict):
 
 
 _REQUIRED = ("config.json", "recipe.yaml", "ledger.json")
-_MAX_JSON_BYTES = 1 << 26
-
-
-def read_json(path: Path) -> Any:
-    """The content of a stored JSON file. Raises `InputError` where it is none."""
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise InputError(f"{path} is larger than 64 MB; copy the folder again, or quantize again")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON; copy the folder again, or quantize again") from None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -100,7 +88,7 @@ def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> 
         noun: what it should be, with its article, for the error.
         advice: what to do, one sentence.
     """
-    values = read_json(path)
+    values = read_json(path, largest=LARGEST_SMALL, advice=advice[0].lower() + advice[1:].rstrip("."))
     if isinstance(values, dict) and values.get("version") != 1:
         release = str(values.get("release", "a newer release"))[:40]
         raise InputError(

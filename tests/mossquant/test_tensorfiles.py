@@ -164,7 +164,7 @@ def test_a_broken_file(how: str, tmp_path: Path) -> None:
 
 # name: (content of the index, what the message says)
 INDEXES: dict[str, tuple[object, str]] = {
-    "not JSON": ("{", "is not a safetensors index"),
+    "not JSON": ("{", "is not JSON"),
     "a list": ([], "is not a safetensors index"),
     "no weight_map": ({"metadata": {}}, "is not a safetensors index"),
     "a weight_map that is none": ({"weight_map": 3}, "is not a safetensors index"),
