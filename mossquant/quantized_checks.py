@@ -97,8 +97,8 @@ def value_offenders(entry: TensorEntry, files: TensorFiles) -> list[str]:
     packed, scale, shape = stored_names(entry.name)
     offenders = []
     words, scales = files.tensor(packed), files.tensor(scale).float()
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        offenders.append(f"{scale} holds values that are not positive and finite")
+    if not bool(((scales > 0) & (scales <= found.max_scale)).all()):
+        offenders.append(f"{scale} holds values that are not positive and finite, or so large that codes overflow")
     if files.tensor(shape).tolist() != [entry.rows, entry.padded_columns]:
         offenders.append(f"{shape} does not hold the padded shape [{entry.rows}, {entry.padded_columns}]")
     if found.code_min > -(1 << (found.bits - 1)) and bool((unpack(words, found.bits) < found.code_min).any()):

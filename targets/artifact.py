@@ -125,8 +125,8 @@ def read_artifact_manifest(path: Path) -> ArtifactManifest:
     return read_stored(path, ArtifactManifest, noun="the manifest of an artifact", advice=_AGAIN)
 
 
-def check_listed(program: Path, files: Mapping[str, str]) -> bool:
-    """Compare the files of a program with the manifest beside it; False where there is none that lists the program.
+def check_listed(program: Path, files: Mapping[str, str]) -> None:
+    """Compare the files of a program with the manifest beside it, if there is one.
 
     Args:
         program: the program file.
@@ -137,12 +137,11 @@ def check_listed(program: Path, files: Mapping[str, str]) -> bool:
     """
     path = program.with_name(MANIFEST)
     if not path.is_file():
-        return False
+        return
     listed = read_artifact_manifest(path).files
     changed = [f"{name} has another SHA-256" for name in files if name in listed and listed[name].sha256 != files[name]]
     if changed:
         raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)
-    return program.name in listed
 
 
 def write_artifact_manifest(

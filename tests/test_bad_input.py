@@ -98,7 +98,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
         rewrite("config.json", lambda data: data.replace(b'"hidden_size": 64', b'"hidden_size": ' + b"9" * 5000)),
         "config.json is not JSON",
     ),
-    "NaN in the config": (values("config.json", rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
+    "NaN in the config": (values("config.json", rms_norm_eps=float("nan")), "is not JSON (NaN is no number)"),
     "a config of another release": (values("config.json", version=2), "version 2 was written by a newer release"),
     "a config that is cut short": (rewrite("config.json", lambda data: data[:-9]), "config.json is not JSON"),
     "a config that is no object": (put("config.json", b"[]"), "expected a JSON object"),
@@ -124,7 +124,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
             put("model.safetensors.index.json", b"[" * NESTED)(folder),
             (folder / "model.safetensors").unlink(),
         ),
-        "is not a safetensors index",
+        "model.safetensors.index.json is not JSON (it is nested without end)",
     ),
 }
 
@@ -217,7 +217,7 @@ BAD_QUANTIZED: dict[str, tuple[Break, str]] = {
     ),
     "a ledger nested deeply": (
         listed_anew(put("ledger.json", b'{"version": 1, "tensors": ' + b"[" * 900 + b"]" * 900 + b"}")),
-        "ledger.json is not a plan",
+        "ledger.json is not JSON (it is nested deeper than 32)",
     ),
     "negative scales": (
         listed_anew(tensors(lambda found: first(found, "_scale").fill_(-1))),
@@ -352,10 +352,13 @@ CHANGED_ARTIFACTS: dict[str, tuple[Break, str]] = {
     "a manifest that is none": (put("manifest.json", b"[" * NESTED), "manifest.json is not JSON"),
 }
 CHANGED_ALONE: dict[str, tuple[Break, str]] = {
-    "another graph": (alone(program(another_graph)), "do not fit its metadata: tokens is missing"),
-    "another vocabulary": (shape(vocab_size=300), "do not fit its metadata: logits has shape"),
-    "another width": (shape(state_size=8), "layers.0.mixer.ssm has shape ['B', 128, 16], needs [B, 128, 8]"),
-    "weights in another file": (alone(program(outside)), "cannot be loaded"),
+    "another graph": (
+        alone(program(another_graph)),
+        "is not the program that its config lowers to: backbone.embeddings.weight is not in it",
+    ),
+    "another vocabulary": (shape(vocab_size=300), "(MatMulNBits backbone.embeddings.weight) is another one"),
+    "another width": (shape(state_size=8), "is not the program that its config lowers to: node"),
+    "weights in another file": (alone(program(outside)), "reads weights from other files than its own"),
 }
 
 
@@ -387,8 +390,6 @@ def test_changed_artifacts(
     artifact = shutil.copytree(artifact_folder, tmp_path / "artifact")
     break_it(artifact)
     for words in reading(artifact, checkpoint_folder, text, place / "out"):
-        if words[0] == "info" and name not in CHANGED_ARTIFACTS:
-            continue  # it runs nothing
         if words[0] != "export":
             assert message in refused(place, *words), words
 
