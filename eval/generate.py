@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from mossquant.errors import InputError
-from mossquant.eval.scores import advance
+from mossquant.eval.scores import advance, not_finite
 from mossquant.runner import Floats, Runner
 from mossquant.text import Tokenizer
 
@@ -72,7 +72,8 @@ def generate(
         The continuation. Bytes that never became a character of UTF-8 are U+FFFD in its text.
 
     Raises:
-        InputError: an option out of range, or an empty prompt for a tokenizer without an end-of-text token.
+        InputError: an option out of range, an empty prompt for a tokenizer without an end-of-text token, or logits that
+            are not finite.
     """
     _check(max_tokens, temperature, top_p, seed, stop)
     ids = tokenizer.encode(prompt)
@@ -86,6 +87,8 @@ def generate(
     reason: StopReason = "max_tokens"
     logits, state = advance(runner, ids[None, :], runner.initial_state(1))
     while len(tokens) < max_tokens:
+        if not np.isfinite(logits[0, -1]).all():
+            raise InputError(not_finite(runner, len(ids) + len(tokens) - 1))
         token = sample(logits[0, -1], generator, temperature=temperature, top_p=top_p)
         tokens.append(token)
         if token == tokenizer.end_of_text:
