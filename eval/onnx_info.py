@@ -20,7 +20,7 @@ def onnx_info(located: Located) -> InfoReport:
     """Say what an .onnx is. Raises `InputError` where it is none of ours, or not what its manifest says."""
     metadata = read_metadata(located.path)
     hashes = file_hashes(located.path, metadata)
-    check_listed(located.path, hashes)
+    check_listed(located.path, hashes, model=metadata.model_dump())
     opened = open_program(located.path)
     config = opened.config
     return InfoReport(

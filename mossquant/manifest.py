@@ -51,8 +51,8 @@ class Parent(_Strict):
 class SeenText(_Strict):
     """SHA-256 of the texts that the model was trained and calibrated on."""
 
-    training: list[str]
-    calibration: list[str]
+    training: list[Sha256]
+    calibration: list[Sha256]
 
 
 class Manifest(_Strict):

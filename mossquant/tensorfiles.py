@@ -69,13 +69,17 @@ class TensorFiles:
                 dtype, all offenders at once.
         """
         self.folder = folder
-        shards = _shards(folder)
+        listed = _weight_map(folder)
+        shards = [_FILE] if listed is None else sorted(set(listed.values()))
         self.files = sorted([*shards, _INDEX] if (folder / _INDEX).is_file() else shards)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._open: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         offenders = [offender for shard in shards for offender in self._read_header(shard)]
+        if not offenders and listed is not None and listed != self._where:
+            wrong = [name for name in {**listed, **self._where} if listed.get(name) != self._where.get(name)]
+            offenders = [f"{_INDEX} does not say where {name[:80]} is" for name in sorted(wrong)]
         if offenders:
             raise InputError.listing(
                 f"{folder} cannot be read",
@@ -215,17 +219,19 @@ def _shard_name(number: int) -> str:
     return f"model-{number + 1:05d}.safetensors"
 
 
-def _shards(folder: Path) -> list[str]:
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor name → shard, as the index says; None where there is one file without an index."""
     index = folder / _INDEX
     if not index.is_file():
         if not (folder / _FILE).is_file():
             raise InputError(f"{folder} holds no {_FILE} and no {_INDEX}; copy the whole checkpoint folder again")
-        return [_FILE]
+        return None
     if (folder / _FILE).is_file():
         raise InputError(f"{folder} holds both {_FILE} and {_INDEX}; remove the one that is not meant")
     content = read_json(index, largest=LARGEST, advice="copy it again")
     try:
-        shards = sorted(set(content["weight_map"].values()))
+        listed: dict[str, str] = content["weight_map"]
+        shards = sorted(set(listed.values()))
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{index} is not a safetensors index (a JSON object with weight_map); copy it again") from None
     outside = [str(name)[:60] for name in shards if not (isinstance(name, str) and _SHARD.fullmatch(name))]
@@ -235,7 +241,7 @@ def _shards(folder: Path) -> list[str]:
         )
     if not shards:
         raise InputError(f"{index} names no shards; copy it again")
-    return shards
+    return listed
 
 
 def _looks_pickled(path: Path) -> bool:

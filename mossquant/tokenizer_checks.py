@@ -6,6 +6,7 @@ parts fail only when text meets them, and then not with an error but with a pani
 checked here: numbers of tokens, how much longer a text may become, and parts that draw at random or cannot work.
 """
 
+import base64
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ LARGEST_TOKENIZER = 1 << 25
 _LONGEST_ADDED = 16
 """Most characters that a normaliser may put in place of a piece of text, or in front of it, or a BPE around a word."""
 _MOST_PARTS = 32
+_WORD = 4
 
 
 def tokenizer_offenders(data: bytes) -> list[str]:
@@ -62,6 +64,16 @@ def _model(model: dict[str, Any]) -> list[str]:
     return offenders
 
 
+def _whole_charsmap(text: Any) -> bool:
+    """Base64 of a size and a trie of that many bytes, whole words, with text behind it."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        return False
+    size = int.from_bytes(data[:_WORD], "little")
+    return 0 < size <= len(data) - _WORD and size % _WORD == 0
+
+
 def _ids(where: str, ids: list[Any]) -> list[str]:
     wrong = [number for number in ids if type(number) is not int or not 0 <= number < MAX_VOCABULARY]
     return [f"{where} has token {str(wrong[0])[:40]}, tokens are 0 to {MAX_VOCABULARY - 1}"] if wrong else []
@@ -84,5 +96,7 @@ def _part(part: dict[str, Any]) -> Iterator[str]:
     for key in ("content", "prepend"):
         if len(str(part.get(key) or "")) > _LONGEST_ADDED:
             yield f"{kind} puts more than {_LONGEST_ADDED} characters into a text"
+    if kind == "Precompiled" and not _whole_charsmap(part.get("precompiled_charsmap")):
+        yield "Precompiled has a precompiled_charsmap that is none"
     if kind == "FixedLength" and part.get("length") == 0:
         yield "FixedLength has length 0"

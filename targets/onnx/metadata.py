@@ -86,7 +86,7 @@ class Metadata(_Strict):
     source_kind: Literal["checkpoint", "quantized checkpoint"]
     source_files: dict[FileName, Sha256]
     tokenizer_sha256: Sha256 | None
-    seen_text: list[str]
+    seen_text: list[Sha256]
     data: DataFile | None = None
 
     def to_props(self) -> dict[str, str]:

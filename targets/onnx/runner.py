@@ -63,7 +63,7 @@ class OnnxRunner:
         self._metadata = read_metadata(self._path)
         _check_runtime(self._path, self._metadata)
         self._files = _checked_files(self._path, self._metadata)
-        check_listed(self._path, self._files)
+        check_listed(self._path, self._files, model=self._metadata.model_dump())
         config = _checked_config(self._path)
         self._session = _session(self._path, threads)
         self._shapes = {spec.name: spec.shape for spec in state_specs(config)}

@@ -40,6 +40,14 @@ REFUSED: dict[str, tuple[Callable[[Tree], object], str]] = {
         "pre_tokenizer has 34 parts, 32 are the most",
     ),
     "a pattern of nothing": (lambda tree: tree.update(normalizer=_replace("x", "")), "Replace has an empty pattern"),
+    "a table of gigabytes": (
+        lambda tree: tree.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/" * 22 + "=="}),
+        "a precompiled_charsmap that is none",
+    ),
+    "a table that is no text": (
+        lambda tree: tree.update(normalizer={"type": "Precompiled", "precompiled_charsmap": 3}),
+        "a precompiled_charsmap that is none",
+    ),
     "pieces of length 0": (lambda tree: tree.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "length 0"),
     "dropout": (lambda tree: tree["model"].update(dropout=0.5), "dropout draws tokens at random"),
     "a prefix of subwords": (lambda tree: tree["model"].update(continuing_subword_prefix="##"), "is not supported"),
