@@ -86,8 +86,9 @@ class QuantizedCheckpoint:
         if not offenders:
             offenders = structure_offenders(plan, files)
             offenders += [f"manifest.json does not list {name}" for name in files.files if name not in manifest.files]
-            said = (manifest.recipe, manifest.payload_bytes, manifest.parent.torch_dtype)
-            if said != (plan.recipe, plan.predicted_bytes, torch_dtype):
+            parent = manifest.parent
+            said = (manifest.recipe, manifest.payload_bytes, parent.torch_dtype, parent.bytes)
+            if said != (plan.recipe, plan.predicted_bytes, torch_dtype, plan.stored_bytes):
                 offenders.append("manifest.json has another recipe, size or type than ledger.json and config.json")
             if values["quantization_config"] != quantization_config(specs, plan):
                 offenders.append("quantization_config of config.json does not say what ledger.json says")

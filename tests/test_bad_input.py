@@ -209,6 +209,9 @@ BAD_QUANTIZED: dict[str, tuple[Break, str]] = {
     "a ledger with another format": (entry(format="int4_g128"), "has a role, shape, format or size that it cannot"),
     "a ledger with an unknown format": (entry(format="int5"), "has a role, shape, format or size that it cannot"),
     "a ledger with 10^12 rows": (entry(rows=10**12), "has a role, shape, format or size that it cannot have"),
+    "a ledger of a smaller original": (entry(stored_bytes=63), "has a role, shape, format or size that it cannot"),
+    "a ledger with an unknown solver": (entry(solver="guess"), "has a role, shape, format or size that it cannot"),
+    "a ledger with a negative error": (entry(relative_error=-1.0), "has a role, shape, format or size that it cannot"),
     "a ledger with a negative size": (entry(predicted_bytes=-5), "has a role, shape, format or size that it cannot"),
     "a ledger with no parameters": (listed_anew(values("ledger.json", parameters=0)), "ledger.json says 0 parameters"),
     "a ledger nested without end": (
