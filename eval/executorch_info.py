@@ -19,7 +19,7 @@ def executorch_info(located: Located) -> InfoReport:
     metadata = read_metadata(file)
     config = MossNetConfig.from_json(metadata.config, where=f"the metadata of {located.path}")
     digest = file_sha256(located.path)
-    check_listed(located.path, {located.path.name: digest})
+    check_listed(located.path, {located.path.name: digest}, model=metadata.model_dump())
     memory = max(method.planned_bytes for method in file.methods.values())
     tokenizer = metadata.tokenizer_sha256
     return InfoReport(

@@ -21,7 +21,7 @@ import numpy as np
 
 from mossquant import state_file
 from mossquant.errors import InputError
-from mossquant.eval.scores import advance
+from mossquant.eval.scores import advance, not_finite
 from mossquant.runner import Floats, Runner, Tokens
 from mossquant.state_file import SavedState
 from mossquant.text import Tokenizer
@@ -86,7 +86,7 @@ def generate(
 
     Raises:
         InputError: an option out of range, an empty prompt for a tokenizer without an end-of-text token, a state that
-            cannot be read or written or is another model's.
+            cannot be read or written or is another model's, or logits that are not finite.
     """
     _check(max_tokens, temperature, top_p, seed, stop, saving=save_state is not None)
     if save_state is not None:
@@ -103,6 +103,8 @@ def generate(
     reason: StopReason = "max_tokens"
     at = _read(runner, ids, at)
     while len(tokens) < max_tokens:
+        if not np.isfinite(at.logits[0, -1]).all():
+            raise InputError(not_finite(runner, at.tokens - 1))
         token = sample(at.logits[0, -1], generator, temperature=temperature, top_p=top_p)
         tokens.append(token)
         if token == tokenizer.end_of_text:

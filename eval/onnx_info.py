@@ -7,7 +7,8 @@ from mossquant.eval.bench import active_share
 from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
 from mossquant.locate import Located
 from mossquant.targets.artifact import check_listed
-from mossquant.targets.onnx.metadata import Opened, initializers, open_program
+from mossquant.targets.onnx.metadata import Opened, file_hashes, initializers, read_metadata
+from mossquant.targets.onnx.program import open_program
 from mossquant.targets.onnx.weights import SCALE
 
 __all__ = ["onnx_info", "sections"]
@@ -17,10 +18,11 @@ _CODES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 def onnx_info(located: Located) -> InfoReport:
     """Say what an .onnx is. Raises `InputError` where it is none of ours, or not what its manifest says."""
+    metadata = read_metadata(located.path)
+    hashes = file_hashes(located.path, metadata)
+    check_listed(located.path, hashes, model=metadata.model_dump())
     opened = open_program(located.path)
-    metadata, config = opened.metadata, opened.config
-    hashes = opened.hashes()
-    check_listed(opened.path, hashes)
+    config = opened.config
     return InfoReport(
         path=located.given,
         kind=located.kind,

@@ -19,10 +19,13 @@ from mossquant.divergence import Predictions
 from mossquant.errors import InputError
 from mossquant.runner import Floats, LogitsWanted, Runner, State, Tokens
 
-__all__ = ["LOGITS_BYTES", "Progress", "Scores", "advance", "score"]
+__all__ = ["LOGITS_BYTES", "MOST_NATS", "Progress", "Scores", "advance", "not_finite", "score"]
 
 LOGITS_BYTES = 256_000_000
 """Most memory for logits at a time, of all Runners together."""
+
+MOST_NATS = 300.0
+"""Largest mean loss of a piece: exp(709) is the largest number, and a window may lose twice its piece's mean."""
 
 PIECE = 512
 """Most tokens of a stream that go through a model in one call."""
@@ -64,7 +67,7 @@ def score(
         One `Scores` for each Runner.
 
     Raises:
-        InputError: a Runner computed logits that are not finite.
+        InputError: a Runner computed logits that are not finite, or lost more than `MOST_NATS` a token.
     """
     total, length = tokens.shape[0], tokens.shape[1] - 1
     shape = (total, length)
@@ -81,7 +84,7 @@ def score(
                 answers = list(pool.map(partial(_advance_all, tokens[part, span]), runners, states))
                 logits, states = [own for own, _ in answers], [state for _, state in answers]
                 _keep(found, logits, tokens[part, span.start + 1 : span.stop + 1], part, span)
-                _check_finite(runners, found, part, span)
+                _check_losses(runners, found, part, span)
                 if progress is not None:
                     progress(first * length + (part.stop - part.start) * span.stop, total * length)
     return found
@@ -106,13 +109,24 @@ def _keep(found: Sequence[Scores], logits: Sequence[Floats], targets: Tokens, pa
                     scores.agree[place] = divergence.agreement(original, predicted)
 
 
-def _check_finite(runners: Sequence[Runner], found: Sequence[Scores], part: slice, span: slice) -> None:
+def _check_losses(runners: Sequence[Runner], found: Sequence[Scores], part: slice, span: slice) -> None:
     for runner, scores in zip(runners, found, strict=True):
-        if not np.isfinite(scores.nll[part, span]).all():
+        lost = scores.nll[part, span]
+        if not np.isfinite(lost).all():
+            raise InputError(not_finite(runner, span.start))
+        if lost.mean() > MOST_NATS:
             raise InputError(
-                f"{runner.info.path} computed logits that are not finite at token {span.start} of a stream; "
-                "its weights or its activation format do not hold this model"
+                f"{runner.info.path} loses {lost.mean():.0f} nats a token at token {span.start} of a stream, which no "
+                "model does; its weights are damaged"
             )
+
+
+def not_finite(runner: Runner, token: int) -> str:
+    """What to say where a Runner's logits are not finite."""
+    return (
+        f"{runner.info.path} computed logits that are not finite at token {token} of a stream; "
+        "its weights or its activation format do not hold this model"
+    )
 
 
 def _advance_all(tokens: Tokens, runner: Runner, state: State) -> tuple[Floats, State]:

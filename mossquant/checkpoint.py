@@ -5,7 +5,7 @@ The folder holds `config.json`, `model.safetensors` (or shards with an index), a
 and `training.json` (how it was made, with the hashes of the texts that it has seen).
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mossquant.config import MossNetConfig, read_config_json
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST_SMALL, read_json
 from mossquant.model import MossNet, parameter_count, tensor_specs
 from mossquant.outputs import file_sha256, write_json
 from mossquant.tensorfiles import TensorFiles, TensorWriter, all_finite
@@ -24,6 +25,7 @@ from mossquant.tensors import TensorSpec
 __all__ = ["DTYPE_NAMES", "Checkpoint", "load_model", "seen_text", "write_checkpoint"]
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -137,17 +139,21 @@ def seen_text(folder: Path) -> tuple[str, ...]:
     path = folder / "training.json"
     if not path.is_file():
         return ()
+    values = read_json(path, largest=LARGEST_SMALL, advice="copy the checkpoint folder again")
+    if isinstance(values, dict) and values.get("version", 1) != 1:
+        raise InputError(
+            f"{path}: version {values['version']!r} was written by a newer release; upgrade mossquant to read it"
+        )
     try:
-        values = json.loads(path.read_bytes())
-        if values["version"] != 1:
-            raise InputError(
-                f"{path}: version {values['version']!r} was written by a newer release; upgrade mossquant to read it"
-            )
-        return tuple(str(text["sha256"]) for text in values["text"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
+        return tuple(_digest(text["sha256"]) for text in values["text"])
+    except (LookupError, TypeError, ValueError):
         raise InputError(f"{path} does not say which texts were seen; copy the checkpoint folder again") from None
+
+
+def _digest(text: str) -> str:
+    if not _SHA256.fullmatch(text):
+        raise ValueError
+    return text
 
 
 def write_checkpoint(

@@ -5,7 +5,6 @@ Field names continue Hugging Face's Mamba config; `mlp_intermediate_size` has th
 `intermediate_size` means d_inner. Letters as in `mossquant.model`.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST_SMALL, read_json
 
-__all__ = ["PRESETS", "MossNetConfig", "preset"]
+__all__ = ["MAX_VOCABULARY", "PRESETS", "MossNetConfig", "preset"]
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
+MAX_VOCABULARY = 1 << 22
+"""Most entries of a vocabulary."""
 # Far above any model that fits on a machine, low enough that nothing multiplies out to an absurd allocation or loop.
 _LIMITS = {
-    "vocab_size": 1 << 22,
+    "vocab_size": MAX_VOCABULARY,
     "hidden_size": 1 << 16,
     "num_hidden_layers": 1 << 10,
     "expand": 16,
@@ -32,7 +34,7 @@ _LIMITS = {
     "mlp_intermediate_size": 1 << 18,
 }
 _MAX_EXPERTS = 1 << 10
-_MAX_EXPERTS_IN_ALL = 1 << 16
+_MAX_EXPERTS_IN_ALL = 1 << 13
 # Keys of the file that are not fields: who wrote it, how it is stored, and what quantization adds.
 _OTHER_KEYS = {"model_type", "torch_dtype", "version", "architectures", "quantization_config", "mossquant"}
 
@@ -167,12 +169,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is a file; give the checkpoint folder that holds config.json and model.safetensors")
     if not path.is_file():
         raise InputError(f"{folder} holds no config.json, so it is not a checkpoint folder; give one, or the name tiny")
-    if path.stat().st_size > 1 << 20:
-        raise InputError(f"{path} is larger than 1 MB, which no config is; give a checkpoint folder")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({str(error)[:120]}); mend the file or export it again") from None
+    values = read_json(path, largest=LARGEST_SMALL, advice="mend the file or export it again")
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object; this is not a model config")
     return values

@@ -10,17 +10,19 @@ from collections.abc import Sequence
 __all__ = ["InputError", "printable"]
 
 _LISTED = 8
+_LONGEST, _END = 2000, 300
 
 
 class InputError(ValueError):
     """Bad input or usage. The message is one line and tells the user what to do.
 
     Names out of files (a tensor's, a key's) end up in it: characters that would break the line, or tell the terminal
-    something, are shown escaped.
+    something, are shown escaped. A message that a file made very long keeps its beginning and its advice.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        text = printable(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - _END]} … {text[-_END:]}")
 
     @classmethod
     def listing(cls, what: str, offenders: Sequence[str], advice: str) -> "InputError":

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,8 @@ def import_mamba(
     _check_structure(folder, read.config, names, tensors)
     stored = _stored_type(folder, dtype, {tensors.dtypes[name] for name in names.values()}, notes)
     _check_values(folder, read.config, names, tensors, stored)
+    if mossnet is not None:
+        mossnet.seen_text()  # is taken along, and so must be readable
 
     def tensor(spec: TensorSpec) -> Tensor:
         if spec.name not in names:
@@ -205,7 +208,9 @@ class _Pickled:
             raise InputError.listing(
                 f"{path} holds more than named tensors", offenders, "Save the state_dict of the model."
             )
-        return cls({str(name): value.detach() for name, value in content.items()})
+        found = {str(name): value.detach() for name, value in content.items()}
+        _check_records(path, found)
+        return cls(found)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -217,6 +222,22 @@ class _Pickled:
 
     def tensor(self, name: str) -> Tensor:
         return self.content[name]
+
+
+def _check_records(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """PyTorch maps the file and looks at neither the checksums of its records nor their sizes: a short one is read on
+    into what lies behind it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            records = [record for record in file.infolist() if record.filename.rpartition("/")[0].endswith("/data")]
+            broken = file.testzip()
+    except (zipfile.BadZipFile, *_DAMAGE) as error:
+        raise InputError(f"{path} is damaged ({str(error)[:120]}); copy it again") from None
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    sizes = sorted(record.file_size for record in records if record.file_size)
+    stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    if broken is not None or not stored or sizes != sorted(size for size in storages.values() if size):
+        raise InputError(f"{path} is damaged (its records have other checksums or sizes); copy it again")
 
 
 def _dense(value: Any) -> bool:

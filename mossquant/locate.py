@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a PATH argument points at: a checkpoint, a quantized checkpoint, an artifact, or the bundled model by name."""
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST_SMALL, read_json
 
 __all__ = ["BUNDLED", "Kind", "Located", "asset_folder", "locate"]
 
@@ -99,7 +99,7 @@ def _locate(text: str) -> Located:
 
 def _is_quantized(config: Path) -> bool:
     try:
-        values = json.loads(config.read_bytes())
-    except (ValueError, RecursionError):
+        values = read_json(config, largest=LARGEST_SMALL, advice="")
+    except InputError:  # which whoever opens it says better
         return False
     return isinstance(values, dict) and "quantization_config" in values

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`manifest.json` of a quantized checkpoint: what the folder holds, what it was made from and by, what it has seen."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -9,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST_SMALL, read_json
 from mossquant.outputs import file_sha256
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "SeenText",
     "file_offenders",
     "parse_stored",
-    "read_json",
     "read_manifest",
     "read_stored",
     "record_offenders",
@@ -53,8 +52,8 @@ class Parent(_Strict):
 class SeenText(_Strict):
     """SHA-256 of the texts that the model was trained and calibrated on."""
 
-    training: list[str]
-    calibration: list[str]
+    training: list[Sha256]
+    calibration: list[Sha256]
 
 
 class Manifest(_Strict):
@@ -71,17 +70,6 @@ class Manifest(_Strict):
 
 
 _REQUIRED = ("config.json", "recipe.yaml", "ledger.json")
-_MAX_JSON_BYTES = 1 << 26
-
-
-def read_json(path: Path) -> Any:
-    """The content of a stored JSON file. Raises `InputError` where it is none."""
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise InputError(f"{path} is larger than 64 MB; copy the folder again, or quantize again")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON; copy the folder again, or quantize again") from None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -101,7 +89,8 @@ def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> 
         noun: what it should be, with its article, for the error.
         advice: what to do, one sentence.
     """
-    return parse_stored(read_json(path), schema, where=str(path), noun=noun, advice=advice)
+    values = read_json(path, largest=LARGEST_SMALL, advice=advice[0].lower() + advice[1:].rstrip("."))
+    return parse_stored(values, schema, where=str(path), noun=noun, advice=advice)
 
 
 def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:

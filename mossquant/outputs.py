@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST_SMALL, read_json
 
 __all__ = ["check_free", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
 
@@ -129,8 +130,8 @@ def _ours(folder: Path) -> bool:
     """Whether a folder is one that we write: a checkpoint, a quantized checkpoint or an artifact."""
     for name, key in (("config.json", "model_type"), ("manifest.json", "version")):
         try:
-            found = json.loads((folder / name).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            found = read_json(folder / name, largest=LARGEST_SMALL, advice="")
+        except InputError:
             continue
         if isinstance(found, dict) and (found.get(key) == "mossnet" if key == "model_type" else key in found):
             return True

@@ -12,10 +12,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FailFast, TypeAdapter, ValidationError
 
 from mossquant.activation_formats import get_activation_format
 from mossquant.config import MossNetConfig
@@ -50,9 +50,9 @@ class Plan:
     recipe: str
     targets: tuple[str, ...]
     parameters: int
-    tensors: tuple[TensorEntry, ...]
-    activations: tuple[SiteEntry, ...]
-    state: tuple[StateEntry, ...]
+    tensors: Annotated[tuple[TensorEntry, ...], FailFast()]
+    activations: Annotated[tuple[SiteEntry, ...], FailFast()]
+    state: Annotated[tuple[StateEntry, ...], FailFast()]
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorEntry]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from mossquant.config import MossNetConfig, read_config_json
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat, QuantizedTensor, get_format
-from mossquant.manifest import Manifest, file_offenders, read_json, read_manifest
+from mossquant.jsonfile import LARGEST, read_json
+from mossquant.manifest import Manifest, file_offenders, read_manifest
 from mossquant.model import tensor_specs
 from mossquant.packing import quantization_config, stored_names, unpack
 from mossquant.plan import Plan
@@ -75,7 +76,9 @@ class QuantizedCheckpoint:
         if offenders:
             raise InputError.listing(f"{folder} is damaged", offenders, again)
         config = MossNetConfig.from_json(values, where=str(folder / "config.json"))
-        plan = Plan.from_json(read_json(folder / "ledger.json"), where=str(folder / "ledger.json"))
+        ledger = folder / "ledger.json"
+        stored = read_json(ledger, largest=LARGEST, advice="copy the folder again, or quantize again")
+        plan = Plan.from_json(stored, where=str(ledger))
         specs = {spec.name: spec for spec in tensor_specs(config)}
         files = TensorFiles(folder)
         torch_dtype = values.get("torch_dtype", "float32")
@@ -83,8 +86,9 @@ class QuantizedCheckpoint:
         if not offenders:
             offenders = structure_offenders(plan, files)
             offenders += [f"manifest.json does not list {name}" for name in files.files if name not in manifest.files]
-            said = (manifest.recipe, manifest.payload_bytes, manifest.parent.torch_dtype)
-            if said != (plan.recipe, plan.predicted_bytes, torch_dtype):
+            parent = manifest.parent
+            said = (manifest.recipe, manifest.payload_bytes, parent.torch_dtype, parent.bytes)
+            if said != (plan.recipe, plan.predicted_bytes, torch_dtype, plan.stored_bytes):
                 offenders.append("manifest.json has another recipe, size or type than ledger.json and config.json")
             if values["quantization_config"] != quantization_config(specs, plan):
                 offenders.append("quantization_config of config.json does not say what ledger.json says")

@@ -13,6 +13,7 @@ from mossquant.formats import FORMATS, get_format
 from mossquant.model import activation_sites, parameter_count, state_specs
 from mossquant.packing import stored_names, unpack
 from mossquant.plan import KEPT_DTYPES, Plan, SiteEntry, TensorEntry
+from mossquant.recipe import SOLVER_NAMES
 from mossquant.tensorfiles import TensorFiles
 from mossquant.tensors import TensorSpec
 
@@ -26,7 +27,7 @@ def plan_offenders(config: MossNetConfig, specs: Mapping[str, TensorSpec], plan:
     offenders = []
     for entry in plan.tensors:
         said = asdict(entry)
-        if said | _expected(specs[entry.name], entry) != said:
+        if said | _expected(specs[entry.name], entry) != said or not _came_from_a_checkpoint(entry):
             offenders.append(f"ledger.json: {entry.name} has a role, shape, format or size that it cannot have")
     sites = [(spec.name, spec.role, spec.width, spec.tensors) for spec in activation_sites(config)]
     if [(site.name, site.role, site.width, site.tensors) for site in plan.activations] != sites:
@@ -55,6 +56,13 @@ def _expected(spec: TensorSpec, entry: TensorEntry) -> dict[str, Any]:
     else:
         out["format"] = "one of them"
     return out | {"written_bytes": out.get("predicted_bytes")}
+
+
+def _came_from_a_checkpoint(entry: TensorEntry) -> bool:
+    """What only the run could know, as far as it can be told: bytes that were there, the solver, the error."""
+    sizes = {entry.count * dtype.itemsize for dtype in KEPT_DTYPES.values()}
+    solver = entry.solver is None if entry.format is None else entry.solver in SOLVER_NAMES
+    return entry.stored_bytes in sizes and solver and entry.relative_error is not None and entry.relative_error >= 0
 
 
 def _site_fits(site: SiteEntry, plan: Plan) -> bool:
@@ -97,8 +105,8 @@ def value_offenders(entry: TensorEntry, files: TensorFiles) -> list[str]:
     packed, scale, shape = stored_names(entry.name)
     offenders = []
     words, scales = files.tensor(packed), files.tensor(scale).float()
-    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-        offenders.append(f"{scale} holds values that are not positive and finite")
+    if not bool(((scales > 0) & (scales <= found.max_scale)).all()):
+        offenders.append(f"{scale} holds values that are not positive and finite, or so large that codes overflow")
     if files.tensor(shape).tolist() != [entry.rows, entry.padded_columns]:
         offenders.append(f"{shape} does not hold the padded shape [{entry.rows}, {entry.padded_columns}]")
     if found.code_min > -(1 << (found.bits - 1)) and bool((unpack(words, found.bits) < found.code_min).any()):

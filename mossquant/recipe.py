@@ -26,7 +26,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
@@ -35,12 +35,24 @@ from mossquant.errors import InputError
 from mossquant.formats import get_format
 from mossquant.yamlfile import Lines, parse_yaml, read_yaml_text
 
-__all__ = ["RECIPES", "ActivationRule", "Recipe", "Rule", "StateRule", "WeightRule", "first_match", "load_recipe"]
+__all__ = [
+    "RECIPES",
+    "SOLVER_NAMES",
+    "ActivationRule",
+    "Recipe",
+    "Rule",
+    "StateRule",
+    "WeightRule",
+    "first_match",
+    "load_recipe",
+]
 
 RECIPES = ("int8", "int4")
 """Recipes that ship with the package, by name."""
 
 Solver = Literal["nearest", "nearest-mse"]
+SOLVER_NAMES: tuple[str, ...] = get_args(Solver)
+"""Solvers that a recipe may name."""
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 

@@ -14,7 +14,6 @@ artifact lowered from the same checkpoint. Nothing else is in the file: the same
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import parse_json
 from mossquant.manifest import Sha256, parse_stored
 from mossquant.outputs import check_free, new_file
 from mossquant.release import release
@@ -167,7 +167,7 @@ def _open(path: Path) -> tuple[Any, _Metadata]:
     if stored is None:
         raise InputError(f"{path} holds tensors, but not a state that mossquant saved. {_AGAIN}")
     try:
-        values = json.loads(stored)
+        values = parse_json(stored)
     except (ValueError, RecursionError):
         raise InputError(f"{path} is a damaged state: its metadata is not JSON. {_AGAIN}") from None
     return opened, parse_stored(values, _Metadata, where=str(path), noun="a state", advice=_AGAIN)

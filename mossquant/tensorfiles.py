@@ -5,7 +5,6 @@ Reading is memory-mapped, one tensor at a time. Writing holds one shard in memor
 above it shards of whole tensors are closed at 64 MB, in the order in which the tensors come.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST, read_json
 from mossquant.outputs import write_json
 
 __all__ = ["ONE_FILE_BYTES", "SHARD_BYTES", "TensorFiles", "TensorWriter", "all_finite", "save_tensors"]
@@ -26,8 +26,13 @@ __all__ = ["ONE_FILE_BYTES", "SHARD_BYTES", "TensorFiles", "TensorWriter", "all_
 ONE_FILE_BYTES = 256 * 10**6
 SHARD_BYTES = 64 * 10**6
 
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = LARGEST
+"""The library takes headers of up to 100 MB, and some ten times that in memory to read them."""
+
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Readers of other projects ask for it. One entry and no more: the library writes several in a random order.
 _METADATA = {"format": "pt"}
@@ -64,13 +69,17 @@ class TensorFiles:
                 dtype, all offenders at once.
         """
         self.folder = folder
-        shards = _shards(folder)
+        listed = _weight_map(folder)
+        shards = [_FILE] if listed is None else sorted(set(listed.values()))
         self.files = sorted([*shards, _INDEX] if (folder / _INDEX).is_file() else shards)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._open: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         offenders = [offender for shard in shards for offender in self._read_header(shard)]
+        if not offenders and listed is not None and listed != self._where:
+            wrong = [name for name in {**listed, **self._where} if listed.get(name) != self._where.get(name)]
+            offenders = [f"{_INDEX} does not say where {name[:80]} is" for name in sorted(wrong)]
         if offenders:
             raise InputError.listing(
                 f"{folder} cannot be read",
@@ -83,6 +92,10 @@ class TensorFiles:
         path = self.folder / shard
         if not path.is_file():
             return [f"{shard} is missing, though {_INDEX} names it"]
+        with path.open("rb") as file:
+            claimed = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if _LARGEST_HEADER < claimed < path.stat().st_size:
+            return [f"{shard} has a header of {claimed} bytes, {_LARGEST_HEADER} is the most that is read"]
         try:
             opened: Any = safe_open(path, framework="pt")
             names = list(opened.keys())
@@ -206,29 +219,29 @@ def _shard_name(number: int) -> str:
     return f"model-{number + 1:05d}.safetensors"
 
 
-def _shards(folder: Path) -> list[str]:
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor name → shard, as the index says; None where there is one file without an index."""
     index = folder / _INDEX
     if not index.is_file():
         if not (folder / _FILE).is_file():
             raise InputError(f"{folder} holds no {_FILE} and no {_INDEX}; copy the whole checkpoint folder again")
-        return [_FILE]
+        return None
     if (folder / _FILE).is_file():
         raise InputError(f"{folder} holds both {_FILE} and {_INDEX}; remove the one that is not meant")
+    content = read_json(index, largest=LARGEST, advice="copy it again")
     try:
-        content = json.loads(index.read_bytes())
-        shards = sorted(set(content["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        listed: dict[str, str] = content["weight_map"]
+        shards = sorted(set(listed.values()))
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"{index} is not a safetensors index (a JSON object with weight_map); copy it again") from None
-    outside = [
-        str(name)[:60] for name in shards if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
-    ]
+    outside = [str(name)[:60] for name in shards if not (isinstance(name, str) and _SHARD.fullmatch(name))]
     if outside:
         raise InputError.listing(
             f"{index} names files outside its folder", outside, "Shards must lie beside the index."
         )
     if not shards:
         raise InputError(f"{index} names no shards; copy it again")
-    return shards
+    return listed
 
 
 def _looks_pickled(path: Path) -> bool:

@@ -9,7 +9,8 @@ length of the text.
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mossquant.errors import InputError
 from mossquant.outputs import new_file
+from mossquant.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
 
 __all__ = ["END_OF_TEXT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
 
@@ -27,6 +29,7 @@ Tokens = npt.NDArray[np.int64]
 
 END_OF_TEXT = "<|endoftext|>"
 _BYTES = 256
+_OURS = "a tokenizer.json of Hugging Face tokenizers"
 
 # What tokenizers call the end of a text, in the order in which we look.
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
@@ -84,18 +87,22 @@ class Tokenizer:
     def from_file(cls, path: Path) -> "Tokenizer":
         """Read a `tokenizer.json`. Raises `InputError` if it is missing or not one."""
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(LARGEST_TOKENIZER + 1)
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}): give a tokenizer.json") from None
+        if len(data) > LARGEST_TOKENIZER:
+            raise InputError(f"{path} is larger than {LARGEST_TOKENIZER >> 20} MB: give a tokenizer.json")
         try:
-            library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            offenders, text = tokenizer_offenders(data), data.decode("utf-8")
         except UnicodeDecodeError:
             raise InputError(f"{path} is not UTF-8: give a tokenizer.json of Hugging Face tokenizers") from None
-        except Exception as error:
-            # The library raises Exception itself, no class of its own, for a file that it cannot parse.
-            if type(error) is not Exception:
-                raise
-            raise InputError(f"{path} is not a tokenizer.json of Hugging Face tokenizers ({error})") from None
+        except ValueError as error:
+            raise InputError(f"{path} is not {_OURS} ({str(error)[:120]}): give another") from None
+        if offenders:
+            raise InputError.listing(f"{path} is not {_OURS} that can be used", offenders, "Give another.")
+        with _library_errors(f"{path} is not {_OURS}"):
+            library = tokenizers.Tokenizer.from_str(text)
         if not library.get_vocab_size(with_added_tokens=True):
             raise InputError(f"{path} has an empty vocabulary: give the tokenizer that the model was trained with")
         return cls(library, hashlib.sha256(data).hexdigest())
@@ -137,7 +144,9 @@ class Tokenizer:
             return np.frombuffer(data, np.uint8).astype(np.int64)
         string = decode_utf8(data, "the text")
         # The library's fast form leaves out the offsets; it exists for lists only.
-        return np.array(self._library.encode_batch_fast([string], add_special_tokens=False)[0].ids, np.int64)
+        with _library_errors("the tokenizer cannot encode this text"):
+            found = self._library.encode_batch_fast([string], add_special_tokens=False)[0].ids
+        return np.array(found, np.int64)
 
     def encode_with_lengths(self, text: str | bytes) -> tuple[Tokens, Tokens]:
         """(tokens [T], byte lengths [T]) of a text; the lengths add up to the text's length in UTF-8.
@@ -155,7 +164,8 @@ class Tokenizer:
         assert self._library is not None, "a byte is one byte long"
         string = data.decode("utf-8")
         starts = np.cumsum([0, *(len(character.encode("utf-8")) for character in string)])
-        ends = [end for _, end in self._library.encode(string, add_special_tokens=False).offsets]
+        with _library_errors("the tokenizer cannot encode this text"):
+            ends = [end for _, end in self._library.encode(string, add_special_tokens=False).offsets]
         last = np.maximum.accumulate(np.array(ends, np.int64)) if ends else np.zeros(0, np.int64)
         if len(last):
             last[-1] = len(string)
@@ -175,7 +185,8 @@ class Tokenizer:
         if self._token_bytes is not None:
             return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
         assert self._library is not None
-        text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=True)
+        with _library_errors("the tokenizer cannot decode these tokens"):
+            text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=True)
         return text
 
     def stream(self) -> "StreamDecoder":
@@ -216,7 +227,8 @@ class StreamDecoder:
         if self._tokenizer._token_bytes is not None:
             return self._utf8.decode(self._tokenizer._bytes_of(token))
         assert self._tokenizer._library is not None
-        text = self._library_stream.step(self._tokenizer._library, token) or ""
+        with _library_errors("the tokenizer cannot decode these tokens"):
+            text = self._library_stream.step(self._tokenizer._library, token) or ""
         self._tokens.append(token)
         self._given += text
         return text
@@ -226,6 +238,18 @@ class StreamDecoder:
         if self._tokenizer._token_bytes is not None:
             return self._utf8.decode(b"", final=True)
         return self._tokenizer.decode(self._tokens)[len(self._given) :]
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """What the library raises for a file that it cannot work with: Exception itself, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        cause = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{what} ({cause[:160]}): give the tokenizer that the model was trained with") from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *, force: bool = False) -> Tokenizer:

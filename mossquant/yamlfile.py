@@ -2,7 +2,7 @@
 """YAML as this project reads it: mappings, lists and plain scalars, with the line of every value.
 
 Refused, because a recipe needs none of them and some are traps: anchors and aliases (which can expand without bound),
-tags, keys given twice, keys that are not text, nesting deeper than 8, files above 1 MB.
+tags, keys given twice, keys that are not text, nesting deeper than 8, files above 128 kB.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ Value = None | bool | int | str | list["Value"] | dict[str, "Value"]
 Lines = dict[tuple[str | int, ...], int]
 """Path of a value, e.g. ("weights", 3, "format") → its line, counted from 1."""
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 17
 _MAX_DEPTH = 8
 
 
@@ -44,7 +44,7 @@ def read_yaml_text(path: Path) -> str:
     """The text of a YAML file.
 
     Raises:
-        InputError: missing, a folder, unreadable, larger than 1 MB, empty, or not UTF-8.
+        InputError: missing, a folder, unreadable, larger than 128 kB, empty, or not UTF-8.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a YAML file")
@@ -56,7 +56,7 @@ def read_yaml_text(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a readable YAML file") from None
     if len(data) > _MAX_BYTES:
-        raise InputError(f"{path} is larger than 1 MB; give a YAML file of a few lines")
+        raise InputError(f"{path} is larger than 128 kB; give a YAML file of a few lines")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

@@ -137,24 +137,28 @@ def read_artifact_manifest(path: Path) -> ArtifactManifest:
     return read_stored(path, ArtifactManifest, noun="the manifest of an artifact", advice=_AGAIN)
 
 
-def check_listed(program: Path, files: Mapping[str, str]) -> bool:
-    """Compare the files of a program with the manifest beside it; False where there is none that lists the program.
+def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str, Any]) -> None:
+    """Compare the files of a program with the manifest beside it, if there is one.
 
     Args:
         program: the program file.
         files: name → SHA-256, of files in the same folder.
+        model: what the program says about itself.
 
     Raises:
-        InputError: the manifest is none, or lists other hashes.
+        InputError: the manifest is none, lists other hashes, or says something else about the program.
     """
     path = program.with_name(MANIFEST)
     if not path.is_file():
-        return False
-    listed = read_artifact_manifest(path).files
+        return
+    manifest = read_artifact_manifest(path)
+    listed = manifest.files
     changed = [f"{name} has another SHA-256" for name in files if name in listed and listed[name].sha256 != files[name]]
     if changed:
         raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)
-    return program.name in listed
+    records = [record for record in manifest.programs.values() if record.file == program.name]
+    if any(record.model != model for record in records):
+        raise InputError(f"{path} says something else about {program.name} than the program itself; {_AGAIN}")
 
 
 def write_artifact_manifest(folder: Path, *, release: str, programs: dict[str, ProgramRecord]) -> ArtifactManifest:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
+from mossquant.jsonfile import parse_json
 from mossquant.manifest import FileName, Sha256
 from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
@@ -50,7 +51,7 @@ class ProgramMetadata(BaseModel):
     source_kind: Literal["checkpoint", "quantized checkpoint"]
     source_files: dict[FileName, Sha256]
     tokenizer_sha256: Sha256 | None
-    seen_text: list[str]
+    seen_text: list[Sha256]
 
 
 def common_metadata(source: Checkpoint | QuantizedCheckpoint) -> dict[str, Any]:
@@ -90,11 +91,13 @@ M = TypeVar("M", bound=ProgramMetadata)
 def parsed(model: type[M], text: str, path: Path) -> M:
     """Metadata from JSON. Raises `InputError`: it is not what this release writes."""
     try:
-        return model.model_validate_json(text)
+        return model.model_validate(parse_json(text))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "metadata"
-        raise InputError(
-            f"{path}: its metadata cannot be read ({where[:80]}: {first['msg'].lower()[:120]}); "
-            "another release of mossquant wrote it: use that one, or export again"
-        ) from None
+        where, what = ".".join(map(str, first["loc"])) or "metadata", first["msg"].lower()
+    except ValueError as error:
+        where, what = "metadata", str(error)
+    raise InputError(
+        f"{path}: its metadata cannot be read ({where[:80]}: {what[:120]}); "
+        "another release of mossquant wrote it: use that one, or export again"
+    )

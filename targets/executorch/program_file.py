@@ -8,7 +8,6 @@ An XNNPACK payload is a flatbuffer of its own ("XN01", schema.fbs) behind a head
 stored once for all methods. Slot numbers are those of the schemas of ExecuTorch 1.4.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossquant.errors import InputError
+from mossquant.jsonfile import parse_json
 from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
 __all__ = ["CONSTANTS", "WEIGHTS", "Delegate", "Linear", "PlanMethod", "ProgramFile"]
@@ -137,7 +137,7 @@ class ProgramFile:
                 if plan.string(0) == "mossquant":
                     kind, value = list(plan.tables(2))[int(plan.numbers(4, "<i4")[0])].union(1)
                     if kind == _STRING and value is not None:
-                        found = json.loads(value.string(0))
+                        found = parse_json(value.string(0))
                         if isinstance(found, dict):
                             return found
         raise InputError(f"{self.path} was not written by mossquant; give a .pte that `mossquant export` wrote")
@@ -259,7 +259,7 @@ class _Reading:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DamagedError | RecursionError | json.JSONDecodeError | LookupError):
+        if isinstance(error, ValueError | RecursionError | LookupError):
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{self._path} is not a .pte that can be read ({reason}); {_AGAIN}") from None
 

@@ -53,7 +53,7 @@ class ExecutorchRunner:
         self._file = ProgramFile(self._path)
         self._metadata = read_metadata(self._file)
         self._sha256 = file_sha256(self._path)
-        check_listed(self._path, {self._path.name: self._sha256})
+        check_listed(self._path, {self._path.name: self._sha256}, model=self._metadata.model_dump())
         _check_tokenizer(self._path, self._metadata)
         config = MossNetConfig.from_json(self._metadata.config, where=f"the metadata of {self._path}")
         self._shapes = {spec.name: spec.shape for spec in state_specs(config)}

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
+from mossquant.jsonfile import LARGEST_SMALL
 from mossquant.manifest import FileName, FileRecord
 from mossquant.outputs import file_sha256
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed
@@ -20,8 +21,8 @@ __all__ = [
     "DataFile",
     "Metadata",
     "Opened",
+    "file_hashes",
     "initializers",
-    "open_program",
     "read_metadata",
 ]
 
@@ -31,7 +32,7 @@ RUNTIME_MINIMUM = "1.23.2"
 
 _AGAIN = "copy the artifact's folder again, or export again"
 _GRAPH, _PROPS = 7, 14
-_LARGEST_PROP = 1 << 26
+_LARGEST_PROP = LARGEST_SMALL
 
 
 class DataFile(FileRecord):
@@ -78,38 +79,12 @@ class Opened:
 
     def hashes(self) -> dict[str, str]:
         """File name → SHA-256 of the program and its external weights."""
-        names = [self.path.name] + ([self.metadata.data.name] if self.metadata.data else [])
-        return {name: file_sha256(self.path.parent / name) for name in names}
+        return file_hashes(self.path, self.metadata)
 
     @property
     def bytes(self) -> int:
         """Bytes of the program and its external weights."""
         return self.path.stat().st_size + (self.metadata.data.bytes if self.metadata.data else 0)
-
-
-def open_program(path: Path) -> Opened:
-    """Read and check an .onnx of ours, its graph too.
-
-    Raises:
-        InputError: as `read_metadata`; a graph that cannot be parsed, or that reads weights from another file.
-    """
-    metadata = read_metadata(path)
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-        readable = _names_are_text(proto.graph)
-    except DecodeError:
-        readable = False
-    if not readable:
-        raise InputError(f"{path} is not a readable ONNX file (damaged); {_AGAIN}")
-    known = metadata.data.name if metadata.data else None
-    tensors = initializers(proto.graph)
-    places = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    foreign = [place[:80] for place in sorted(places) if place != known]
-    if foreign:
-        advice = "Copy the artifact's folder again, or export again."
-        raise InputError.listing(f"{path} reads weights from other files than its own", foreign, advice)
-    return Opened(path, proto, metadata)
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -143,6 +118,12 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
+def file_hashes(path: Path, metadata: Metadata) -> dict[str, str]:
+    """File name → SHA-256 of a program and its external weights."""
+    names = [path.name] + ([metadata.data.name] if metadata.data else [])
+    return {name: file_sha256(path.parent / name) for name in names}
+
+
 def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     """All initializers of a graph and of the branches and loops inside it."""
     found = list(graph.initializer)
@@ -151,17 +132,6 @@ def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
             if attribute.HasField("g"):
                 found += initializers(attribute.g)
     return found
-
-
-def _names_are_text(graph: onnx.GraphProto) -> bool:
-    """Whether every name is UTF-8: the library gives bytes where one is not."""
-    names = [tensor.name for tensor in initializers(graph)]
-    for node in graph.node:
-        names += [node.name, node.op_type, *node.input, *node.output]
-        names += [attribute.name for attribute in node.attribute]
-        if not all(_names_are_text(attribute.g) for attribute in node.attribute if attribute.HasField("g")):
-            return False
-    return all(isinstance(name, str) for name in names)
 
 
 class _NotProtobuf(Exception):

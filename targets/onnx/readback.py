@@ -18,13 +18,13 @@ from onnx import numpy_helper
 
 from mossquant.targets.onnx.metadata import Opened
 
-__all__ = ["FileGraph", "Matrix", "expanded"]
+__all__ = ["FileGraph", "Matrix", "expanded", "stored_array"]
 
 Array = NDArray[Any]
 # What comes of sizes, types or attributes that do not fit: the file is damaged, and holds no such value.
 _DAMAGE = (ValueError, LookupError, TypeError, OverflowError)
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
-_RANGE = re.compile(r"^(.*\.experts\.)(\d+)-(\d+)(\..*)$")
+_RANGE = re.compile(r"^(.*\.experts\.)(\d{1,4})-(\d{1,4})(\..*)$", re.ASCII)
 
 
 def expanded(name: str) -> list[str]:
@@ -105,7 +105,7 @@ class FileGraph:
         try:
             if name in self.stored:
                 self.read.add(name)
-                return _array(self.stored[name], self._folder)
+                return stored_array(self.stored[name], self._folder)
             if node is None or node.op_type not in _OPERATORS:
                 return None
             inputs = [self.value(one) for one in node.input]
@@ -151,7 +151,7 @@ class FileGraph:
         return Matrix(bits, block, codes, scales.reshape(len(data), -1))
 
 
-def _array(tensor: onnx.TensorProto, folder: Path) -> Array:
+def stored_array(tensor: onnx.TensorProto, folder: Path) -> Array:
     """The values of an initializer, bfloat16 as its own type."""
     if not tensor.external_data:
         return numpy_helper.to_array(tensor)

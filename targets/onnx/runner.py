@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -25,8 +24,10 @@ from mossquant.outputs import file_sha256
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
 from mossquant.targets.artifact import check_listed
-from mossquant.targets.onnx.metadata import Metadata, read_metadata
+from mossquant.targets.onnx.metadata import Metadata, file_hashes, read_metadata
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
+from mossquant.targets.onnx.program import open_program
+from mossquant.targets.onnx.structure import check_weights
 
 __all__ = ["OnnxRunner"]
 
@@ -62,21 +63,11 @@ class OnnxRunner:
         self._metadata = read_metadata(self._path)
         _check_runtime(self._path, self._metadata)
         self._files = _checked_files(self._path, self._metadata)
-        listed = check_listed(self._path, self._files)
-        config = MossNetConfig.from_json(self._metadata.config, where=f"the metadata of {self._path}")
+        check_listed(self._path, self._files, model=self._metadata.model_dump())
+        config = _checked_config(self._path)
         self._session = _session(self._path, threads)
         self._shapes = {spec.name: spec.shape for spec in state_specs(config)}
         self._vocab_size = config.vocab_size
-        _check_ports(self._path, self._session, self._shapes, self._vocab_size)
-        if not listed:
-            self._try()
-
-    def _try(self) -> None:
-        """Run one token: without a manifest nothing else says that the graph is whole."""
-        try:
-            self(np.zeros((1, 1), np.int64), self.initial_state(1))
-        except (RuntimeError, *_LOAD_ERRORS) as error:
-            raise InputError(f"{self._path} cannot be run ({_reason(error)}); {_AGAIN}") from None
 
     @cached_property
     def info(self) -> RunnerInfo:
@@ -204,6 +195,13 @@ class _Carried:
         self._turn = 1 - self._turn
 
 
+def _checked_config(path: Path) -> MossNetConfig:
+    """The config of a program whose graph and weights were looked at: nothing else is given to onnxruntime."""
+    opened = open_program(path)
+    check_weights(opened)
+    return opened.config
+
+
 def _session(path: Path, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -234,36 +232,13 @@ def _release(text: str) -> tuple[int, ...]:
 
 def _checked_files(path: Path, metadata: Metadata) -> Mapping[str, str]:
     """File name → SHA-256 of what is loaded, compared where the program says what it must be."""
-    files = {path.name: file_sha256(path)}
-    if metadata.data is not None:
-        data = path.parent / metadata.data.name
-        files[data.name] = file_sha256(data)
-        if files[data.name] != metadata.data.sha256:
-            raise InputError(f"{data} is not the file that {path.name} was written with (another SHA-256); {_AGAIN}")
+    files = file_hashes(path, metadata)
+    data = metadata.data
+    if data is not None and files[data.name] != data.sha256:
+        where = path.parent / data.name
+        raise InputError(f"{where} is not the file that {path.name} was written with (another SHA-256); {_AGAIN}")
     tokenizer = path.parent / "tokenizer.json"
     expected = metadata.tokenizer_sha256
     if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
         raise InputError(f"{tokenizer} is not the tokenizer of {path.name} (another SHA-256); {_AGAIN}")
     return files
-
-
-def _check_ports(
-    path: Path, session: ort.InferenceSession, states: Mapping[str, tuple[int, ...]], vocab_size: int
-) -> None:
-    """Inputs and outputs must be those of a model of the config in the metadata."""
-    inputs: dict[str, Any] = {port.name: port.shape for port in session.get_inputs()}
-    outputs: dict[str, Any] = {port.name: port.shape for port in session.get_outputs()}
-    offenders = [f"{name} is missing" for name in (TOKENS, FIRST_LOGIT, *states) if name not in inputs]
-    offenders += [
-        f"{name} is missing" for name in (LOGITS, *(name + STATE_OUT for name in states)) if name not in outputs
-    ]
-    offenders += [f"{name} is unexpected" for name in inputs if name not in (TOKENS, FIRST_LOGIT, *states)]
-    for name, shape in states.items():
-        if name in inputs and tuple(inputs[name][1:]) != shape:
-            offenders.append(f"{name} has shape {inputs[name]}, needs [B, {', '.join(map(str, shape))}]")
-    if LOGITS in outputs and outputs[LOGITS][-1:] != [vocab_size]:
-        offenders.append(f"{LOGITS} has shape {outputs[LOGITS]}, needs [B, T, {vocab_size}]")
-    if offenders:
-        raise InputError.listing(
-            f"the inputs and outputs of {path} do not fit its metadata", offenders, "Export it again."
-        )

@@ -19,7 +19,7 @@ from mossquant.errors import InputError
 from mossquant.formats import QuantizedTensor
 from mossquant.locate import Located, locate
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.targets.onnx.metadata import open_program
+from mossquant.targets.onnx.program import open_program
 from mossquant.targets.onnx.readback import FileGraph, Matrix, expanded
 from mossquant.targets.weights_report import WeightsReport, first_difference
 from mossquant.tensors import TensorSpec, View

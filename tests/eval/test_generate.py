@@ -148,6 +148,22 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: int) ->
     assert drawn == set(range(kept))
 
 
+class Broken(Scripted):
+    """A Runner whose third logits are no numbers."""
+
+    def __call__(
+        self, tokens: NDArray[np.int64], state: State, *, logits: str = "last"
+    ) -> tuple[NDArray[np.float32], State]:
+        found, state = super().__call__(tokens, state, logits=logits)
+        found[..., 7] = np.nan if state.peek() == 2 else 0
+        return found, state
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(InputError, match="computed logits that are not finite at token 7 of a stream"):
+        generate(Broken(b"text"), Tokenizer.byte_level(), "prompt", max_tokens=9)  # type: ignore[arg-type]
+
+
 def test_bad_options_are_all_named() -> None:
     with pytest.raises(InputError) as caught:
         _run(b"a", max_tokens=0, temperature=-1.0, top_p=0.0, seed=-1, stop=("",))

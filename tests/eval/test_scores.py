@@ -92,6 +92,14 @@ def test_logits_that_are_not_finite_are_refused(byte_model: Path) -> None:
         score([runner], _tokens(1, 5))
 
 
+def test_a_loss_that_no_model_has_is_refused(byte_model: Path) -> None:
+    """It would be a perplexity beyond the largest number."""
+    runner = TorchRunner.open(byte_model)
+    runner.model.norm_f.detach().mul_(1e6)
+    with pytest.raises(InputError, match=r"loses \d+ nats a token at token 0 of a stream"):
+        score([runner], _tokens(1, 5))
+
+
 def test_max_batch_and_max_chunk_are_kept(byte_model: Path) -> None:
     tokens = _tokens(3, 30)
     plain = score([open_runner(byte_model)], tokens)[0].nll

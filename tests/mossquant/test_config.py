@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts of width 0": ({"mlp_intermediate_size": 0}, "mlp_intermediate_size is 0 though"),
     "too many experts in all": (
         {"num_hidden_layers": 1024, "num_ssm_experts": 1024, "num_mlp_experts": 1024},
-        "come to 2097152 over all layers, 65536 is the most",
+        "come to 2097152 over all layers, 8192 is the most",
     ),
     "eps 0": ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
     "eps infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),

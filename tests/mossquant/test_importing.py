@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,34 @@ def test_damaged_pickles(original_source: Path, tmp_path: Path) -> None:
     assert sum("is damaged" in outcome for outcome in outcomes) > 10
 
 
+def test_a_training_record_that_is_none_is_not_taken_along(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", random_model(SMALL))
+    (source / "training.json").write_text('{"version": 1}')
+    with pytest.raises(InputError, match=r"training\.json does not say which texts were seen"):
+        import_mamba(source, tmp_path / "out", tokenizer=words(tmp_path / "t.json", 53))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["a short record", "compressed", "another byte"])
+def test_records_that_pytorch_does_not_look_at(original_source: Path, tmp_path: Path, how: str) -> None:
+    """It would read weights that are none, without an error."""
+    weights = original_source / "pytorch_model.bin"
+    with zipfile.ZipFile(weights) as file:
+        entries = {info.filename: file.read(info) for info in file.infolist()}
+    if how == "another byte":
+        data = bytearray(weights.read_bytes())
+        data[data.index(entries["pytorch_model/data/1"])] ^= 1
+        weights.write_bytes(data)
+    else:
+        if how == "a short record":
+            entries["pytorch_model/data/1"] = entries["pytorch_model/data/1"][:-8]
+        kind = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(weights, "w", kind) as file:
+            for name, content in entries.items():
+                file.writestr(name, content)
+    refused(original_source, tmp_path, "is damaged")
+
+
 def test_pickles_that_hold_something_else(original_source: Path, tmp_path: Path) -> None:
     weights = original_source / "pytorch_model.bin"
     good = torch.load(weights, weights_only=True)
@@ -354,9 +383,9 @@ def test_the_output_path(source: Path, tmp_path: Path) -> None:
 
 def test_a_mossnet_is_taken_to_add_a_tokenizer(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", random_model(SMALL))
-    (source / "training.json").write_text('{"version": 1, "text": [{"sha256": "12"}]}')
+    (source / "training.json").write_text(json.dumps({"version": 1, "text": [{"sha256": "12" * 32}]}))
     done = import_mamba(source, tmp_path / "out", tokenizer=words(tmp_path / "t.json", 53), dtype="bfloat16")
     checkpoint, before = Checkpoint.open(tmp_path / "out"), Checkpoint.open(source)
     assert (done.layout, done.torch_dtype, checkpoint.config) == ("mossnet", "bfloat16", SMALL)
-    assert checkpoint.seen_text() == ("12",)
+    assert checkpoint.seen_text() == ("12" * 32,)
     assert all(torch.equal(checkpoint.tensor(name), before.tensor(name).bfloat16()) for name in before.specs)

@@ -109,7 +109,7 @@ def test_not_a_mapping(text: str) -> None:
         (b"", "is empty"),
         (b"  \n", "is empty"),
         (b"\xff\xfe\x00", "is not UTF-8"),
-        (b"#" * (2 << 20), "is larger than 1 MB"),
+        (b"#" * (2 << 20), "is larger than 128 kB"),
     ],
 )
 def test_bad_files(tmp_path: Path, data: bytes, message: str) -> None:

@@ -164,7 +164,7 @@ def test_a_broken_file(how: str, tmp_path: Path) -> None:
 
 # name: (content of the index, what the message says)
 INDEXES: dict[str, tuple[object, str]] = {
-    "not JSON": ("{", "is not a safetensors index"),
+    "not JSON": ("{", "is not JSON"),
     "a list": ([], "is not a safetensors index"),
     "no weight_map": ({"metadata": {}}, "is not a safetensors index"),
     "a weight_map that is none": ({"weight_map": 3}, "is not a safetensors index"),
@@ -189,6 +189,21 @@ def test_a_broken_index(how: str, tmp_path: Path) -> None:
         TensorFiles(tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["a tensor that is not listed", "a tensor of another shard", "a tensor of none"])
+def test_an_index_that_contradicts_its_shards(how: str, tmp_path: Path, small_shards: None) -> None:
+    folder = write(tmp_path / "m", {f"t{i}": torch.ones(200 + i) for i in range(6)})
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    listed = index["weight_map"]
+    if how == "a tensor that is not listed":
+        del listed["t1"]
+    else:
+        listed["t1" if how == "a tensor of another shard" else "odd"] = listed["t5"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"index\.json does not say where (t1|odd) is"):
+        TensorFiles(folder)
 
 
 def test_all_broken_shards_at_once(tmp_path: Path, small_shards: None) -> None:

@@ -19,7 +19,8 @@ from mossquant.targets import export as artifact_export
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
 from mossquant.targets.onnx import export as exporting
-from mossquant.targets.onnx.metadata import open_program, read_metadata
+from mossquant.targets.onnx.metadata import read_metadata
+from mossquant.targets.onnx.program import open_program
 
 
 @pytest.mark.parametrize("recipe", [None, "int4"])

@@ -189,7 +189,7 @@ def test_a_graph_that_is_damaged(folder: Path) -> None:
     proto = onnx.load(folder / "model.onnx")
     proto.graph.node[5].input[0] = "nothing"
     onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"is not the program that its config lowers to: node 5 of its graph"):
         OnnxRunner(folder)
 
 
@@ -214,7 +214,7 @@ def test_a_missing_state(folder: Path) -> None:
     gone = next(port for port in proto.graph.output if port.name == "layers.1.mixer.ssm.out")
     proto.graph.output.remove(gone)
     onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match=r"do not fit its metadata: layers\.1\.mixer\.ssm\.out is missing"):
+    with pytest.raises(InputError, match=r"has 4 entries under output, it should have 5"):
         OnnxRunner(folder)
 
 
@@ -224,12 +224,12 @@ def test_a_state_of_another_shape(folder: Path, state: str) -> None:
     port = next(port for port in proto.graph.input if port.name == state)
     port.type.tensor_type.shape.dim[1].dim_param = "any"
     onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match=rf"{state} has shape \['B', 'any', .*\], needs \[B, \d+"):
+    with pytest.raises(InputError, match=rf"input \d of its graph \({state}\) is another one"):
         OnnxRunner(folder)
 
 
 def test_a_graph_that_loads_and_does_not_run(folder: Path) -> None:
-    """Where there is no manifest only trying finds it: here a dt_rank that is split off one too wide."""
+    """Here a dt_rank that is split off one too wide."""
     proto = onnx.load(folder / "model.onnx")
     sizes = next(node.input[1] for node in proto.graph.node if node.op_type == "Split" and len(node.output) == 3)
     stored = next(tensor for tensor in proto.graph.initializer if tensor.name == sizes)
@@ -237,7 +237,7 @@ def test_a_graph_that_loads_and_does_not_run(folder: Path) -> None:
     values[0] += 1
     stored.raw_data = values.tobytes()
     onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match="cannot be run"):
+    with pytest.raises(InputError, match=r"initializer \d+ of its graph \(v\d+\) is another one"):
         OnnxRunner(folder)
 
 
