@@ -5,14 +5,15 @@
 
 A checkpoint of the preset's shape with random weights, cut to as many layers as fit, is written tensor by tensor;
 then each step runs in a process of its own. That process imports what the step needs and says so; from then until it
-ends, this one reads its `RssAnon` (/proc/PID/status, Linux) every two milliseconds. Printed is the highest reading
-above the first one, so the interpreter, its imports and the mapped files (which are file-backed) are left out. A peak
-that is shorter than two milliseconds may be missed. The bar is 2 × the largest tensor of the checkpoint + 300 MB.
+ends, this one reads its `RssAnon` and `RssShmem` (/proc/PID/status, Linux) every two milliseconds. Printed is the
+highest reading above the first one, so the interpreter, its imports and mapped files are left out; what lasts less than
+two milliseconds may be missed. The bar is 2 × the largest tensor of the checkpoint + 300 MB.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,13 +80,13 @@ def generate(folder: Path, config: MossNetConfig) -> int:
 
 
 def anonymous_bytes(pid: int) -> int | None:
-    """RssAnon of a process; None once it has ended."""
+    """Resident memory of a process that no file backs; None once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    found = status.partition("RssAnon:")[2].split()
-    return int(found[0]) * 1024 if found else None
+    found = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", status, re.MULTILINE)
+    return 1024 * sum(map(int, found)) if found else None
 
 
 def measure(step: str, threads: int, *arguments: str | Path) -> dict[str, Any]:
@@ -134,7 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="8x1.5b", help="shape that is cut")
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint, in 10⁹ bytes of bf16")
-    parser.add_argument("--folder", type=Path, help="where to write, and leave, everything; a temporary one if not given")
+    parser.add_argument(
+        "--folder", type=Path, help="where all is written and left; a temporary one if not given"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     asked = parser.parse_args()

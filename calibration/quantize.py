@@ -23,7 +23,7 @@ from mossquant.packing import pack
 from mossquant.plan import KEPT_DTYPES, Ledger, Plan, make_plan
 from mossquant.quantized_writer import COPIES, QuantizedWriter, container_bytes
 from mossquant.recipe import load_recipe
-from mossquant.space import BLOCK_WEIGHTS, check_space, row_blocks
+from mossquant.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 
 __all__ = ["Progress", "disk_bytes", "memory_bytes", "quantize"]
@@ -88,6 +88,7 @@ def quantize(
                 matrix = checkpoint.specs[entry.name].to_matrix(tensor)
                 words, scales, error = _execute(matrix, get_format(entry.format or ""), SOLVERS[entry.solver or ""])
                 writer.add_quantized(entry.name, words, scales, relative_error=error)
+            trim_heap()
             done += entry.count
             if progress is not None:
                 progress(entry.name, done, total)

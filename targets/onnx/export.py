@@ -13,21 +13,21 @@ from mossquant.checkpoint import Checkpoint
 from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.release import release
+from mossquant.space import check_space
 from mossquant.targets.artifact import TOKENIZER, Port, Runtime, write_artifact_manifest
 from mossquant.targets.onnx.graph import OPSETS
 from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, DataFile, Metadata
+from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save_data, save_program
 from mossquant.targets.onnx.source import CheckpointSource, QuantizedSource, Source
 from mossquant.targets.registry import Activations, Exported, Progress, exporter
 
-__all__ = ["EXTERNAL_ABOVE", "PROGRAM", "export_onnx"]
+__all__ = ["PROGRAM", "export_onnx"]
 
 PROGRAM = "model.onnx"
-DATA = "model.onnx.data"
-EXTERNAL_ABOVE = 200 * 10**6
-"""Bytes of weights above which they lie in a file of their own, which onnxruntime maps into memory."""
 
-_PAGE = 4096
+# Manifest and metadata name files, operators and, in the manifest, every input and output.
+_MANIFEST_BYTES = 1 << 16
 _STANDARD = "ai.onnx"
 _FORMATS = {"int8": "int8_block", "fp32": "fp32"}
 
@@ -43,7 +43,7 @@ def export_onnx(
     """Write program, tokenizer and manifest into `folder`.
 
     Raises:
-        InputError: the quantized checkpoint holds something that the target cannot.
+        InputError: the quantized checkpoint holds something that the target cannot; too little disk or memory.
     """
     if isinstance(source, Checkpoint):
         tensors: Source = CheckpointSource(source)
@@ -53,12 +53,18 @@ def export_onnx(
         tensors = QuantizedSource(source, _FORMATS[activations] if activations else None)
     model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
     tokenizer = source.tokenizer_path
+    beside = _MANIFEST_BYTES + (tokenizer.stat().st_size if tokenizer is not None else 0)
+    check_space(
+        folder,
+        disk_bytes=disk_bytes(model, weight_bytes) + beside,
+        memory_bytes=memory_bytes(model, weight_bytes),
+    )
     if tokenizer is not None:
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-    data = _write_data(model, folder) if weight_bytes > EXTERNAL_ABOVE else None
+    data = save_data(model, folder) if external(weight_bytes) else None
     metadata = _metadata(source, tensors, weight_bytes, tokenizer, data)
     model.metadata_props.update(metadata.to_props())
-    ir.save(model, folder / PROGRAM)
+    save_program(model, folder / PROGRAM)
     manifest = write_artifact_manifest(
         folder,
         target="onnx",
@@ -75,15 +81,6 @@ def export_onnx(
         model=metadata.model_dump(),
     )
     return Exported(manifest, _notes(source, tensors))
-
-
-def _write_data(model: ir.Model, folder: Path) -> DataFile:
-    """Move every tensor above a page into its own pages of one file, one tensor at a time."""
-    ir.external_data.unload_from_model(
-        model, folder, DATA, size_threshold_bytes=_PAGE, alignment=_PAGE, align_threshold=_PAGE
-    )
-    path = folder / DATA
-    return DataFile(name=DATA, sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
 def _metadata(

@@ -17,7 +17,7 @@ from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
-from mossquant.targets.onnx import export as exporting
+from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.metadata import open_program, read_metadata
 
 
@@ -26,7 +26,7 @@ from mossquant.targets.onnx.metadata import open_program, read_metadata
 def test_the_same_bytes_each_time(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str | None, above: int
 ) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", above)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", above)
     checkpoint = workshop.checkpoint("wide", recipe)
     moved = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
     for name, source in (("one", checkpoint), ("two", moved)):
@@ -39,7 +39,7 @@ def test_the_same_bytes_each_time(
 
 
 def test_external_weights_begin_on_pages(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
     artifact = export(workshop.checkpoint("mamba48"), tmp_path / "external")
     opened = open_program(artifact.program)
     places = [{e.key: e.value for e in tensor.external_data} for tensor in opened.proto.graph.initializer]
@@ -132,7 +132,7 @@ def test_nothing_is_left_behind(workshop: Workshop, tmp_path: Path, monkeypatch:
     def broken(*_: object, **__: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(exporting, "write_artifact_manifest", broken)
+    monkeypatch.setattr("mossquant.targets.onnx.export.write_artifact_manifest", broken)
     with pytest.raises(OSError, match="the disk is full"):
         export(workshop.checkpoint("wide", "int4"), tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
