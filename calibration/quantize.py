@@ -88,8 +88,9 @@ def quantize(
                 matrix = checkpoint.specs[entry.name].to_matrix(tensor)
                 words, scales, error = _execute(matrix, get_format(entry.format or ""), SOLVERS[entry.solver or ""])
                 writer.add_quantized(entry.name, words, scales, relative_error=error)
-            trim_heap()
-            done += entry.count
+            before, done = done, done + entry.count
+            if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
+                trim_heap()
             if progress is not None:
                 progress(entry.name, done, total)
     return writer.ledger

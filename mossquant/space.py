@@ -45,10 +45,10 @@ def check_space(output: Path, *, disk_bytes: int, memory_bytes: int) -> None:
         memory_bytes: anonymous memory that making it takes, beside the interpreter's own.
 
     Raises:
-        InputError: the disk of `output` has less free, or the system less memory available (where it says so).
+        InputError: the disk above `output` has less free, or the system less memory available (where it says so).
     """
     offenders = []
-    above = output.absolute()
+    above = output.absolute().parent  # outputs are written beside their place first
     while not above.exists():
         above = above.parent
     free = shutil.disk_usage(above).free
