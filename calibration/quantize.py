@@ -7,7 +7,6 @@ or not at all; the same checkpoint, recipe and release give the same bytes.
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from mossquant.calibration.nearest import SOLVERS, Solver, fixed_sum
 from mossquant.capabilities import check
 from mossquant.checkpoint import Checkpoint
-from mossquant.errors import InputError
 from mossquant.formats import NumberFormat, get_format
 from mossquant.locate import locate
 from mossquant.outputs import check_free, new_folder
@@ -25,6 +23,7 @@ from mossquant.packing import pack
 from mossquant.plan import KEPT_DTYPES, Ledger, Plan, make_plan
 from mossquant.quantized_writer import COPIES, QuantizedWriter, container_bytes
 from mossquant.recipe import load_recipe
+from mossquant.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 
 __all__ = ["Progress", "disk_bytes", "memory_bytes", "quantize"]
@@ -32,11 +31,11 @@ __all__ = ["Progress", "disk_bytes", "memory_bytes", "quantize"]
 Progress = Callable[[str, int, int], None]
 """(tensor just finished, weights done, weights in all)."""
 
-_BLOCK_WEIGHTS = 1 << 18
-"""Weights solved at once: few enough to stay near a core, enough to make each operation worth its call."""
-
 _BLOCK_ARRAYS = 12
 """fp32 arrays of a block's size that solving it holds, at most."""
+
+_REST_BYTES = 1 << 24
+"""What libraries allocate when they are first used, and Python's objects for plan and headers."""
 
 
 def quantize(
@@ -63,7 +62,7 @@ def quantize(
 
     Raises:
         InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a plan that the recipe's targets
-            cannot hold, an output that cannot be written or has too little room: before any work.
+            cannot hold, an output that cannot be written, too little disk or memory: before any work.
     """
     asked = load_recipe(recipe)
     folder, destination = locate(model).require("checkpoint", verb="quantize"), Path(output)
@@ -75,7 +74,7 @@ def quantize(
     if dry_run:
         return plan
     copied = sum((folder / name).stat().st_size for name in COPIES if (folder / name).is_file())
-    _check_room(destination, disk_bytes(plan) + copied)
+    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan))
     total, done = sum(entry.count for entry in plan.tensors), 0
     with (
         new_folder(destination, force=force) as partial,
@@ -89,7 +88,9 @@ def quantize(
                 matrix = checkpoint.specs[entry.name].to_matrix(tensor)
                 words, scales, error = _execute(matrix, get_format(entry.format or ""), SOLVERS[entry.solver or ""])
                 writer.add_quantized(entry.name, words, scales, relative_error=error)
-            done += entry.count
+            before, done = done, done + entry.count
+            if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
+                trim_heap()
             if progress is not None:
                 progress(entry.name, done, total)
     return writer.ledger
@@ -101,12 +102,15 @@ def disk_bytes(plan: Plan) -> int:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """Memory that executing a plan needs beside Python: the writer's open file or shard, one tensor, one block."""
-    whole = disk_bytes(plan)
-    largest = max(entry.stored_bytes + entry.predicted_bytes for entry in plan.tensors)
+    """Anonymous memory that executing a plan needs beside Python: the writer's open file or shard, and one block.
+
+    A shard is closed by the tensor that fills it, so it may be larger by the largest one.
+    """
+    largest = max(entry.predicted_bytes for entry in plan.tensors)
     longest = max(entry.padded_columns for entry in plan.tensors)
+    whole = plan.predicted_bytes
     held = whole if whole <= ONE_FILE_BYTES else SHARD_BYTES + largest
-    return held + largest + _BLOCK_ARRAYS * 4 * max(_BLOCK_WEIGHTS, longest)
+    return held + container_bytes(plan) + _BLOCK_ARRAYS * 4 * max(BLOCK_WEIGHTS, longest) + _REST_BYTES
 
 
 def _execute(matrix: Tensor, form: NumberFormat, solver: Solver) -> tuple[Tensor, Tensor, float]:
@@ -114,26 +118,13 @@ def _execute(matrix: Tensor, form: NumberFormat, solver: Solver) -> tuple[Tensor
     rows, columns = matrix.shape
     words = torch.empty((rows, form.padded_columns(columns) * form.bits // 32), dtype=torch.int32)
     scales = torch.empty((rows, form.groups(columns)), dtype=form.scale_dtype)
-    step = max(1, _BLOCK_WEIGHTS // form.padded_columns(columns))
     lost = norm = 0.0
-    for start in range(0, rows, step):
-        block = matrix[start : start + step].float().contiguous()
+    for block_rows in row_blocks(rows, form.padded_columns(columns)):
+        block = matrix[block_rows].float().contiguous()
         found = solver(block, form)
-        words[start : start + step] = pack(found.codes, form.bits)
-        scales[start : start + step] = found.scales
+        words[block_rows] = pack(found.codes, form.bits)
+        scales[block_rows] = found.scales
         exact = block.double()
         lost += float(fixed_sum((found.dequantize().double() - exact).square().flatten()))
         norm += float(fixed_sum(exact.square().flatten()))
     return words, scales, math.sqrt(lost / norm) if norm > 0 else 0.0
-
-
-def _check_room(destination: Path, needed: int) -> None:
-    above = destination.absolute().parent
-    while not above.exists():
-        above = above.parent
-    free = shutil.disk_usage(above).free
-    if free < needed:
-        raise InputError(
-            f"{above} has {free / 1e6:.0f} MB free and {destination} needs {needed / 1e6:.0f} MB; "
-            "free some, or choose another disk"
-        )

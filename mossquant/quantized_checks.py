@@ -14,7 +14,8 @@ from mossquant.model import activation_sites, parameter_count, state_specs
 from mossquant.packing import stored_names, unpack
 from mossquant.plan import KEPT_DTYPES, Plan, SiteEntry, TensorEntry
 from mossquant.recipe import SOLVER_NAMES
-from mossquant.tensorfiles import TensorFiles
+from mossquant.space import row_blocks
+from mossquant.tensorfiles import TensorFiles, all_finite
 from mossquant.tensors import TensorSpec
 
 __all__ = ["plan_offenders", "structure_offenders", "value_offenders"]
@@ -99,17 +100,19 @@ def structure_offenders(plan: Plan, files: TensorFiles) -> list[str]:
 def value_offenders(entry: TensorEntry, files: TensorFiles) -> list[str]:
     """Every code and scale of one tensor, or its kept values."""
     if entry.format is None:
-        finite = bool(torch.isfinite(files.tensor(entry.name)).all())
-        return [] if finite else [f"{entry.name} holds NaN or infinite values"]
+        return [] if all_finite(files.tensor(entry.name)) else [f"{entry.name} holds NaN or infinite values"]
     found = get_format(entry.format)
     packed, scale, shape = stored_names(entry.name)
     offenders = []
-    words, scales = files.tensor(packed), files.tensor(scale).float()
-    if not bool(((scales > 0) & (scales <= found.max_scale)).all()):
+    words, scales = files.tensor(packed), files.tensor(scale)
+    if not all_finite(scales) or bool(scales.amin() <= 0) or float(scales.amax()) > found.max_scale:
         offenders.append(f"{scale} holds values that are not positive and finite, or so large that codes overflow")
     if files.tensor(shape).tolist() != [entry.rows, entry.padded_columns]:
         offenders.append(f"{shape} does not hold the padded shape [{entry.rows}, {entry.padded_columns}]")
-    if found.code_min > -(1 << (found.bits - 1)) and bool((unpack(words, found.bits) < found.code_min).any()):
+    blocks = row_blocks(entry.rows, entry.padded_columns)
+    if found.code_min > -(1 << (found.bits - 1)) and any(
+        bool(unpack(words[rows], found.bits).amin() < found.code_min) for rows in blocks
+    ):
         offenders.append(f"{entry.name} holds codes below {found.code_min}")
     per_word = 32 // found.bits
     first = entry.columns // per_word

@@ -60,9 +60,9 @@ def export(
             "leave --activations out, or run `mossquant quantize` first"
         )
     source = Checkpoint.open(folder) if located.kind == "checkpoint" else QuantizedCheckpoint.open(folder)
-    writers = [lower(source, activations=activations) for lower in found]
+    writers = [lower(source, destination, activations=activations, progress=progress) for lower in found]
     with new_folder(destination, force=force) as partial:
-        exported = {name: write(partial, progress) for name, write in zip(names, writers, strict=True)}
+        exported = {name: write(partial) for name, write in zip(names, writers, strict=True)}
         if source.tokenizer_path is not None:
             (partial / TOKENIZER).write_bytes(source.tokenizer_path.read_bytes())
         programs = {name: one.program for name, one in exported.items()}

@@ -35,7 +35,7 @@ class Exported:
 class Writer(Protocol):
     """Writes a program into a folder that is written aside; everything was checked before."""
 
-    def __call__(self, folder: Path, progress: Progress | None) -> Exported:
+    def __call__(self, folder: Path) -> Exported:
         """Write the program and what lies beside it, but the tokenizer and the manifest."""
         ...
 
@@ -43,8 +43,20 @@ class Writer(Protocol):
 class Exporter(Protocol):
     """Checks all that can be checked before any work, and gives what will do the work."""
 
-    def __call__(self, source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None) -> Writer:
-        """Raises `InputError`: the checkpoint holds something that the target cannot, or a package is missing."""
+    def __call__(
+        self,
+        source: Checkpoint | QuantizedCheckpoint,
+        destination: Path,
+        *,
+        activations: Activations | None,
+        progress: Progress | None,
+    ) -> Writer:
+        """Check what will be written beside `destination` and renamed to it.
+
+        Raises:
+            InputError: the checkpoint holds something that the target cannot, a package is missing, there is too little
+                disk or memory.
+        """
         ...
 
 

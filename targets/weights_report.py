@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mossquant.space import row_blocks
+
 __all__ = ["WeightsReport", "first_difference"]
 
 
@@ -50,15 +52,21 @@ class WeightsReport:
 
 
 def first_difference(found: NDArray[Any], expected: NDArray[Any], what: str) -> str | None:
-    """The first place where two arrays differ, in words."""
+    """The first place where two arrays differ, in words; matrices are taken in blocks of rows, floats bit for bit."""
     if found.shape != expected.shape:
         return f"has {list(found.shape)} {what}s, the checkpoint has {list(expected.shape)}"
-    if found.dtype == expected.dtype == np.float32:
-        found, expected = np.ascontiguousarray(found), np.ascontiguousarray(expected)
-        places = np.argwhere(found.view(np.uint32) != expected.view(np.uint32))
-    else:
-        places = np.argwhere(found != expected)
-    if len(places) == 0:
+    place: tuple[int, ...] | None = None
+    count = 0
+    for rows in row_blocks(*found.shape) if found.ndim == 2 else [slice(0, None)]:
+        one, other = found[rows], expected[rows]
+        if one.dtype == np.float32:
+            one = np.ascontiguousarray(one).view(np.uint32)
+            other = np.ascontiguousarray(other, np.float32).view(np.uint32)
+        places = np.argwhere(one != other)
+        if place is None and len(places) > 0:
+            place = (rows.start + int(places[0][0]), *(int(index) for index in places[0][1:]))
+        count += len(places)
+    if place is None:
         return None
-    place = tuple(int(one) for one in places[0])
-    return f"{what} {list(place)} is {found[place]:g}, the checkpoint has {expected[place]:g} ({len(places)} differ)"
+    was, wanted = float(found[place]), float(expected[place])
+    return f"{what} {list(place)} is {was:g}, the checkpoint has {wanted:g} ({count} differ)"

@@ -48,3 +48,11 @@ ONNX_CUT = 1e-6
 
 FORGOTTEN = 0.25
 """Of what forgetting the state does to the logits: the most that a state carried between two arithmetics may do."""
+OPEN_BYTES = 1 << 24
+"""Memory to open a checkpoint: blocks of rows are 2¹⁸ weights, some arrays of them; headers, ledger, first uses."""
+
+EXPORT_CODES = 2
+"""Bytes a weight to pack a quantized matrix: its codes, one a byte, and the packed ones (one a byte at most)."""
+
+VERIFY_CODES = 5
+"""Bytes a weight to compare one: the file's bytes, its codes and one step on the way there, the checkpoint's codes."""

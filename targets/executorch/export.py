@@ -28,7 +28,13 @@ PROGRAM = "model.pte"
 
 
 @exporter("executorch")
-def export_executorch(source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None) -> Writer:
+def export_executorch(
+    source: Checkpoint | QuantizedCheckpoint,
+    destination: Path,
+    *,
+    activations: Activations | None,
+    progress: Progress | None,
+) -> Writer:
     """Check that the target can hold the checkpoint; the writer writes the program.
 
     Raises:
@@ -46,7 +52,7 @@ def export_executorch(source: Checkpoint | QuantizedCheckpoint, *, activations: 
     specs = list(source.specs.values())
     linears = [spec.name for spec in specs if spec.site is not None]
 
-    def write(folder: Path, progress: Progress | None) -> Exported:
+    def write(folder: Path) -> Exported:
         said = {"activations": activations_of(tensors, linears), "max_chunk": CHUNK}
         metadata = Metadata.model_validate(common_metadata(source) | said)
         lower(tensors, specs, metadata.model_dump(), folder / PROGRAM, progress)

@@ -9,33 +9,38 @@ import onnx_ir as ir
 
 from mossquant.capabilities import Activations, check, get_target
 from mossquant.checkpoint import Checkpoint
-from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
+from mossquant.space import check_space
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.onnx.graph import OPSETS
 from mossquant.targets.onnx.lower import lower
-from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, DataFile, Metadata
+from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, Metadata
+from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save_data, save_program
 from mossquant.targets.registry import Exported, Progress, Writer, exporter
 from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
 
-__all__ = ["EXTERNAL_ABOVE", "PROGRAM", "export_onnx"]
+__all__ = ["PROGRAM", "export_onnx"]
 
 PROGRAM = "model.onnx"
-DATA = "model.onnx.data"
-EXTERNAL_ABOVE = 200 * 10**6
-"""Bytes of weights above which they lie in a file of their own, which onnxruntime maps into memory."""
 
-_PAGE = 4096
+# Manifest and metadata name files, operators and, in the manifest, every input and output.
+_MANIFEST_BYTES = 1 << 16
 _STANDARD = "ai.onnx"
 
 
 @exporter("onnx")
-def export_onnx(source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None) -> Writer:
+def export_onnx(
+    source: Checkpoint | QuantizedCheckpoint,
+    destination: Path,
+    *,
+    activations: Activations | None,
+    progress: Progress | None,
+) -> Writer:
     """Check that the target can hold the checkpoint; the writer writes the program, and weights beside it.
 
     Raises:
-        InputError: the quantized checkpoint holds something that the target cannot.
+        InputError: the quantized checkpoint holds something that the target cannot; too little disk or memory.
     """
     if isinstance(source, Checkpoint):
         tensors: Source = CheckpointSource(source)
@@ -43,15 +48,20 @@ def export_onnx(source: Checkpoint | QuantizedCheckpoint, *, activations: Activa
         # Formats that are overridden need not be any that the target can take.
         check(source.plan if activations is None else replace(source.plan, activations=()), ["onnx"])
         tensors = QuantizedSource(source, get_target("onnx"), activations)
+    model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
+    check_space(
+        destination,
+        disk_bytes=disk_bytes(model, weight_bytes) + _MANIFEST_BYTES,
+        memory_bytes=memory_bytes(model, weight_bytes),
+    )
 
-    def write(folder: Path, progress: Progress | None) -> Exported:
-        model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
-        data = _write_data(model, folder) if weight_bytes > EXTERNAL_ABOVE else None
+    def write(folder: Path) -> Exported:
+        data = save_data(model, folder) if external(weight_bytes) else None
         linears = [name for name, spec in source.specs.items() if spec.site is not None]
         said = {"activations": activations_of(tensors, linears), "weight_bytes": weight_bytes, "data": data}
         metadata = Metadata.model_validate(common_metadata(source) | said)
         model.metadata_props.update(metadata.to_props())
-        ir.save(model, folder / PROGRAM)
+        save_program(model, folder / PROGRAM)
         ports = MethodPorts(
             inputs=[_port(value) for value in model.graph.inputs],
             outputs=[_port(value) for value in model.graph.outputs],
@@ -68,15 +78,6 @@ def export_onnx(source: Checkpoint | QuantizedCheckpoint, *, activations: Activa
         return Exported(record, tuple(f"{PROGRAM}: {note}" for note in notes))
 
     return write
-
-
-def _write_data(model: ir.Model, folder: Path) -> DataFile:
-    """Move every tensor above a page into its own pages of one file, one tensor at a time."""
-    ir.external_data.unload_from_model(
-        model, folder, DATA, size_threshold_bytes=_PAGE, alignment=_PAGE, align_threshold=_PAGE
-    )
-    path = folder / DATA
-    return DataFile(name=DATA, sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
 def _notes(tensors: Source, linears: list[str]) -> tuple[str, ...]:

@@ -8,6 +8,9 @@ K is padded to whole blocks with code 0. A block is the format's `activation_blo
 one scale.
 """
 
+from collections.abc import Iterable
+from typing import Literal
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -16,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.formats import NumberFormat, QuantizedTensor
+from mossquant.space import row_blocks
 
-__all__ = ["DTYPES", "blocks_of", "packed_codes", "padded_codes", "to_numpy"]
+__all__ = ["DTYPES", "blocks_of", "packed_codes", "packed_matrix", "padded_codes", "to_numpy"]
 
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -31,9 +35,9 @@ def blocks_of(number_format: NumberFormat, columns: int) -> int:
     return -(-columns // number_format.activation_block)
 
 
-def padded_codes(tensor: QuantizedTensor) -> NDArray[np.int8]:
-    """Codes [N, blocks · block]: what the checkpoint holds, padded with zeros to whole blocks."""
-    codes: NDArray[np.int8] = tensor.codes.numpy()
+def padded_codes(tensor: QuantizedTensor, rows: slice = slice(None)) -> NDArray[np.int8]:
+    """Codes [N, blocks · block] of these rows: what the checkpoint holds, padded with zeros to whole blocks."""
+    codes: NDArray[np.int8] = tensor.codes[rows].numpy()
     block = tensor.format.activation_block
     width = blocks_of(tensor.format, tensor.columns) * block
     return np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
@@ -47,6 +51,28 @@ def packed_codes(codes: NDArray[np.int8], number_format: NumberFormat) -> NDArra
         unsigned = unsigned & np.uint8(15)
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << np.uint8(4))
     return unsigned
+
+
+def packed_matrix(
+    tensors: Iterable[QuantizedTensor], shape: tuple[int, int, int], *, axis: Literal[0, 1]
+) -> NDArray[np.uint8]:
+    """Tensors of one format and size, one after the other along an axis, as bytes [N, blocks, block · bits / 8].
+
+    Each is taken when its turn comes and packed in blocks of rows, so that beside the result the codes of one are held.
+    """
+    packed = np.empty(shape, np.uint8)
+    first = 0
+    for tensor in tensors:
+        blocks = blocks_of(tensor.format, tensor.columns)
+        for rows in row_blocks(tensor.rows, tensor.columns):
+            codes = packed_codes(padded_codes(tensor, rows), tensor.format)
+            if axis == 0:
+                packed[first + rows.start : first + rows.stop] = codes
+            else:
+                packed[rows, first : first + blocks] = codes
+        first += tensor.rows if axis == 0 else blocks
+    assert first == shape[axis], (first, shape)
+    return packed
 
 
 def to_numpy(tensor: Tensor) -> NDArray[np.generic]:

@@ -146,9 +146,8 @@ class FileGraph:
             return None
         given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
         bits, block = int(given["bits"]), int(given["block_size"])
-        low = data if bits == 8 else np.stack((data & 15, data >> 4), -1)
-        codes = low.reshape(len(data), -1).astype(np.int16) - (1 << (bits - 1))
-        return Matrix(bits, block, codes, scales.reshape(len(data), -1))
+        codes = data ^ np.uint8(128) if bits == 8 else np.stack((data & 15, data >> 4), -1) - np.uint8(8)
+        return Matrix(bits, block, codes.view(np.int8).reshape(len(data), -1), scales.reshape(len(data), -1))
 
 
 def stored_array(tensor: onnx.TensorProto, folder: Path) -> Array:

@@ -19,6 +19,7 @@ from mossquant.errors import InputError
 from mossquant.formats import QuantizedTensor
 from mossquant.locate import Located, locate
 from mossquant.quantized import QuantizedCheckpoint
+from mossquant.targets.onnx.packing import to_numpy
 from mossquant.targets.onnx.program import open_program
 from mossquant.targets.onnx.readback import FileGraph, Matrix, expanded
 from mossquant.targets.weights_report import WeightsReport, first_difference
@@ -69,7 +70,7 @@ def _left_over(graph: FileGraph) -> list[str]:
 
 def _differences(graph: FileGraph, source: Checkpoint | QuantizedCheckpoint, spec: TensorSpec) -> Iterator[str]:
     """At most one line for each place where the file holds the tensor."""
-    expected: QuantizedTensor | NDArray[np.float32]
+    expected: QuantizedTensor | NDArray[np.generic]
     if isinstance(source, QuantizedCheckpoint):
         kept = not source.is_quantized(spec.name)
         expected = _values(spec, source.kept(spec.name)) if kept else source.quantized(spec.name)
@@ -86,18 +87,16 @@ def _differences(graph: FileGraph, source: Checkpoint | QuantizedCheckpoint, spe
     yield from (f"{spec.name}: {what}" for what in found if what is not None)
 
 
-def _values(spec: TensorSpec, tensor: torch.Tensor) -> NDArray[np.float32]:
-    """A kept tensor's matrix view as fp32, which is exact."""
-    values: NDArray[np.float32] = spec.to_matrix(tensor).float().contiguous().numpy()
-    return values
+def _values(spec: TensorSpec, tensor: torch.Tensor) -> NDArray[np.generic]:
+    """A kept tensor's matrix view in its own type; `_first` makes fp32 of it, which is exact."""
+    return to_numpy(spec.to_matrix(tensor))
 
 
-def _matrices(graph: FileGraph, name: str, spec: TensorSpec) -> list[Matrix]:
+def _matrices(graph: FileGraph, name: str, spec: TensorSpec) -> Iterator[Matrix]:
     """What every node that reads this matrix sees of it: its own rows or blocks where experts are stacked."""
     nodes = [node for node_name, node in graph.named.items() if name in expanded(node_name)]
     if spec.role == "embedding":
         nodes += graph.lookups
-    found = []
     for node in nodes:
         matrix = graph.matrix(node)
         if matrix is None:
@@ -105,8 +104,7 @@ def _matrices(graph: FileGraph, name: str, spec: TensorSpec) -> list[Matrix]:
         stacked = expanded(node.name)
         if len(stacked) > 1:
             matrix = _part(matrix, stacked.index(name), len(stacked), rows=spec.role != "ssm.expert.dt_proj")
-        found.append(matrix)
-    return found
+        yield matrix
 
 
 def _part(matrix: Matrix, index: int, count: int, *, rows: bool) -> Matrix:
@@ -120,7 +118,7 @@ def _part(matrix: Matrix, index: int, count: int, *, rows: bool) -> Matrix:
     return Matrix(matrix.bits, matrix.block, codes, scales)
 
 
-def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArray[np.float32]) -> str | None:
+def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArray[np.generic]) -> str | None:
     if not isinstance(expected, QuantizedTensor):
         if found.bits is not None:
             return f"has {found.bits}-bit codes, the checkpoint keeps it in a float type"
@@ -142,7 +140,7 @@ def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArra
 
 
 def _compare_small(
-    graph: FileGraph, name: str, spec: TensorSpec, expected: QuantizedTensor | NDArray[np.float32]
+    graph: FileGraph, name: str, spec: TensorSpec, expected: QuantizedTensor | NDArray[np.generic]
 ) -> str | None:
     """Codes and scales as stored, then the values that the nodes of the graph make of them."""
     stored = next((one for one in graph.stored if name in expanded(one)), None)
@@ -171,7 +169,7 @@ def _compare_small(
     return _compare_used(graph.used(stored), spec, values)
 
 
-def _compare_used(used: list[NDArray[Any]], spec: TensorSpec, values: NDArray[np.float32]) -> str | None:
+def _compare_used(used: list[NDArray[Any]], spec: TensorSpec, values: NDArray[np.generic]) -> str | None:
     """What the nodes that run see of a small tensor: of an expert's, the rows of all experts, one after the other."""
     if spec.role == "ssm.A_log":
         decay = -np.exp(values.astype(np.float64)).T

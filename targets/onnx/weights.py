@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mossquant.formats import NumberFormat
 from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
-from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_codes, padded_codes, to_numpy
+from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_matrix, to_numpy
 from mossquant.targets.source import Source
 
 __all__ = ["SCALE", "Progress", "Stack", "Weights", "initializer_name"]
@@ -157,14 +157,14 @@ class Weights:
             return self._tables[name]
         rows, columns = self.source.spec(names[0]).matrix_shape
         blocks, many = blocks_of(number_format, columns), len(names)
-        axis, N, each = (0, rows * many, 1) if stack == "outputs" else (1, rows, many)
-        blob = number_format.activation_block * number_format.bits // 8
+        axis: Literal[0, 1] = 0 if stack == "outputs" else 1
+        N, each = (rows * many, 1) if stack == "outputs" else (rows, many)
+        shape = N, each * blocks, number_format.activation_block * number_format.bits // 8
 
         def read() -> NDArray[np.generic]:
-            parts = [padded_codes(self.source.quantized(one)) for one in names]
-            return packed_codes(np.concatenate(parts, axis), number_format)
+            return packed_matrix((self.source.quantized(one) for one in names), shape, axis=axis)
 
-        codes = self._store(graph, name, ir.DataType.UINT8, (N, each * blocks, blob), read)
+        codes = self._store(graph, name, ir.DataType.UINT8, shape, read)
         if number_format.group_size is not None:
             scales = self._scales(graph, names, number_format, stack, (N, each * blocks))
         else:
@@ -195,7 +195,8 @@ class Weights:
 
         def read() -> NDArray[np.generic]:
             parts = [self.source.spec(one).to_matrix(self.source.kept(one)) for one in names]
-            return to_numpy(torch.cat(parts, 0 if stack == "outputs" else 1))
+            # One alone stays where it is, in the mapped file.
+            return to_numpy(torch.cat(parts, 0 if stack == "outputs" else 1) if len(parts) > 1 else parts[0])
 
         kind = DTYPES[self.source.dtype(names[0])]
         value = _as_float(graph, self._store(graph, name, kind, shape, read))

@@ -28,6 +28,19 @@ def group_errors(found: QuantizedTensor, values: torch.Tensor) -> torch.Tensor:
 
 @EVERY
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_rows_in_pieces_equal_the_whole(form: NumberFormat, shape: tuple[int, int], name: str) -> None:
+    """Bit for bit, however the rows are cut: quantizing works on a few at a time."""
+    values, solver = matrix(*shape, tails=True), SOLVERS[name]
+    whole = solver(values, form)
+    for rows in (1, 3):
+        parts = [solver(part, form) for part in values.split(rows)]
+        assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
+        assert torch.equal(torch.cat([part.scales for part in parts]), whole.scales)
+
+
+@EVERY
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tails", [False, True])
 def test_mse_is_never_worse_in_any_group(form: NumberFormat, shape: tuple[int, int], tails: bool) -> None:
     values = matrix(*shape, tails=tails)

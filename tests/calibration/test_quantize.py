@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -24,7 +23,6 @@ from small import CONFIGS, random_model, write_model
 import mossquant.outputs
 from mossquant.calibration.quantize import disk_bytes, memory_bytes, quantize
 from mossquant.checkpoint import Checkpoint
-from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.recipe import RECIPES, Recipe
@@ -210,40 +208,17 @@ def test_no_room(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     refused(checkpoint_folder, tmp_path / "out", "MB free")
 
 
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anonymous memory (the mapped checkpoint apart) grows by less than `memory_bytes`, itself a part of the model."""
-    config = MossNetConfig(vocab_size=256, hidden_size=256, num_hidden_layers=40, time_step_rank=16)
-    source = write_model(tmp_path / "model", random_model(config, dtype=torch.float32))
-    for module in ("mossquant.tensorfiles", "mossquant.calibration.quantize"):
-        monkeypatch.setattr(f"{module}.ONE_FILE_BYTES", 1 << 20)
-        monkeypatch.setattr(f"{module}.SHARD_BYTES", 1 << 20)
-    plan = quantize(source, tmp_path / "out", recipe="int8", dry_run=True)
-    said = memory_bytes(plan)
-    assert said < plan.stored_bytes / 4
-
-    def work() -> None:
-        done, seen = threading.Event(), [anonymous_bytes()]
-
-        def look() -> None:
-            while not done.wait(0.001):
-                seen.append(anonymous_bytes())
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        quantize(source, tmp_path / "out", recipe="int8")
-        done.set()
-        watcher.join()
-        (tmp_path / "grown").write_text(f"{max(seen) - seen[0]} {len(seen)}")
-
-    in_child(work)
-    grown, looks = map(int, (tmp_path / "grown").read_text().split())
-    assert grown < said
-    assert looks > 100
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+def test_blocks_of_rows_change_nothing(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes and scales of a few rows at a time, and of the whole matrix."""
+    written = []
+    for weights in (500, 1 << 30):
+        monkeypatch.setattr("mossquant.space.BLOCK_WEIGHTS", weights)
+        for recipe in RECIPES:
+            quantize(checkpoint_folder, tmp_path / f"{recipe}-{weights}", recipe=recipe)
+        written.append([digests(tmp_path / f"{recipe}-{weights}")["model.safetensors"] for recipe in RECIPES])
+    assert written[0] == written[1]
 
 
 def in_child(work: Callable[[], object]) -> int:

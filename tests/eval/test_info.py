@@ -77,9 +77,9 @@ def test_every_byte_of_a_program_is_in_a_section(paths: dict[str, Path], name: s
 
 
 def test_external_weights_are_counted(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mossquant.targets.onnx import export as module
+    from mossquant.targets.onnx import save as saving
 
-    monkeypatch.setattr(module, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
     export(paths["checkpoint"], tmp_path / "external")
     report = info(tmp_path / "external")
     files = [path for path in (tmp_path / "external").iterdir() if path.name.startswith("model.onnx")]

@@ -18,7 +18,7 @@ from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets import export as artifact_export
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
-from mossquant.targets.onnx import export as exporting
+from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.metadata import read_metadata
 from mossquant.targets.onnx.program import open_program
 
@@ -28,7 +28,7 @@ from mossquant.targets.onnx.program import open_program
 def test_the_same_bytes_each_time(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str | None, above: int
 ) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", above)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", above)
     checkpoint = workshop.checkpoint("wide", recipe)
     moved = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
     for name, source in (("one", checkpoint), ("two", moved)):
@@ -41,7 +41,7 @@ def test_the_same_bytes_each_time(
 
 
 def test_external_weights_begin_on_pages(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
     artifact = export(workshop.checkpoint("mamba48"), tmp_path / "external")
     opened = open_program(artifact.program("onnx"))
     places = [{e.key: e.value for e in tensor.external_data} for tensor in opened.proto.graph.initializer]

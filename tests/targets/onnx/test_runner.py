@@ -15,8 +15,8 @@ from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
 from mossquant.runner import UsedStateError
 from mossquant.targets.onnx import OnnxRunner
-from mossquant.targets.onnx import export as exporting
 from mossquant.targets.onnx import runner as module
+from mossquant.targets.onnx import save as saving
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(lowered: Lowered, tmp_path: Path) -> Path:
 @pytest.fixture
 def external(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An artifact with its weights in a file beside it."""
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
     from mossquant.targets.export import export
 
     return export(workshop.checkpoint("wide", "int4"), tmp_path / "external").folder

@@ -13,8 +13,8 @@ from onnx import numpy_helper
 
 from mossquant.errors import InputError
 from mossquant.targets.export import export
-from mossquant.targets.onnx import export as exporting
 from mossquant.targets.onnx import program
+from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.metadata import initializers
 from mossquant.targets.onnx.readback import expanded
 from mossquant.targets.onnx.verify import verify
@@ -102,7 +102,7 @@ def test_every_initializer_matters(workshop: Workshop, tmp_path: Path) -> None:
 def test_a_changed_byte_of_external_weights(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
     checkpoint = workshop.checkpoint("mamba48")
     artifact = export(checkpoint, tmp_path / "external")
     assert verify(checkpoint, artifact.folder).passed
@@ -176,7 +176,7 @@ def test_paths_the_wrong_way_round(workshop: Workshop) -> None:
 
 
 def test_weights_from_a_file_of_another(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
     checkpoint = workshop.checkpoint("mamba48")
     artifact = export(checkpoint, tmp_path / "external")
     proto = onnx.load(artifact.program("onnx"), load_external_data=False)

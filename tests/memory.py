@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a piece of work takes, watched from outside."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+__all__ = ["anonymous_bytes", "grown"]
+
+_SAMPLE_SECONDS = 0.0005
+
+
+def grown(work: Callable[[], object]) -> int:
+    """Run `work` in a forked copy of this process; its highest anonymous memory above what it had before."""
+    waiting, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # threads of the parent are not there
+            os.read(waiting, 1)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    before = peak = anonymous_bytes(child)
+    os.write(go, b".")
+    ended, status = 0, 0
+    while not ended:
+        peak = max(peak, anonymous_bytes(child))
+        time.sleep(_SAMPLE_SECONDS)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    os.close(waiting)
+    os.close(go)
+    assert status == 0, "the work failed"
+    return peak - before
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident memory of a process that no file backs; 0 once it has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * sum(map(int, re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", status, re.MULTILINE)))

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models much larger than the memory that working on them may take; disks that fill up on the way."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import bounds
+import onnx_ir as ir
+import pytest
+import torch
+from commands import forked, refused
+from memory import grown
+from small import random_model, write_model
+
+from mossquant.calibration.quantize import memory_bytes, quantize
+from mossquant.config import MossNetConfig
+from mossquant.eval.info import info
+from mossquant.quantized import QuantizedCheckpoint
+from mossquant.targets.export import export
+from mossquant.targets.onnx import export as exporting
+from mossquant.targets.onnx import save
+from mossquant.targets.onnx.verify import verify
+
+ROOT = Path(__file__).parents[1]
+MANY = MossNetConfig(vocab_size=256, hidden_size=256, num_hidden_layers=40, time_step_rank=16)
+"""68 MB in fp32, of tensors of 1 MB at most."""
+WIDE = MossNetConfig(vocab_size=1 << 16, hidden_size=256, num_hidden_layers=1, time_step_rank=16)
+"""A table of 67 MB in fp32, and little else."""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("large") / "many", random_model(MANY, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("large") / "wide", random_model(WIDE, dtype=torch.float32))
+
+
+@pytest.fixture(params=["shards", "one file"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How tensor files are written; sizes that would take a large model are made small."""
+    if request.param == "shards":
+        for module in ("mossquant.tensorfiles", "mossquant.calibration.quantize"):
+            monkeypatch.setattr(f"{module}.ONE_FILE_BYTES", 1 << 20)
+            monkeypatch.setattr(f"{module}.SHARD_BYTES", 1 << 20)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_quantizing_takes_what_was_said(many: Path, tmp_path: Path, layout: str, recipe: str) -> None:
+    plan = quantize(many, tmp_path / "out", recipe=recipe, dry_run=True)
+    said = memory_bytes(plan)
+    if layout == "shards":
+        assert said < plan.stored_bytes / 2, "a bound that the whole model would keep is none"
+    assert grown(lambda: quantize(many, tmp_path / "out", recipe=recipe)) <= said
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file() == (layout == "shards")
+
+
+@pytest.mark.parametrize("recipe", [None, "int8", "int4"])
+def test_exporting_takes_what_was_said(
+    many: Path, tmp_path: Path, recipe: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save, "EXTERNAL_ABOVE", 1 << 20)
+    source, told = many, tmp_path / "told"
+    if recipe is not None:
+        source = tmp_path / "quantized"
+        quantize(many, source, recipe=recipe)
+
+    def tell(model: ir.Model, weight_bytes: int) -> int:
+        found = save.memory_bytes(model, weight_bytes)
+        told.write_text(str(found))
+        return found
+
+    monkeypatch.setattr(exporting, "memory_bytes", tell)
+    peak = grown(lambda: export(source, tmp_path / "out"))
+    said = int(told.read_text())
+    assert (tmp_path / "out" / save.DATA).is_file()
+    assert peak <= said < 2 * 17e6 * 4 / 2, "about half of the model in fp32"
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_a_large_tensor_is_looked_at_in_pieces(
+    wide: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save, "EXTERNAL_ABOVE", 1 << 20)
+    quantized, artifact = tmp_path / "quantized", tmp_path / "artifact"
+    quantize(wide, quantized, recipe=recipe)
+    assert grown(lambda: QuantizedCheckpoint.open(quantized)) <= bounds.OPEN_BYTES
+    assert grown(lambda: info(quantized)) <= bounds.OPEN_BYTES
+    codes = WIDE.vocab_size * WIDE.hidden_size
+    assert grown(lambda: export(quantized, artifact)) <= bounds.EXPORT_CODES * codes + bounds.OPEN_BYTES
+    assert grown(lambda: verify(quantized, artifact)) <= bounds.VERIFY_CODES * codes + bounds.OPEN_BYTES
+
+
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mossquant.tensorfiles.ONE_FILE_BYTES", 10_000)
+    monkeypatch.setattr("mossquant.tensorfiles.SHARD_BYTES", 20_000)
+    monkeypatch.setattr(save, "EXTERNAL_ABOVE", 10_000)
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export"])
+def test_a_disk_that_fills_up_at_any_file(
+    verb: str, checkpoint_folder: Path, quantized_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's limit on the size of a file stands in for it: shards, external weights and all other files."""
+    small_files(monkeypatch)
+    words = [verb, checkpoint_folder if verb == "quantize" else quantized_folder, "-o", place / "out"]
+    assert forked(*words, before=lambda: None) == 0
+    files = {path.name: path.stat().st_size for path in (place / "out").iterdir()}
+    assert any(name.startswith("model-00002") or name == save.DATA for name in files)
+    for path in (place / "out").iterdir():
+        path.unlink()
+    (place / "out").rmdir()
+    for size in sorted(set(files.values())):
+        status = forked(*words, before=lambda size=size: limit(size - 1))
+        assert os.waitstatus_to_exitcode(status) == 2, (size, files)
+        assert list(place.iterdir()) == []
+
+
+def limit(size: int) -> None:
+    """No file of this process may grow above it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export"])
+def test_a_disk_that_fills_up_is_one_line(
+    verb: str, checkpoint_folder: Path, quantized_folder: Path, place: Path
+) -> None:
+    code = (
+        "import sys; import mossquant.tensorfiles as files; import mossquant.targets.onnx.save as save; "
+        "files.ONE_FILE_BYTES = files.SHARD_BYTES = save.EXTERNAL_ABOVE = 10_000; "
+        "from mossquant.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    source = checkpoint_folder if verb == "quantize" else quantized_folder
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code, "--quiet", verb, source, "-o", place / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: limit(12_000),
+    )
+    assert found.returncode == 2, found
+    assert found.stdout == ""
+    assert "File too large; free space or choose another path" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export"])
+def test_too_little_memory_is_said_before_work(
+    verb: str, checkpoint_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mossquant.space._available_memory", lambda: 1_000_000)
+    said = refused(place, verb, checkpoint_folder, "-o", place / "out")
+    assert "MB of memory, and 1.0 MB are available" in said
+
+
+@pytest.mark.slow
+def test_every_step_on_a_checkpoint_of_350_mb(tmp_path: Path) -> None:
+    """In processes of their own, as `bench/large.py` measures the large one: under the same bar."""
+    measured = tmp_path / "measured.json"
+    words = ["--preset", "8x200m", "--gigabytes", "0.35", "--folder", tmp_path / "files", "--json", measured]
+    subprocess.run([sys.executable, "-P", ROOT / "bench" / "large.py", *words], check=True)
+    found = json.loads(measured.read_text())
+    assert len(found["steps"]) == 12
+    for step in found["steps"]:
+        assert step["peak_bytes"] <= found["bound_bytes"], step
