@@ -19,7 +19,7 @@ from mossquant.checkpoint import Checkpoint
 from mossquant.config import MossNetConfig
 from mossquant.outputs import write_json
 from mossquant.recipe import Recipe
-from mossquant.targets.onnx import export as onnx_export
+from mossquant.targets.onnx import save as onnx_save
 from mossquant.text import train_tokenizer
 
 __all__ = ["TEXT", "make_samples"]
@@ -66,7 +66,7 @@ def make_samples(folder: Path) -> None:
         mossquant.quantize(checkpoint, folder / "quantized-shards", recipe="int8")
     mossquant.quantize(checkpoint, folder / "quantized", recipe="int4")
     mossquant.export(folder / "quantized", folder / "artifact")
-    with _set(onnx_export, EXTERNAL_ABOVE=0):
+    with _set(onnx_save, EXTERNAL_ABOVE=0):
         mossquant.export(checkpoint, folder / "external")
     _mambas(folder)
     (folder / "recipe").mkdir()

@@ -15,7 +15,7 @@ from mossquant.errors import InputError
 from mossquant.release import release
 from mossquant.targets.export import export
 from mossquant.targets.onnx import OnnxRunner
-from mossquant.targets.onnx import export as exporting
+from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.metadata import initializers
 from mossquant.targets.onnx.program import open_program
 from mossquant.targets.onnx.structure import check_weights
@@ -151,7 +151,7 @@ def test_values_that_no_model_has(workshop: Workshop, tmp_path: Path, name: str)
 def test_weights_beside_their_file(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str
 ) -> None:
-    monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
     artifact = export(workshop.checkpoint("mamba48"), tmp_path / "external")
     proto = onnx.load(artifact.program("onnx"), load_external_data=False)
     tensor = next(tensor for tensor in proto.graph.initializer if tensor.external_data)
