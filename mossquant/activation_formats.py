@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat
-from mossquant.forward import Activation, ExpertInput
+from mossquant.forward import GATED, Activation, ExpertInput
 
 __all__ = [
     "ACTIVATION_FORMATS",
@@ -146,7 +146,7 @@ def activation_model(source: InputFormats, name: str = "planned") -> Activation:
 def expert_input_model(source: InputFormats, name: str = "planned") -> Callable[[str], ExpertInput | None]:
     """What a target rounds where experts are summed, for `mossquant.forward.Forward`; arguments as `activation_model`.
 
-    XNNPACK sums experts whose weights have groups in one matmul, over the gated inputs of all of them side by side, and
+    XNNPACK sums neighbouring experts of one format with groups in one matmul, over their gated inputs side by side, and
     gives that vector one range. Weights with one scale a row cannot be laid side by side: each expert is a matmul of
     its own, of its own gated input. A block of int8_block belongs to one expert either way, and a positive gate in
     front changes none of its codes.
@@ -163,6 +163,6 @@ def expert_input_model(source: InputFormats, name: str = "planned") -> Callable[
         planned, weights = source.input_format(tensor), source.weight_format(tensor)
         if planned is None or weights is None or not (override or ACTIVATION_FORMATS[planned[0]]).joins:
             return None
-        return "gated" if weights.group_size is None else "joined"
+        return GATED if weights.group_size is None else ExpertInput(gated=True, joined=weights.name)
 
     return way

@@ -7,7 +7,7 @@ does to the input of a linear layer (int8 blocks, for example); `tap` shows inte
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,30 @@ from torch import Tensor
 from mossquant.routing import Routing
 from mossquant.scan import Form
 
-__all__ = ["Activation", "Convolve", "ExpertInput", "ExpertPart", "Forward", "Reroute", "Tap"]
+__all__ = ["GATED", "OWN", "Activation", "Convolve", "ExpertInput", "ExpertPart", "Forward", "Reroute", "Tap"]
 
 Activation = Callable[[str, Tensor], Tensor]
 """(weight tensor's name, input [..., K]) → the input as the target sees it."""
-ExpertInput = Literal["own", "gated", "joined"]
-"""What a target rounds where experts are summed, Σ_e g_e · W_e x_e: x_e, or g_e · x_e, or all g_e · x_e as one vector
-(those of experts that were not chosen are zero)."""
 Convolve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Reroute = Callable[[str, Routing], Routing]
 Tap = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class ExpertInput:
+    """What a target rounds where experts are summed, Σ_e g_e · W_e x_e.
+
+    Attributes:
+        gated: g_e · x_e, and not x_e.
+        joined: neighbouring experts that say the same here are rounded as one vector, all their g_e · x_e side by side
+            (those of experts that were not chosen are zero); None: an expert is rounded alone.
+    """
+
+    gated: bool
+    joined: str | None = None
+
+
+OWN, GATED = ExpertInput(gated=False), ExpertInput(gated=True)
 
 
 @dataclass(frozen=True)
@@ -75,30 +89,62 @@ class Forward:
 
     def linear(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
         """x [..., K] · weight [N, K]ᵀ → [..., N], with the input as the target sees it."""
+        return self._product(x if self.activation is None else self.activation(name, x), weight)
+
+    def sum_experts(
+        self, parts: Sequence[ExpertPart], *, count: int, names: Sequence[str], default: ExpertInput
+    ) -> Tensor:
+        """Σ_e g_e · W_e x_e → [count, N].
+
+        Args:
+            parts: of the experts that some rows chose, in their order.
+            count: rows.
+            names: weight tensors of all experts.
+            default: what is rounded where nothing else is said.
+        """
+        ways = [default] * len(names)
+        if self.expert_input is not None:
+            ways = [self.expert_input(name) or default for name in names]
+        inputs = {part.expert: part.x * part.gate if ways[part.expert].gated else part.x for part in parts}
         if self.activation is not None:
-            x = self.activation(name, x)
+            inputs = self._rounded(self.activation, parts, inputs, ways, count)
+        outputs = []
+        for part in parts:
+            out = self._product(inputs[part.expert], part.weight)
+            outputs.append(out if ways[part.expert].gated else out * part.gate)
+        first = parts[0]
+        total = torch.zeros((count, first.weight.shape[0]), dtype=first.gate.dtype, device=first.x.device)
+        return total.index_add(0, torch.cat([part.rows for part in parts]), torch.cat(outputs).to(total.dtype))
+
+    def _rounded(
+        self,
+        activation: Activation,
+        parts: Sequence[ExpertPart],
+        inputs: dict[int, Tensor],
+        ways: Sequence[ExpertInput],
+        count: int,
+    ) -> dict[int, Tensor]:
+        """The inputs by expert, as the target sees them."""
+        found = {part.expert: part for part in parts}
+        rounded: dict[int, Tensor] = {}
+        for _, group in groupby(range(len(ways)), key=lambda e: ways[e].joined or e):
+            run = list(group)
+            chosen = [found[e] for e in run if e in found]
+            if len(run) == 1:
+                rounded |= {part.expert: activation(part.name, inputs[part.expert]) for part in chosen}
+            elif chosen:
+                x = inputs[chosen[0].expert]
+                joined = x.new_zeros((count, len(run), x.shape[1]))
+                for part in chosen:
+                    joined[part.rows, part.expert - run[0]] = inputs[part.expert]
+                joined = activation(chosen[0].name, joined.flatten(1)).view_as(joined)
+                rounded |= {part.expert: joined[part.rows, part.expert - run[0]] for part in chosen}
+        return rounded
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.matmul_dtype is not None:
             return F.linear(x.to(self.matmul_dtype), weight.to(self.matmul_dtype))
         return F.linear(x, weight)
-
-    def sum_experts(self, parts: Sequence[ExpertPart], *, count: int, experts: int, default: ExpertInput) -> Tensor:
-        """Σ_e g_e · W_e x_e → [count, N], of rows that some experts chose."""
-        first = parts[0]
-        way = (self.expert_input(first.name) if self.expert_input is not None else None) or default
-        inputs = [part.x if way == "own" else part.x * part.gate for part in parts]
-        if way == "joined" and self.activation is not None:
-            width = first.x.shape[1]
-            joined = torch.zeros((count, experts, width), dtype=first.x.dtype, device=first.x.device)
-            for part, x in zip(parts, inputs, strict=True):
-                joined[part.rows, part.expert] = x
-            joined = self.activation(first.name, joined.flatten(1)).view(count, experts, width)
-            outputs = [F.linear(joined[part.rows, part.expert], part.weight) for part in parts]
-        else:
-            outputs = [self.linear(x, part.weight, part.name) for part, x in zip(parts, inputs, strict=True)]
-        if way == "own":
-            outputs = [out * part.gate for part, out in zip(parts, outputs, strict=True)]
-        total = torch.zeros((count, first.weight.shape[0]), dtype=first.gate.dtype, device=first.x.device)
-        return total.index_add(0, torch.cat([part.rows for part in parts]), torch.cat(outputs).to(total.dtype))
 
     def routed(self, name: str, routing: Routing) -> Routing:
         """Show a routing to the tap, and let it be replaced."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mossquant.config import MossNetConfig
-from mossquant.forward import ExpertPart, Forward
+from mossquant.forward import GATED, ExpertPart, Forward
 from mossquant.routing import Routing, route
 from mossquant.scan import causal_conv, conv_step, scans
 from mossquant.tensors import SiteSpec, StateSpec, TensorSpec, View
@@ -163,18 +163,18 @@ class Mixer(nn.Module):
         at = f"backbone.layers.{self.layer}.mixer"
         N, R = self.config.state_size, self.config.time_step_rank
         bias = torch.zeros_like(x)
-        parts = []
+        own = [f"{at}.experts.{e}" for e in range(self.experts)] if self.experts > 1 else [at]
+        parts, names = [], [f"{name}.dt_proj.weight" for name in own]
         bc = torch.zeros((x.shape[0], 2 * N), dtype=x.dtype, device=x.device)
         for e in range(self.experts):
             rows, gate = routing.rows_of(e)
             if rows.numel() == 0:
                 continue
-            own = f"{at}.experts.{e}" if self.experts > 1 else at
-            out = run.linear(x[rows], self.x_proj[e], f"{own}.x_proj.weight")
-            parts.append(ExpertPart(e, rows, gate, out[:, :R], self.dt_proj[e], f"{own}.dt_proj.weight"))
+            out = run.linear(x[rows], self.x_proj[e], f"{own[e]}.x_proj.weight")
+            parts.append(ExpertPart(e, rows, gate, out[:, :R], self.dt_proj[e], names[e]))
             bias = bias.index_add(0, rows, gate * self.dt_bias[e])
             bc = bc.index_add(0, rows, out[:, R:] * gate)
-        dt = run.sum_experts(parts, count=len(x), experts=self.experts, default="gated") + bias
+        dt = run.sum_experts(parts, count=len(x), names=names, default=GATED) + bias
         return dt, bc[:, :N], bc[:, N:]
 
     def _mix_dense(self, x: Tensor, routing: Routing, run: Forward) -> tuple[Tensor, Tensor, Tensor]:

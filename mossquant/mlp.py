@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mossquant.config import MossNetConfig
-from mossquant.forward import ExpertPart, Forward
+from mossquant.forward import OWN, ExpertPart, Forward
 from mossquant.routing import route
 from mossquant.tensors import SiteSpec, TensorSpec
 
@@ -84,7 +84,7 @@ class Mlp(nn.Module):
         rows_u = u.reshape(-1, u.shape[-1])
         routing = route(rows_u, self.router, experts=self.experts, chosen=self.config.mlp_chosen(self.layer))
         routing = run.routed(f"layers.{self.layer}.mlp.router", routing)
-        parts = []
+        parts, names = [], [f"{at}.{e}.w2.weight" for e in range(self.experts)]
         # unbind, not indexing: the gradient of an index is a whole stack of zeros for every expert
         w1, w3, w2 = self.w1.unbind(), self.w3.unbind(), self.w2.unbind()
         for e in range(self.experts):
@@ -94,5 +94,5 @@ class Mlp(nn.Module):
             own = rows_u[rows]
             hidden = F.silu(run.linear(own, w1[e], f"{at}.{e}.w1.weight"))
             hidden = hidden * run.linear(own, w3[e], f"{at}.{e}.w3.weight")
-            parts.append(ExpertPart(e, rows, gate, hidden, w2[e], f"{at}.{e}.w2.weight"))
-        return run.sum_experts(parts, count=len(rows_u), experts=self.experts, default="own").view_as(u)
+            parts.append(ExpertPart(e, rows, gate, hidden, w2[e], names[e]))
+        return run.sum_experts(parts, count=len(rows_u), names=names, default=OWN).view_as(u)

@@ -56,3 +56,15 @@ EXPORT_CODES = 2
 
 VERIFY_CODES = 5
 """Bytes a weight to compare one: the file's bytes, its codes and one step on the way there, the checkpoint's codes."""
+
+EXECUTORCH_FP32 = 1e-5
+"""Relative to the largest value: XNNPACK in fp32 against our model in float64, for logits and state."""
+
+EXECUTORCH_MEDIAN_KL = 1e-7
+"""Nats, the median of single steps from given states: what `mossquant.eval.parity` asks; a tie upsets its own step."""
+
+EXECUTORCH_MEDIAN_STATE = 1e-5
+"""Relative, the median of the state after single steps, as parity asks: fp32 rounding of values behind int8 codes."""
+
+EXECUTORCH_FORMS_MEDIAN_KL = 1e-7
+"""Nats, the median over positions of one text read in one call and token by token, free running."""

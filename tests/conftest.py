@@ -56,6 +56,14 @@ def artifact_folder(quantized_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pte_folder(quantized_folder: Path) -> Path:
+    """The .pte of that. Not to be changed."""
+    folder = quantized_folder.with_name("tiny-int4-executorch")
+    export(quantized_folder, folder, target="executorch")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4,320 bytes of text, with characters of several bytes."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models, quantized and lowered to .onnx: one folder a model and recipe, made once a session."""
+"""Small models, quantized and lowered: one folder a model, recipe and target, made once a session."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from small import CONFIGS, random_model, random_tokens, write_model
 
 from mossquant.calibration.quantize import quantize
+from mossquant.capabilities import Activations
 from mossquant.config import MossNetConfig
+from mossquant.eval.open import open_runner
+from mossquant.runner import Runner
 from mossquant.targets.export import export
-from mossquant.targets.onnx import OnnxRunner
-from mossquant.targets.registry import Activations
 from mossquant.targets.torch.runner import TorchRunner
 
 __all__ = ["MODELS", "RECIPES", "Lowered", "Workshop", "relative"]
@@ -78,7 +79,31 @@ activations:
 state:
   - {{role: "*", format: fp32}}
 """
-RECIPES = {"int4": "int4", "int8": "int8", "g128": _G128, "mixed": _MIXED}
+_BY_EXPERT = f"""version: 1
+name: by-expert
+targets: [torch, executorch]
+weights:
+  - {{match: "*.experts.1.x_proj.weight", keep: stored, why: "a test"}}
+  - {{match: "*.experts.2.x_proj.weight", format: int8}}
+  - {{match: "*.layers.0.*.experts.0.dt_proj.weight", keep: fp32, why: "a test"}}
+  - {{match: "*.layers.0.*.experts.3.dt_proj.weight", format: int8}}
+  - {{match: "*.layers.1.*.experts.2.dt_proj.weight", format: int4_g128}}
+  - {{match: "*.experts.1.dt_proj.bias", keep: stored, why: "a test"}}
+  - {{match: "*.layers.1.mixer.D", keep: stored, why: "a test"}}
+  - {{match: "*.layers.1.mixer.in_proj.weight", keep: stored, why: "a test"}}
+  - {{match: "*.layers.0.mlp.experts.2.w2.weight", format: int8}}
+  - {{match: "*.layers.1.mlp.experts.0.w2.weight", keep: stored, why: "a test"}}
+  - {{match: "*.mlp.experts.1.w3.weight", format: int4_g128}} {_REST}
+  - {{role: "*", format: int4_g32}}
+activations:
+  - {{role: "*", format: int8_row_asym}}
+state:
+  - {{role: "*", format: fp32}}
+"""
+RECIPES = {"int4": "int4", "int8": "int8", "g128": _G128, "mixed": _MIXED, "by expert": _BY_EXPERT}
+"""Name → recipe; "mixed" and "by expert" have another format for every other expert, as .onnx and .pte hold them."""
+
+SUFFIXES = {"onnx": "onnx", "executorch": "pte"}
 
 
 @dataclass(frozen=True)
@@ -88,18 +113,24 @@ class Lowered:
     config: MossNetConfig
     checkpoint: Path
     artifact: Path
+    target: str = "onnx"
 
     @property
     def program(self) -> Path:
-        return self.artifact / "model.onnx"
+        return self.artifact / f"model.{SUFFIXES[self.target]}"
 
     @cached_property
-    def runner(self) -> OnnxRunner:
-        return OnnxRunner(self.artifact, threads=1)
+    def runner(self) -> Runner:
+        return open_runner(self.artifact, threads=1)
 
-    def reference(self, *, activations: str = "planned") -> TorchRunner:
-        """The PyTorch model of the checkpoint in float64."""
-        return TorchRunner.open(self.checkpoint, activations=activations, dtype=torch.float64)
+    def reference(self, *, activations: str | None = None) -> TorchRunner:
+        """The PyTorch model of the checkpoint in float64, with the activations of the artifact unless others are said.
+
+        An artifact with several activation formats has those of the plan.
+        """
+        own = self.runner.info.activations
+        wanted = activations or ("planned" if own == "mixed" else own)
+        return TorchRunner.open(self.checkpoint, activations=wanted, dtype=torch.float64)
 
     def proto(self) -> onnx.ModelProto:
         return onnx.load(self.program)
@@ -114,16 +145,23 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made: dict[tuple[str, str | None, Activations | None], Lowered] = {}
+        self._made: dict[tuple[str, str | None, Activations | None, str], Lowered] = {}
 
-    def __call__(self, model: str, recipe: str | None = None, activations: Activations | None = None) -> Lowered:
+    def __call__(
+        self,
+        model: str,
+        recipe: str | None = None,
+        activations: Activations | None = None,
+        *,
+        target: str = "onnx",
+    ) -> Lowered:
         """The model lowered; without a recipe in full precision (its checkpoint is stored in bf16)."""
-        key = (model, recipe, activations)
+        key = (model, recipe, activations, target)
         if key not in self._made:
             checkpoint = self.checkpoint(model, recipe)
-            artifact = checkpoint.with_name(f"{checkpoint.name}-{activations}-onnx")
-            export(checkpoint, artifact, activations=activations)
-            self._made[key] = Lowered(MODELS[model], checkpoint, artifact)
+            artifact = checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}")
+            export(checkpoint, artifact, target=target, activations=activations)
+            self._made[key] = Lowered(MODELS[model], checkpoint, artifact, target)
         return self._made[key]
 
     def checkpoint(self, model: str, recipe: str | None = None) -> Path:
@@ -134,7 +172,7 @@ class Workshop:
             write_model(folder, random_model(MODELS[model], dtype=torch.float32), dtype=torch.bfloat16)
         if recipe is None:
             return folder
-        quantized = self._folder / f"{name}-{recipe}"
+        quantized = self._folder / f"{name}-{recipe.replace(' ', '-')}"
         if not quantized.exists():
             text = RECIPES[recipe]
             if text != recipe:

@@ -8,6 +8,7 @@ An XNNPACK payload is a flatbuffer of its own ("XN01", schema.fbs) behind a head
 stored once for all methods. Slot numbers are those of the schemas of ExecuTorch 1.4.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ _FP32, _QCINT8, _QBINT4, _QDINT8 = 1, 6, 10, 9  # XNNDatatype
 _ABSENT = 0xFFFFFFFF
 _BITS = {_QCINT8: 8, _QBINT4: 4}
 _SEGMENT = 1  # DataLocation
+_MOST_SIZES = 4
 _TYPES = {0: "u1", 1: "i1", 3: "<i4", 4: "<i8", 6: "<f4", 11: "?"}  # ScalarType
 _AGAIN = "copy the artifact's folder again, or export again"
 
@@ -168,7 +170,7 @@ class ProgramFile:
             return sections | {"alignment": len(self._data) - sum(sections.values())}
 
     def _method(self, plan: Table) -> PlanMethod:
-        constants, seen = [], set()
+        constants = []
         values = list(plan.tables(2))
 
         def ports(slot: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -176,9 +178,8 @@ class ProgramFile:
 
         for value in values:
             kind, tensor = value.union(1)
-            index = tensor.number(5) if kind == _TENSOR and tensor is not None else 0
-            if tensor is not None and index and index not in seen:
-                seen.add(index)
+            # Equal constants are stored once, and each is a value of its own.
+            if kind == _TENSOR and tensor is not None and (index := tensor.number(5)):
                 constants.append(self._constant(tensor, index))
         return PlanMethod(
             name=plan.string(0),
@@ -316,7 +317,10 @@ def _scales(table: Table, slot: int, data: list[memoryview], kind: str) -> NDArr
 
 
 def _array(data: memoryview, offset: int, kind: str, sizes: NDArray[Any]) -> NDArray[Any]:
-    count = int(np.prod(sizes.astype(object))) if len(sizes) else 1
-    if count < 0 or offset + count * np.dtype(kind).itemsize > len(data):
+    shape = [int(size) for size in sizes]
+    if len(shape) > _MOST_SIZES or min(shape, default=0) < 0:
+        raise DamagedError("a constant has sizes that mossquant does not write")
+    count = math.prod(shape)
+    if offset + count * np.dtype(kind).itemsize > len(data):
         raise DamagedError("a constant is cut short")
-    return np.frombuffer(data, kind, count, offset).reshape([int(size) for size in sizes])
+    return np.frombuffer(data, kind, count, offset).reshape(shape)

@@ -124,7 +124,11 @@ class ExecutorchRunner:
     def write(self, arrays: Arrays) -> State:
         """The inverse of `read`."""
         _one_stream(checked_arrays(arrays, self._shapes))
-        return State([torch.tensor(arrays[name], dtype=torch.float32) for name in self._shapes], 1)
+        # Copied into tensors of PyTorch's own: the runtime ends the process over the strides of an empty array.
+        states = [torch.empty((1, *shape)) for shape in self._shapes.values()]
+        for name, state in zip(self._shapes, states, strict=True):
+            state.copy_(torch.tensor(arrays[name]))
+        return State(states, 1)
 
     def _execute(self, name: str, tokens: Tensor, states: list[Tensor]) -> tuple[Floats, list[Tensor]]:
         if name not in self._methods:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One workshop for all tests of the ONNX target."""
+"""One workshop for the tests of all targets."""
 
 import pytest
 from lowered import Workshop
