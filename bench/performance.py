@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes `docs/performance.md`: decode and prefill of every runtime at int4, side by side, and where the time goes.
 
-    python bench/performance.py [--repeats 7] [--only tiny]        about 25 minutes on two idle cores
+    python bench/performance.py [--repeats 7] [--folder FOLDER]        about 25 minutes on two idle cores
+
+Lowering takes most of the time; with --folder what was made is kept there and used again.
 
 Models: the bundled one, and a random Mamba of 24 × 768 (speed does not depend on the values). One thread; each runtime
 in a process of its own, all take turns (`mossquant bench`). The time by part is that of the slowest: of PyTorch, whose
@@ -44,21 +46,23 @@ PROMPTS = (128, 512)
 PIECE = 128
 
 
-def checkpoints(folder: Path, only: str | None) -> dict[str, Path]:
-    """The models at int4, and an artifact of each with both programs beside it."""
-    made = {"tiny": folder / "tiny"}
-    quantize("tiny", made["tiny"], recipe="int4")
-    if only != "tiny":
+def checkpoints(folder: Path) -> dict[str, Path]:
+    """The models at int4, and an artifact of each with both programs beside it; what is there already is kept."""
+    made = {"tiny": folder / "tiny", "Mamba 24 × 768": folder / "mamba"}
+    if not made["tiny"].exists():
+        quantize("tiny", made["tiny"], recipe="int4")
+    if not made["Mamba 24 × 768"].exists():
         model = MossNet(MAMBA)
         model.reset_parameters(0)
         (folder / "full").mkdir()
         write_checkpoint(
             folder / "full", MAMBA, lambda spec: model.parameter_of(spec).view(spec.shape), dtype=torch.bfloat16
         )
-        made["Mamba 24 × 768"] = folder / "mamba"
         quantize(folder / "full", made["Mamba 24 × 768"], recipe="int4")
     for path in made.values():
-        export(path, path.with_name(f"{path.name}-app"), target=["onnx", "executorch"])
+        app = path.with_name(f"{path.name}-app")
+        if not app.exists():
+            export(path, app, target=["onnx", "executorch"])
     return made
 
 
@@ -157,13 +161,13 @@ def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", choices=["tiny"])
+    parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
     lines = ["| model, int4 | runtime | decode, tokens/s | prefill of 128 | prefill of 512 | file, MB |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     parts: dict[str, list[tuple[str, float]]] = {}
     with tempfile.TemporaryDirectory() as place:
-        for name, path in checkpoints(Path(place), asked.only).items():
+        for name, path in checkpoints(asked.folder or Path(place)).items():
             reports = timed(path, asked.repeats)
             for i, first in enumerate(reports[512].artifacts):
                 prefill = [speed(reports[prompt].artifacts[i].prefill_tok_s) for prompt in PROMPTS]

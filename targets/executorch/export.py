@@ -10,6 +10,7 @@ from mossquant.config import MossNetConfig
 from mossquant.model import state_specs
 from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
+from mossquant.space import check_space
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
 from mossquant.targets.executorch.metadata import Metadata
@@ -21,10 +22,16 @@ from mossquant.targets.metadata import activations_of, changed_inputs, common_me
 from mossquant.targets.program import METHODS, MethodName
 from mossquant.targets.registry import Exported, Progress, Writer, exporter
 from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
+from mossquant.tensors import TensorSpec
 
 __all__ = ["PROGRAM", "export_executorch"]
 
 PROGRAM = "model.pte"
+
+_GRAPH_BYTES = 1 << 17
+"""Of a layer: nodes and values of three methods and their delegates."""
+_LOWERING_BYTES, _WEIGHT_BYTES = 10**9, 8
+"""PyTorch's graphs with all that hangs on them; and codes, one a byte, in the copies that passes make."""
 
 
 @exporter("executorch")
@@ -38,7 +45,8 @@ def export_executorch(
     """Check that the target can hold the checkpoint; the writer writes the program.
 
     Raises:
-        InputError: the quantized checkpoint holds something that the target cannot, or packages are missing.
+        InputError: the quantized checkpoint holds something that the target cannot, packages are missing, or there is
+            too little disk or memory.
     """
     check_packages()
     if isinstance(source, Checkpoint):
@@ -51,6 +59,7 @@ def export_executorch(
         tensors = QuantizedSource(source, target, activations)
     specs = list(source.specs.values())
     linears = [spec.name for spec in specs if spec.site is not None]
+    check_space(destination, disk_bytes=_disk_bytes(tensors, specs), memory_bytes=_memory_bytes(specs))
 
     def write(folder: Path) -> Exported:
         said = {"activations": activations_of(tensors, linears), "max_chunk": CHUNK}
@@ -76,6 +85,22 @@ def export_executorch(
         return Exported(record, tuple(f"{PROGRAM}: {note}" for note in changed))
 
     return write
+
+
+def _disk_bytes(tensors: Source, specs: list[TensorSpec]) -> int:
+    """Room that the program takes, at most: codes as they are, what is decoded or kept in fp32, the table once more."""
+    total = _GRAPH_BYTES * (2 + len({spec.layer for spec in specs}))
+    for spec in specs:
+        found = tensors.format(spec.name)
+        own = 4 * spec.count if found is None or spec.site is None else found.payload_bytes(*spec.matrix_shape)
+        # Scales of a table for look-ups are fp32.
+        total += 3 * own if spec.role == "embedding" else own
+    return total
+
+
+def _memory_bytes(specs: list[TensorSpec]) -> int:
+    """Memory that lowering takes, beside the interpreter's own with its imports: graphs, and weights some times over."""
+    return _LOWERING_BYTES + _WEIGHT_BYTES * sum(spec.count for spec in specs)
 
 
 def _ports(config: MossNetConfig, method: MethodName) -> MethodPorts:
