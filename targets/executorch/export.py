@@ -99,7 +99,7 @@ def _disk_bytes(tensors: Source, specs: list[TensorSpec]) -> int:
 
 
 def _memory_bytes(specs: list[TensorSpec]) -> int:
-    """Memory that lowering takes, beside the interpreter's own with its imports: graphs, and weights some times over."""
+    """Memory that lowering takes, beside the interpreter with its imports: graphs, and weights some times over."""
     return _LOWERING_BYTES + _WEIGHT_BYTES * sum(spec.count for spec in specs)
 
 
