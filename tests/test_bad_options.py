@@ -75,10 +75,16 @@ def test_text_that_the_model_has_seen(
     found = command("perplexity", model, "--text", text, "--allow-seen")
     assert found.status == 0
     assert "trained or calibrated on it" in found.out
-    for data in (b"{", b"[]", b'{"version": 1, "text": [1]}', b"[" * NESTED):
+    unsaid, unread = "training.json does not say which texts were seen", "training.json is not JSON"
+    for data, message in (
+        (b"{", unread),
+        (b"[]", unsaid),
+        (b'{"version": 1, "text": [1]}', unsaid),
+        (b"[" * NESTED, unread),
+    ):
         (model / "training.json").write_bytes(data)
         for words in reading(model, checkpoint_folder, text, place / "out"):
-            assert "training.json does not say which texts were seen" in refused(place, *words), words
+            assert message in refused(place, *words), words
 
 
 BAD_OPTIONS = [
