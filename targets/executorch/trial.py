@@ -35,8 +35,8 @@ __all__ = ["try_apart"]
 
 SECONDS = 120
 """How long a few tokens may take; a program that runs longer does not end."""
-EXTRA_BYTES = 4 << 30
-"""Address space beyond the size of the file (twice: mapped, and packed by XNNPACK) that a program may ask for."""
+EXTRA_BYTES = 1 << 30
+"""Address space that a program may ask for, beyond four times its file: mapped, and packed for each method."""
 
 _POLL_SECONDS = 0.005
 _AGAIN = "copy the artifact's folder again, or export again"
@@ -152,7 +152,7 @@ def _in_a_fork(path: str) -> str | None:
 def _run(path: str) -> None:
     """Every method once, on zeros."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    limit = used + EXTRA_BYTES + 2 * Path(path).stat().st_size
+    limit = used + EXTRA_BYTES + 4 * Path(path).stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     program = load_program(path)
     for name in METHODS:

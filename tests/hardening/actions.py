@@ -58,6 +58,15 @@ def run(place: Place) -> None:
     assert logits.shape == (2, 1, vocabulary)
 
 
+def run_one(place: Place) -> None:
+    """One stream, which is all that some programs take: a step, a piece, and a piece longer than one call."""
+    runner = mossquant.open_runner(place.damaged, threads=1)
+    vocabulary, state = runner.info.vocab_size, runner.initial_state(1)
+    for length in (1, 5, 150):
+        logits, state = runner(np.arange(length)[None] % vocabulary, state, logits="all")
+        assert logits.shape == (1, length, vocabulary)
+
+
 def perplexity(place: Place) -> None:
     report = mossquant.perplexity(place.damaged, text=place.text, tokens=_TOKENS, threads=1)
     assert math.isfinite(report.nats_per_token)
@@ -145,6 +154,7 @@ ACTIONS: dict[str, tuple[Action, ...]] = {
         info, run, perplexity, perplexity_planned, compare, compare_base, write_text, export, verify_source,
     ),
     "program": (info, run, perplexity, compare, compare_base, write_text, verify_artifact),
+    "stream": (info, run_one, perplexity, compare, compare_base, write_text, verify_artifact),
     "source": (import_mamba,),
     "recipe": (recipe_dry_run, recipe_quantize),
 }  # fmt: skip

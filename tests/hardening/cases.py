@@ -77,7 +77,7 @@ def make_case(seed: int, samples: Path) -> Case:
     mended = seed // len(_ORDER) % 2 == 0
     damage = kind.mutate(random, (samples / kind.folder / kind.file).read_bytes())
     known = ACTIONS[kind.actions]
-    alone = kind.actions == "program" and kind.file != "manifest.json" and random.random() < 0.25
+    alone = kind.actions in ("program", "stream") and kind.file != "manifest.json" and random.random() < 0.25
     return Case(seed, kind, mended, alone, damage, tuple(random.sample(known, min(_TRIED, len(known)))))
 
 

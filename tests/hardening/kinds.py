@@ -7,6 +7,7 @@ Another target adds its lines here: a program file with its mutator, and its man
 from dataclasses import dataclass
 
 from hardening.case import Mutator
+from hardening.flatbuffer_files import mutate_flatbuffer
 from hardening.json_files import mutate_json
 from hardening.onnx_files import mutate_onnx
 from hardening.raw import mutate_bytes
@@ -60,6 +61,9 @@ KINDS = (
     Kind("artifact", "tokenizer.json", mutate_tokenizer, "program"),
     Kind("external", "model.onnx", mutate_onnx, "program", weight=2),
     Kind("external", "model.onnx.data", mutate_bytes, "program"),
+    Kind("artifact-pte", "model.pte", mutate_flatbuffer, "stream", weight=6),
+    Kind("artifact-pte", "manifest.json", mutate_json, "stream"),
+    Kind("artifact-pte", "tokenizer.json", mutate_tokenizer, "stream"),
     Kind("mamba", "config.json", mutate_json, "source"),
     Kind("mamba", "model.safetensors", mutate_safetensors, "source"),
     Kind("original", "config.json", mutate_json, "source"),

@@ -54,7 +54,7 @@ def _set(module: Any, **values: int) -> Iterator[None]:
 
 
 def make_samples(folder: Path) -> None:
-    """checkpoint, sharded, quantized, quantized-shards, artifact, external, mamba, original, recipe."""
+    """checkpoint, sharded, quantized, quantized-shards, artifact, artifact-pte, external, mamba, original, recipe."""
     checkpoint = write_model(
         folder / "checkpoint", random_model(CONFIG, seed=7, dtype=torch.float32), dtype=torch.bfloat16
     )
@@ -66,6 +66,7 @@ def make_samples(folder: Path) -> None:
         mossquant.quantize(checkpoint, folder / "quantized-shards", recipe="int8")
     mossquant.quantize(checkpoint, folder / "quantized", recipe="int4")
     mossquant.export(folder / "quantized", folder / "artifact")
+    mossquant.export(folder / "quantized", folder / "artifact-pte", target="executorch")
     with _set(onnx_save, EXTERNAL_ABOVE=0):
         mossquant.export(checkpoint, folder / "external")
     _mambas(folder)

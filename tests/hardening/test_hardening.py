@@ -55,6 +55,7 @@ def _words(case: Case, damaged: Path, samples: Path, out: Path) -> list[object]:
         "checkpoint": [["quantize", damaged, "-o", out], ["import", damaged, "-o", out]],
         "quantized": [["export", damaged, "-o", out], ["compare", good, damaged, "--text", text, "--tokens", 24]],
         "program": [["compare", good, damaged, "--text", text, "--tokens", 24]],
+        "stream": [["compare", good, damaged, "--text", text, "--tokens", 24]],
         "source": [["import", damaged, "-o", out]],
         "recipe": [["quantize", good, "-o", out, "--recipe", damaged / "recipe.yaml"]],
     }
