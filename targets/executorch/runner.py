@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -61,13 +62,16 @@ class ExecutorchRunner:
         self._vocab_size, self._chunk = config.vocab_size, self._metadata.max_chunk
         _check_ports(self._file, self._shapes, self._vocab_size, self._chunk)
         apart.run(self._path, self._sha256)
+        if threads is not None:
+            with quiet():
+                _use_threads(threads)
+        self._load()
+        _OPEN.add(self)
+
+    def _load(self) -> None:
         with quiet():
             # The runtime maps the file; a method borrows from its program, which must live as long.
             self._program = runtime().load_program(str(self._path))
-            if threads is not None:
-                from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-
-                _unsafe_reset_threadpool(threads)
         self._methods: dict[str, Any] = {}
 
     @cached_property
@@ -141,6 +145,21 @@ class ExecutorchRunner:
                 self._methods[name] = self._program.load_method(name)
         logits, *after = self._methods[name].execute([tokens, *states])
         return logits.numpy(), after
+
+
+_OPEN: "WeakSet[ExecutorchRunner]" = WeakSet()
+
+
+def _use_threads(threads: int) -> None:
+    """Give XNNPACK so many threads. A loaded method runs on the threads of its time, which end here: load all again."""
+    runtime()
+    from executorch.extension.pybindings import portable_lib
+
+    if portable_lib._threadpool_get_thread_count() == threads:
+        return
+    portable_lib._unsafe_reset_threadpool(threads)
+    for other in _OPEN:
+        other._load()
 
 
 def _one_stream(batch: int) -> None:

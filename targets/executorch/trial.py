@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -62,9 +63,11 @@ class Trial:
                 return
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            self._process.stdin.write(json.dumps({"path": str(path.absolute())}) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            answer = ""
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps({"path": str(path.absolute())}) + "\n")
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
             if not answer:
                 raise RuntimeError("the process that tries .pte programs ended by itself")
             error = json.loads(answer)["error"]
