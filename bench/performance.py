@@ -153,6 +153,12 @@ def pte_parts(path: Path, repeats: int) -> list[tuple[str, float]]:
     return sorted(found, key=lambda row: -row[1])
 
 
+def file_bytes(path: Path) -> int:
+    """Of a program, or of a checkpoint's tensors."""
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
 def speed(value: Any) -> str:
     return f"{value.median:,.0f} ({value.min:,.0f}–{value.max:,.0f})"
 
@@ -171,7 +177,7 @@ def main() -> None:
             reports = timed(path, asked.repeats)
             for i, first in enumerate(reports[512].artifacts):
                 prefill = [speed(reports[prompt].artifacts[i].prefill_tok_s) for prompt in PROMPTS]
-                size = f"{first.weight_bytes / 1e6:,.1f}"
+                size = f"{file_bytes(Path(first.path)) / 1e6:,.1f}"
                 kind = {"quantized checkpoint": "PyTorch, fp32 activations", "onnx": ".onnx", "executorch": ".pte"}
                 lines.append(
                     f"| {name} | {kind[first.kind]} | {speed(first.decode_tok_s)} | {' | '.join(prefill)} | {size} |"

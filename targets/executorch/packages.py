@@ -136,30 +136,19 @@ def load_program(path: str | Path) -> Any:
 
 def load_method(program: Any, name: str) -> Any:
     """A method of a program, called with a list of tensors for a list of tensors. XNNPACK packs its weights now."""
-    _loaded.add(name)
     with quiet():
         return program.load_method(name)
 
 
-_loaded: set[str] = set()
-"""Methods that this process has loaded: they hold on to the pool of threads."""
-
-
-def set_threads(count: int) -> None:
+def set_threads(count: int) -> bool:
     """Threads of XNNPACK, for the whole process.
 
-    Raises:
-        InputError: methods were loaded with another number, which cannot be changed under them.
+    Returns:
+        Whether the number changed: methods that were loaded before run on threads that ended, and must be loaded again.
     """
     library = load_runtime()
     with quiet():
-        running = library._threadpool_get_thread_count()
-    if running == count:
-        return
-    if _loaded:
-        raise InputError(
-            f"this process runs .pte programs with {running} threads, which cannot become {count} any more; "
-            "ask for the same number, or start another process"
-        )
-    with quiet():
+        if library._threadpool_get_thread_count() == count:
+            return False
         library._unsafe_reset_threadpool(count)
+    return True

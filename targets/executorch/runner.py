@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -60,9 +61,14 @@ class ExecutorchRunner:
         self._vocab_size, self._chunk = config.vocab_size, self._metadata.max_chunk
         _check_ports(self._file, self._shapes, self._vocab_size, self._chunk)
         try_apart(self._path, self._sha256)
+        if threads is not None and set_threads(threads):
+            for other in _OPEN:
+                other._load()
+        self._load()
+        _OPEN.add(self)
+
+    def _load(self) -> None:
         self._program = load_program(self._path)
-        if threads is not None:
-            set_threads(threads)
         self._methods: dict[str, Any] = {}
 
     @cached_property
@@ -135,6 +141,10 @@ class ExecutorchRunner:
             self._methods[name] = load_method(self._program, name)
         logits, *after = self._methods[name]([tokens, *states])
         return logits.numpy(), after
+
+
+_OPEN: "WeakSet[ExecutorchRunner]" = WeakSet()
+"""Runners whose methods are loaded again where the number of threads changes."""
 
 
 def _one_stream(batch: int) -> None:

@@ -87,14 +87,13 @@ class _Process:
         with self._lock:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            try:
+            answer = ""
+            with suppress(BrokenPipeError):
                 self._process.stdin.write(json.dumps({"path": str(path.absolute())}) + "\n")
                 self._process.stdin.flush()
                 answer = self._process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
             if not answer:
-                _process.cache_clear()
+                _forget()
                 raise RuntimeError("the process that tries .pte programs ended by itself")
             found: str | None = json.loads(answer)["error"]
             return found
@@ -109,6 +108,9 @@ class _Process:
 @lru_cache(maxsize=1)
 def _process() -> _Process:
     return _Process()
+
+
+_forget = _process.cache_clear
 
 
 def _serve(requests: IO[str], answers: IO[str]) -> None:

@@ -24,6 +24,7 @@ RUNTIMES: dict[str, tuple[str, str | None]] = {
     "int4": ("quantized_folder", None),
     "int4, planned": ("quantized_folder", "planned"),
     "int4 .onnx": ("artifact_folder", None),
+    "int4 .pte": ("pte_folder", None),
 }
 """Name → fixture of its path, and the activations that it is opened with."""
 

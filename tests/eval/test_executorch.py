@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that measures or runs takes a .pte like an .onnx."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mossquant.errors import InputError
+from mossquant.eval.bench import bench
+from mossquant.eval.compare import compare
+from mossquant.eval.generate import generate
+from mossquant.eval.open import open_model, open_runner
+from mossquant.eval.perplexity import perplexity
+from mossquant.eval.verify import verify
+from mossquant.text import Tokenizer
+
+
+def test_it_opens_with_its_tokenizer(pte_folder: Path, quantized_folder: Path) -> None:
+    opened = open_model(pte_folder / "model.pte", activations="int8_row_asym", threads=1)
+    assert opened.folder == pte_folder
+    assert opened.tokenizer.sha256 is None
+    assert (opened.runner.info.kind, opened.runner.info.vocab_size) == ("executorch", 256)
+    assert opened.runner.info.model_sha256 == open_runner(quantized_folder).info.model_sha256
+    with pytest.raises(InputError, match="was exported with int8_row_asym activations, not fp32"):
+        open_runner(pte_folder, activations="fp32")
+
+
+def test_a_folder_with_two_programs_needs_a_choice(pte_folder: Path, artifact_folder: Path, tmp_path: Path) -> None:
+    for program in (pte_folder / "model.pte", artifact_folder / "model.onnx"):
+        shutil.copy(program, tmp_path)
+    with pytest.raises(InputError, match=r"holds 2 programs; give one of them: .*model\.onnx, .*model\.pte"):
+        open_runner(tmp_path)
+    assert open_runner(tmp_path / "model.pte").info.kind == "executorch"
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_perplexity_and_comparison(
+    pte_folder: Path, artifact_folder: Path, checkpoint_folder: Path, text: Path, streams: int
+) -> None:
+    """Several streams are read one after the other: a .pte runs one at a time."""
+    alone = perplexity(pte_folder, text=text, tokens=600, streams=streams, threads=1)
+    report = compare(
+        checkpoint_folder, [pte_folder, artifact_folder], text=text, tokens=600, streams=streams, threads=1
+    )
+    pte, onnx = report.candidates
+    assert pte.perplexity == alone.perplexity
+    # The same weights with inputs rounded in two ways: as far from the original as one another, to a factor.
+    assert 0 < pte.kl_mean < 3 * onnx.kl_mean
+
+
+def test_generation(pte_folder: Path) -> None:
+    runner, tokenizer = open_runner(pte_folder, threads=1), Tokenizer.byte_level()
+    found = generate(runner, tokenizer, "The quick brown fox", max_tokens=12)
+    assert len(found.tokens) == 12
+    assert generate(runner, tokenizer, "The quick brown fox", max_tokens=12).tokens == found.tokens
+
+
+def test_verification_of_the_weights_of_both_targets(
+    pte_folder: Path, artifact_folder: Path, quantized_folder: Path, checkpoint_folder: Path
+) -> None:
+    report = verify(quantized_folder, [pte_folder, artifact_folder], weights_only=True)
+    assert report.failures() == []
+    assert [one.weights.weights for one in report.artifacts] == [report.artifacts[0].weights.weights] * 2
+    assert not verify(checkpoint_folder, [pte_folder], weights_only=True).passed
+
+
+def test_an_artifact_whose_weights_differ_is_not_run(pte_folder: Path, quantized_folder: Path, tmp_path: Path) -> None:
+    data = bytearray((pte_folder / "model.pte").read_bytes())
+    norm = open_runner(quantized_folder).model.norm_f.numpy().tobytes()  # type: ignore[attr-defined]
+    assert data.count(norm) == 1
+    data[data.find(norm)] ^= 1
+    (tmp_path / "model.pte").write_bytes(data)
+    report = verify(quantized_folder, [tmp_path / "model.pte"])
+    assert not report.passed
+    assert report.artifacts[0].parity is None
+    assert any("backbone.norm_f.weight: value [0] is" in line for line in report.failures())
+
+
+def test_timing(pte_folder: Path, artifact_folder: Path) -> None:
+    report = bench([pte_folder, artifact_folder], threads=1, prompt=8, decode=3, repeats=1)
+    assert [entry["kind"] for entry in report.to_json()["artifacts"]] == ["executorch", "onnx"]

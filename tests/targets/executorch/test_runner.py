@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ExecuTorch Runner keeps the protocol's promises, and refuses what it was not given whole."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lowered import Lowered, Workshop
+from numpy.typing import NDArray
+
+from mossquant.errors import InputError
+from mossquant.outputs import file_sha256
+from mossquant.runner import UsedStateError
+from mossquant.targets.executorch import ExecutorchRunner, packages
+from mossquant.targets.executorch import runner as module
+from mossquant.targets.executorch.metadata import read_metadata
+from mossquant.targets.executorch.program_file import ProgramFile
+
+
+@pytest.fixture
+def folder(int4: Lowered, tmp_path: Path) -> Path:
+    """A copy of an artifact, to damage; without the manifest, by which any damage would be seen."""
+    return Path(shutil.copytree(int4.artifact, tmp_path / "artifact", ignore=lambda *_: ["manifest.json"]))
+
+
+def test_info(int4: Lowered) -> None:
+    info = int4.runner.info
+    assert (info.path, info.kind, info.weights) == (str(int4.artifact), "executorch", "int4")
+    assert (info.activations, info.state_format, info.vocab_size) == ("int8_row_asym", "fp32", int4.config.vocab_size)
+    assert (info.max_batch, info.max_chunk) == (1, None)
+    assert info.file_bytes == int4.program.stat().st_size
+    assert info.files == {"model.pte": file_sha256(int4.program)}
+    assert 4.5 < info.bits_per_weight < 9
+    assert info.config["model_type"] == "mossnet"
+    assert info.model_sha256 == int4.reference().info.model_sha256
+
+
+def test_a_file_and_its_folder_are_the_same(int4: Lowered) -> None:
+    assert ExecutorchRunner(int4.program).info.files == int4.runner.info.files
+
+
+def test_threads_belong_to_the_process(int4: Lowered) -> None:
+    """Runners that were opened with other numbers of threads go on, with the same numbers, whoever is called."""
+    tokens = int4.tokens(1, 9)
+    expected, _ = int4.runner(tokens, int4.runner.initial_state(1), logits="all")
+    runners = [int4.runner]
+    for threads in (2, None, 1, 1, 3):
+        runners.append(ExecutorchRunner(int4.program, threads=threads))
+        for runner in runners:
+            found, _ = runner(tokens, runner.initial_state(1), logits="all")
+            np.testing.assert_array_equal(found, expected)
+    ExecutorchRunner(int4.program, threads=1)
+
+
+def test_logits_and_states_belong_to_the_caller(int4: Lowered) -> None:
+    runner, tokens = int4.runner, int4.tokens(1, 9)
+    state = runner.initial_state(1)
+    logits, state = runner(tokens[:, :3], state)
+    kept, copied = logits.copy(), runner.copy(state)
+    arrays = runner.read(state)
+    before = {name: array.copy() for name, array in arrays.items()}
+    for time in range(3, 9):
+        _, state = runner(tokens[:, time : time + 1], state)
+    np.testing.assert_array_equal(logits, kept)
+    for name, array in runner.read(copied).items():
+        np.testing.assert_array_equal(array, before[name])
+        arrays[name][:] = 0
+        np.testing.assert_array_equal(runner.read(copied)[name], before[name])
+
+
+def test_a_state_is_consumed(int4: Lowered) -> None:
+    runner, tokens = int4.runner, int4.tokens(1, 3)
+    state = runner.initial_state(1)
+    _, after = runner(tokens, state)
+    for use in (lambda: runner(tokens, state), lambda: runner.copy(state), lambda: runner.read(state)):
+        with pytest.raises(UsedStateError, match="consumed by an earlier call"):
+            use()
+    runner(tokens, after)
+
+
+def test_a_refused_call_consumes_nothing(int4: Lowered) -> None:
+    runner, tokens = int4.runner, int4.tokens(1, 3)
+    state = runner.initial_state(1)
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        runner(tokens + 1000, state)
+    runner(tokens, state)
+
+
+def test_a_copy_goes_its_own_way(int4: Lowered) -> None:
+    runner, tokens = int4.runner, int4.tokens(1, 9)
+    _, state = runner(tokens, runner.initial_state(1))
+    other = runner.copy(state)
+    expected, end = runner(tokens, state, logits="all")
+    runner(tokens, end)
+    found, _ = runner(tokens, other, logits="all")
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("model", ["mamba", pytest.param("no window", marks=pytest.mark.slow)])
+def test_read_and_write(workshop: Workshop, model: str) -> None:
+    lowered = workshop(model, "int4" if model == "no window" else None, target="executorch")
+    runner, tokens, config = lowered.runner, lowered.tokens(1, 9), lowered.config
+    _, state = runner(tokens, runner.initial_state(1))
+    arrays = runner.read(state)
+    assert arrays["layers.1.mixer.ssm"].shape == (1, config.d_inner, config.state_size)
+    assert arrays["layers.1.mixer.conv"].shape == (1, config.d_inner, config.conv_kernel - 1)
+    written = runner.write({name: np.asfortranarray(array) for name, array in arrays.items()})
+    for step in (tokens[:, :1], tokens):
+        expected, state = runner(step, state)
+        found, written = runner(step, written)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_state_of_the_pytorch_model_can_be_carried_on(int4: Lowered) -> None:
+    runner, reference, tokens = int4.runner, int4.reference(), int4.tokens(1, 9)
+    _, state = reference(tokens, reference.initial_state(1))
+    arrays = reference.read(state)
+    for name, array in runner.read(runner.write(arrays)).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.array([[0, 256]]), "token 256 is outside the vocabulary of 256"),
+        (np.array([[-1, 3]]), "token -1 is outside the vocabulary of 256"),
+        (np.zeros((1, 0), np.int64), "no tokens"),
+        (np.zeros((2, 3), np.int64), "batch 2 and the state has 1"),
+        (np.zeros(3, np.int64), r"give integers \[batch, time\]"),
+        (np.zeros((1, 3)), r"give integers \[batch, time\]"),
+    ],
+)
+def test_bad_tokens(int4: Lowered, tokens: NDArray[np.int64], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        int4.runner(tokens, int4.runner.initial_state(1))
+
+
+def test_one_stream_at_a_time(int4: Lowered) -> None:
+    runner = int4.runner
+    message = r"a \.pte runs one stream, and 2 were asked for; run them one after the other"
+    with pytest.raises(InputError, match=message):
+        runner.initial_state(2)
+    arrays = runner.read(runner.initial_state(1))
+    with pytest.raises(InputError, match=message):
+        runner.write({name: np.concatenate([array, array]) for name, array in arrays.items()})
+    with pytest.raises(InputError, match="a batch of 0"):
+        runner.initial_state(0)
+
+
+def test_bad_states(int4: Lowered) -> None:
+    runner = int4.runner
+    arrays = runner.read(runner.initial_state(1))
+    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm is missing"):
+        runner.write({name: array for name, array in arrays.items() if name != "layers.0.mixer.ssm"})
+    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm has shape"):
+        runner.write({**arrays, "layers.0.mixer.ssm": arrays["layers.0.mixer.conv"]})
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 5000, 0.5, 0.999])
+def test_a_file_that_was_cut_short(folder: Path, kept: float) -> None:
+    data = (folder / "model.pte").read_bytes()
+    (folder / "model.pte").write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    with pytest.raises(InputError, match=r"is empty|is not a \.pte that can be read"):
+        ExecutorchRunner(folder)
+
+
+def test_a_foreign_file(tmp_path: Path) -> None:
+    (tmp_path / "model.pte").write_bytes(b"plain text, not a program\n" * 20)
+    with pytest.raises(InputError, match=r"is not a \.pte that can be read"):
+        ExecutorchRunner(tmp_path / "model.pte")
+
+
+def test_a_program_that_is_not_the_one_in_its_manifest(int4: Lowered, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(int4.artifact, tmp_path / "artifact"))
+    data = bytearray((folder / "model.pte").read_bytes())
+    router = _router_bytes(int4)
+    data[data.find(router)] ^= 1
+    (folder / "model.pte").write_bytes(data)
+    with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.pte has another SHA-256"):
+        ExecutorchRunner(folder)
+    (folder / "model.pte").rename(folder / "alone.pte")
+    ExecutorchRunner(folder / "alone.pte")
+
+
+def _router_bytes(lowered: Lowered) -> bytes:
+    method = ProgramFile(lowered.program).methods["decode"]
+    return next(one for part in method.delegates for one in part.linears if one.bits is None).codes.tobytes()
+
+
+def test_metadata_of_a_model_of_another_shape(folder: Path) -> None:
+    """Inputs and outputs must be those that the metadata promise; hashes cannot tell."""
+    data, metadata = (folder / "model.pte").read_bytes(), read_metadata(ProgramFile(folder / "model.pte"))
+    assert metadata.config["hidden_size"] == 64
+    for old, new in ((b'"state_size": 16', b'"state_size": 17'), (b'"max_chunk": 128', b'"max_chunk": 512')):
+        assert data.count(old) == 1
+        (folder / "model.pte").write_bytes(data.replace(old, new))
+        with pytest.raises(
+            InputError, match=r"do not fit its metadata: .*takes or gives other arrays than the model's"
+        ):
+            ExecutorchRunner(folder)
+
+
+def test_a_tokenizer_of_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = folder / "tokenizer.json"
+    own.write_text("{}")
+    update = {"tokenizer_sha256": file_sha256(own)}
+    monkeypatch.setattr(module, "read_metadata", lambda file: read_metadata(file).model_copy(update=update))
+    assert ExecutorchRunner(folder).metadata.tokenizer_sha256 == file_sha256(own)
+    own.write_text("[]")
+    with pytest.raises(InputError, match=r"is not the tokenizer of model\.pte"):
+        ExecutorchRunner(folder)
+
+
+def test_packages_that_are_missing_or_others(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(packages, "version", missing)
+    message = r"executorch is not installed, and \.pte programs need it; run: pip install 'mossquant\[executorch\]'"
+    with pytest.raises(InputError, match=message):
+        ExecutorchRunner(int4.program)
+    monkeypatch.setattr(packages, "version", lambda name: "0.1")
+    with pytest.raises(InputError, match=r"executorch 0\.1 is installed and 1\.4\.1 is needed"):
+        ExecutorchRunner(int4.program)
+
+
+def test_what_is_no_program(int4: Lowered) -> None:
+    with pytest.raises(InputError, match="is of kind 'quantized checkpoint', but the ExecuTorch Runner needs: execut"):
+        ExecutorchRunner(int4.checkpoint)

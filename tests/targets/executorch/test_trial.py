@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program that brings the runtime down, hangs or gives nonsense does so apart, and is refused in one line."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lowered import Lowered
+
+from mossquant.errors import InputError
+from mossquant.outputs import file_sha256
+from mossquant.release import release
+from mossquant.targets.executorch import ExecutorchRunner, trial
+from mossquant.targets.executorch.metadata import read_metadata
+from mossquant.targets.executorch.packages import EXECUTORCH
+from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.trial import try_apart
+
+SEEDS = 600
+"""Single bytes that are changed until one passes our checks and ends the runtime; about one in a hundred does."""
+
+
+@pytest.fixture
+def own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A process and a cache of this test's own."""
+    found = trial._Process()
+    monkeypatch.setattr(trial, "_process", lambda: found)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield found
+    found.close()
+
+
+def test_a_faithful_program_passes_and_is_tried_once(int4: Lowered, own_process: Any, tmp_path: Path) -> None:
+    sha256 = file_sha256(int4.program)
+    try_apart(int4.program, sha256)
+    assert [path.name for path in (tmp_path / "cache/mossquant/ran").iterdir()] == [
+        f"{sha256}-executorch-{EXECUTORCH}-mossquant-{release()}"
+    ]
+    own_process.close()
+    try_apart(int4.program, sha256)
+
+
+def test_a_cache_that_cannot_be_written(int4: Lowered, own_process: Any, tmp_path: Path) -> None:
+    """The program is tried every time, and that is all."""
+    (tmp_path / "cache").write_text("a file")
+    for _ in range(2):
+        try_apart(int4.program, file_sha256(int4.program))
+
+
+def test_a_program_that_ends_the_runtime(int4: Lowered, tmp_path: Path) -> None:
+    """Found by trying; it is a user's error here, and the next program runs."""
+    whole, path = int4.program.read_bytes(), tmp_path / "model.pte"
+    methods = ProgramFile(int4.program).program_bytes
+    for seed in range(SEEDS):
+        random = np.random.default_rng(seed)
+        data = bytearray(whole)
+        data[random.integers(methods)] ^= int(random.integers(1, 256))
+        path.write_bytes(data)
+        try:
+            file = ProgramFile(path)
+            read_metadata(file)
+            assert file.methods.keys()
+        except InputError:
+            continue
+        message = ""
+        try:
+            ExecutorchRunner(path)
+        except InputError as error:
+            message = str(error)
+        if "the runtime was ended by SIG" in message:
+            break
+    assert message.startswith(f"{path} cannot be run (the runtime was ended by SIG")
+    assert message.endswith("copy the artifact's folder again, or export again")
+    runner = ExecutorchRunner(int4.program)
+    runner(int4.tokens(1, 3), runner.initial_state(1))
+
+
+def test_a_program_that_gives_no_numbers(int4: Lowered, tmp_path: Path) -> None:
+    data, path = bytearray(int4.program.read_bytes()), tmp_path / "model.pte"
+    norm = next(one for one in ProgramFile(int4.program).methods["decode"].constants if one.shape == (64,)).tobytes()
+    data[data.find(norm) : data.find(norm) + len(norm)] = np.full(64, np.nan, np.float32).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"cannot be run .*gives values that are not finite"):
+        ExecutorchRunner(path)
+
+
+def test_a_program_that_does_not_end(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "SECONDS", 0.2)
+    monkeypatch.setattr(trial, "_run", lambda path: time.sleep(60))
+    before = time.monotonic()
+    found = trial._in_a_fork(str(int4.program))
+    assert found == "it did not end within 0.2 seconds"
+    assert time.monotonic() - before < 30
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda path: os.kill(os.getpid(), signal.SIGKILL), "the runtime was ended by SIGKILL"),
+        (lambda path: os._exit(3), "the runtime ended with status 3"),
+        (lambda path: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda path: bytearray(1 << 50), "MemoryError:"),
+        (lambda path: None, None),
+    ],
+)
+def test_what_a_fork_says(monkeypatch: pytest.MonkeyPatch, fault: object, message: str | None) -> None:
+    monkeypatch.setattr(trial, "_run", fault)
+    assert trial._in_a_fork("model.pte") == message
+
+
+def test_a_process_that_was_killed_is_noticed(int4: Lowered, own_process: Any) -> None:
+    """Nothing is loaded untried because nobody answers."""
+    own_process._process.kill()
+    own_process._process.wait()
+    with pytest.raises(RuntimeError, match=r"the process that tries \.pte programs ended by itself"):
+        try_apart(int4.program, file_sha256(int4.program))
+
+
+def test_a_path_with_odd_characters(int4: Lowered, own_process: Any, tmp_path: Path) -> None:
+    path = tmp_path / 'a "name"\nof two lines é.pte'
+    shutil.copy(int4.program, path)
+    try_apart(path, file_sha256(path))
