@@ -4,11 +4,10 @@
     flatbuffer "ET12" (program.fbs)     execution plans, and where the segments lie
     segments                            constants of portable kernels, delegates' payloads, named data
 
-An XNNPACK payload is a flatbuffer of its own ("XN01", schema.fbs) behind a header; its weights are named data,
-stored once for all methods. Slot numbers are those of the schemas of ExecuTorch 1.4.
+Weights of the delegates are named data, stored once for all methods. Slot numbers are those of the schema of ExecuTorch
+1.4; a delegate's own are in `mossquant.targets.executorch.delegate`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,52 +19,19 @@ from numpy.typing import NDArray
 
 from mossquant.errors import InputError
 from mossquant.jsonfile import parse_json
+from mossquant.targets.executorch.delegate import Delegate, array, read_delegate
 from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
-__all__ = ["CONSTANTS", "WEIGHTS", "Delegate", "Linear", "PlanMethod", "ProgramFile"]
+__all__ = ["CONSTANTS", "WEIGHTS", "PlanMethod", "ProgramFile"]
 
 WEIGHTS, CONSTANTS = "weights of the delegates", "tables and small tensors"
 """Names of the sections that hold weights."""
 
 _HEADER = slice(8, 40)
 _STRING, _TENSOR = 6, 5  # of the union KernelTypes
-_FULLY_CONNECTED = 2  # of the union XNodeUnion
-_QUANTIZED_VALUE = 2  # of the union XValueUnion
-_PER_CHANNEL, _PER_GROUP = 1, 4  # of the union XNNQuantParams
-_FP32, _QCINT8, _QBINT4, _QDINT8 = 1, 6, 10, 9  # XNNDatatype
-_ABSENT = 0xFFFFFFFF
-_BITS = {_QCINT8: 8, _QBINT4: 4}
 _SEGMENT = 1  # DataLocation
-_MOST_SIZES = 4
 _TYPES = {0: "u1", 1: "i1", 3: "<i4", 4: "<i8", 6: "<f4", 11: "?"}  # ScalarType
 _AGAIN = "copy the artifact's folder again, or export again"
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A fully connected node inside a delegate.
-
-    Attributes:
-        bits: bits of a code; None where the weight is fp32.
-        group: inputs that share a scale; 0 for one scale a row, and where the weight is fp32.
-        rounds_input: whether its input is rounded to int8 at run time, one range a row.
-        codes: int8 [N, K], or fp32 values [N, K].
-        scales: fp32 [N, groups]; empty where the weight is fp32.
-    """
-
-    bits: int | None
-    group: int
-    rounds_input: bool
-    codes: NDArray[Any]
-    scales: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Delegate:
-    """One XNNPACK payload: its linears, and its other fp32 constants, flat."""
-
-    linears: tuple[Linear, ...]
-    constants: tuple[NDArray[np.float32], ...]
 
 
 @dataclass(frozen=True)
@@ -195,45 +161,13 @@ class ProgramFile:
         kind = _TYPES.get(tensor.number(0, "i1"))
         if kind is None or index >= len(self._constant_offsets):
             raise DamagedError("a constant has a type or place that mossquant does not write")
-        return _array(self._constants, int(self._constant_offsets[index]), kind, tensor.numbers(2, "<i4"))
+        return array(self._constants, int(self._constant_offsets[index]), kind, tensor.numbers(2, "<i4"))
 
     def _delegate(self, delegate: Table) -> Delegate:
         reference = delegate.table(1)
         if delegate.string(0) != "XnnpackBackend" or reference is None or reference.number(0, "u1") != _SEGMENT:
             raise DamagedError("a delegate is not XNNPACK's")
-        payload = self._segment(reference.number(1))
-        if bytes(payload[4:8]) != b"XH00":
-            raise DamagedError("a delegate has no header")
-        start, size = (int.from_bytes(payload[at : at + 4], "little") for at in (10, 14))
-        if start + size > len(payload):
-            raise DamagedError("a delegate is cut short")
-        graph = root(payload[start : start + size], b"XN01")
-        data = [self._weights(entry) for entry in graph.tables(8)]
-        values = {value.number(6): (value, params) for value, params in map(_value, graph.tables(2))}
-        linears, filters = [], set()
-        for node in graph.tables(1):
-            kind, linear = node.union(1)
-            if kind == _FULLY_CONNECTED and linear is not None:
-                source, weight = linear.number(0), linear.number(1)
-                if source not in values or weight not in values:
-                    raise DamagedError("a linear has no input or weight")
-                filters.add(weight)
-                rounds = values[source][0].number(0, "<i2") == _QDINT8
-                linears.append(_linear(*values[weight], data, rounds_input=rounds))
-        constants = [
-            _array(data[index], 0, "<f4", value.numbers(2))
-            for number, (value, _) in values.items()
-            if number not in filters and (index := value.number(3)) and index < len(data)
-        ]
-        return Delegate(tuple(linears), tuple(constants))
-
-    def _weights(self, entry: Table) -> memoryview:
-        key = entry.string(2)
-        if not key:
-            return self._data[:0]
-        if key not in self._named:
-            raise DamagedError("weights of a delegate are missing")
-        return self._named[key][: entry.number(1, "<u8")]
+        return read_delegate(self._segment(reference.number(1)), self._named)
 
     def _segment(self, index: int) -> memoryview:
         if index >= len(self._segments):
@@ -270,57 +204,3 @@ def _port(values: list[Table], index: int) -> tuple[str, tuple[int, ...]]:
     if kind != _TENSOR or tensor is None:
         raise DamagedError("a method takes or gives what is no tensor")
     return _TYPES.get(tensor.number(0, "i1"), "?"), tuple(int(size) for size in tensor.numbers(2, "<i4"))
-
-
-def _value(value: Table) -> tuple[Table, tuple[int, Table | None]]:
-    """(tensor value, (kind of quantization, its parameters)) of an XValue."""
-    kind, table = value.union(1)
-    if table is None:
-        raise DamagedError("a value of a delegate is empty")
-    if kind != _QUANTIZED_VALUE:
-        return table, (0, None)
-    tensor = table.table(0)
-    if tensor is None:
-        raise DamagedError("a value of a delegate is empty")
-    return tensor, table.union(2)
-
-
-def _linear(value: Table, params: tuple[int, Table | None], data: list[memoryview], *, rounds_input: bool) -> Linear:
-    dims, kind, index = value.numbers(2), value.number(0, "<i2"), value.number(3)
-    if len(dims) != 2 or not 0 < index < len(data):
-        raise DamagedError("a linear has no constant matrix")
-    rows, columns = map(int, dims)
-    if kind == _FP32:
-        return Linear(None, 0, rounds_input, _array(data[index], 0, "<f4", dims), np.empty((rows, 0), np.float32))
-    how, table = params
-    if kind == _QCINT8 and how == _PER_CHANNEL and table is not None:
-        scales = _scales(table, 2, data, "<f4")
-        return Linear(8, 0, rounds_input, _array(data[index], 0, "i1", dims), scales.reshape(-1, 1))
-    if kind == _QBINT4 and how == _PER_GROUP and table is not None:
-        packed = _array(data[index], 0, "u1", np.array([rows, columns // 2]))
-        codes = np.stack([packed & 15, packed >> 4], -1).reshape(rows, -1).astype(np.int8) - 8
-        scales = (_scales(table, 4, data, "<u2").astype(np.uint32) << 16).view(np.float32)
-        if rows == 0 or scales.size % rows:
-            raise DamagedError("a linear has scales that do not fit its rows")
-        return Linear(4, table.number(2, "<i4"), rounds_input, codes, scales.reshape(rows, -1))
-    raise DamagedError("a linear has weights of a kind that mossquant does not write")
-
-
-def _scales(table: Table, slot: int, data: list[memoryview], kind: str) -> NDArray[Any]:
-    """Scales in the delegate's data, or in the graph itself."""
-    index, count = table.number(slot), table.number(slot + 1)
-    if count == 0:
-        return table.numbers(0, "<f4")
-    if index >= len(data):
-        raise DamagedError("the scales of a linear are missing")
-    return _array(data[index], 0, kind, np.array([count]))
-
-
-def _array(data: memoryview, offset: int, kind: str, sizes: NDArray[Any]) -> NDArray[Any]:
-    shape = [int(size) for size in sizes]
-    if len(shape) > _MOST_SIZES or min(shape, default=0) < 0:
-        raise DamagedError("a constant has sizes that mossquant does not write")
-    count = math.prod(shape)
-    if offset + count * np.dtype(kind).itemsize > len(data):
-        raise DamagedError("a constant is cut short")
-    return np.frombuffer(data, kind, count, offset).reshape(shape)

@@ -14,9 +14,10 @@ from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
 from mossquant.locate import Located, locate
 from mossquant.quantized import QuantizedCheckpoint
+from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.expected import Expected, expected_constants, expected_linears
 from mossquant.targets.executorch.metadata import read_metadata
-from mossquant.targets.executorch.program_file import Linear, PlanMethod, ProgramFile
+from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
 from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
 from mossquant.targets.weights_report import WeightsReport, first_difference

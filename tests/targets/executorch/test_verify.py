@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mossquant.capabilities import get_target
 from mossquant.errors import InputError
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.targets.executorch.program_file import Linear, PlanMethod, ProgramFile
+from mossquant.targets.executorch.delegate import Linear
+from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.executorch.verify import check_linears, verify
 from mossquant.targets.source import QuantizedSource
 

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an XNNPACK delegate of a .pte holds: its linears with their codes, and its other constants.
+
+A payload is a flatbuffer of its own ("XN01", schema.fbs) behind a header; its weights are named data of the program.
+Slot numbers are those of the schema of ExecuTorch 1.4.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
+
+__all__ = ["Delegate", "Linear", "array", "read_delegate"]
+
+_FULLY_CONNECTED = 2  # of the union XNodeUnion
+_QUANTIZED_VALUE = 2  # of the union XValueUnion
+_PER_CHANNEL, _PER_GROUP = 1, 4  # of the union XNNQuantParams
+_FP32, _QCINT8, _QBINT4, _QDINT8 = 1, 6, 10, 9  # XNNDatatype
+_MOST_SIZES = 4
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A fully connected node inside a delegate.
+
+    Attributes:
+        bits: bits of a code; None where the weight is fp32.
+        group: inputs that share a scale; 0 for one scale a row, and where the weight is fp32.
+        rounds_input: whether its input is rounded to int8 at run time, one range a row.
+        codes: int8 [N, K], or fp32 values [N, K].
+        scales: fp32 [N, groups]; empty where the weight is fp32.
+    """
+
+    bits: int | None
+    group: int
+    rounds_input: bool
+    codes: NDArray[Any]
+    scales: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Delegate:
+    """One XNNPACK payload: its linears, and its other fp32 constants, flat."""
+
+    linears: tuple[Linear, ...]
+    constants: tuple[NDArray[np.float32], ...]
+
+
+def read_delegate(payload: memoryview, named: Mapping[str, memoryview]) -> Delegate:
+    """Read one payload.
+
+    Args:
+        payload: its bytes.
+        named: the program's named data.
+
+    Raises:
+        DamagedError: it points outside itself, or holds what mossquant does not write.
+    """
+    if bytes(payload[4:8]) != b"XH00":
+        raise DamagedError("a delegate has no header")
+    start, size = (int.from_bytes(payload[at : at + 4], "little") for at in (10, 14))
+    if start + size > len(payload):
+        raise DamagedError("a delegate is cut short")
+    graph = root(payload[start : start + size], b"XN01")
+    data = [_weights(entry, named) for entry in graph.tables(8)]
+    values = {value.number(6): (value, params) for value, params in map(_value, graph.tables(2))}
+    linears, filters = [], set()
+    for node in graph.tables(1):
+        kind, linear = node.union(1)
+        if kind == _FULLY_CONNECTED and linear is not None:
+            source, weight = linear.number(0), linear.number(1)
+            if source not in values or weight not in values:
+                raise DamagedError("a linear has no input or weight")
+            filters.add(weight)
+            rounds = values[source][0].number(0, "<i2") == _QDINT8
+            linears.append(_linear(*values[weight], data, rounds_input=rounds))
+    constants = [
+        array(data[index], 0, "<f4", value.numbers(2))
+        for number, (value, _) in values.items()
+        if number not in filters and (index := value.number(3)) and index < len(data)
+    ]
+    return Delegate(tuple(linears), tuple(constants))
+
+
+def _weights(entry: Table, named: Mapping[str, memoryview]) -> memoryview:
+    key = entry.string(2)
+    if not key:
+        return memoryview(b"")
+    if key not in named:
+        raise DamagedError("weights of a delegate are missing")
+    return named[key][: entry.number(1, "<u8")]
+
+
+def _value(value: Table) -> tuple[Table, tuple[int, Table | None]]:
+    """(tensor value, (kind of quantization, its parameters)) of an XValue."""
+    kind, table = value.union(1)
+    if table is None:
+        raise DamagedError("a value of a delegate is empty")
+    if kind != _QUANTIZED_VALUE:
+        return table, (0, None)
+    tensor = table.table(0)
+    if tensor is None:
+        raise DamagedError("a value of a delegate is empty")
+    return tensor, table.union(2)
+
+
+def _linear(value: Table, params: tuple[int, Table | None], data: list[memoryview], *, rounds_input: bool) -> Linear:
+    dims, kind, index = value.numbers(2), value.number(0, "<i2"), value.number(3)
+    if len(dims) != 2 or not 0 < index < len(data):
+        raise DamagedError("a linear has no constant matrix")
+    rows, columns = map(int, dims)
+    if kind == _FP32:
+        return Linear(None, 0, rounds_input, array(data[index], 0, "<f4", dims), np.empty((rows, 0), np.float32))
+    how, table = params
+    if kind == _QCINT8 and how == _PER_CHANNEL and table is not None:
+        scales = _scales(table, 2, data, "<f4")
+        return Linear(8, 0, rounds_input, array(data[index], 0, "i1", dims), scales.reshape(-1, 1))
+    if kind == _QBINT4 and how == _PER_GROUP and table is not None:
+        packed = array(data[index], 0, "u1", np.array([rows, columns // 2]))
+        codes = np.stack([packed & 15, packed >> 4], -1).reshape(rows, -1).astype(np.int8) - 8
+        scales = (_scales(table, 4, data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        if rows == 0 or scales.size % rows:
+            raise DamagedError("a linear has scales that do not fit its rows")
+        return Linear(4, table.number(2, "<i4"), rounds_input, codes, scales.reshape(rows, -1))
+    raise DamagedError("a linear has weights of a kind that mossquant does not write")
+
+
+def _scales(table: Table, slot: int, data: list[memoryview], kind: str) -> NDArray[Any]:
+    """Scales in the delegate's data, or in the graph itself."""
+    index, count = table.number(slot), table.number(slot + 1)
+    if count == 0:
+        return table.numbers(0, "<f4")
+    if index >= len(data):
+        raise DamagedError("the scales of a linear are missing")
+    return array(data[index], 0, kind, np.array([count]))
+
+
+def array(data: memoryview, offset: int, kind: str, sizes: NDArray[Any]) -> NDArray[Any]:
+    """An array of a numpy type in a part of the file. Raises `DamagedError`: it ends behind it."""
+    shape = [int(size) for size in sizes]
+    if len(shape) > _MOST_SIZES or min(shape, default=0) < 0:
+        raise DamagedError("a constant has sizes that mossquant does not write")
+    count = math.prod(shape)
+    if offset + count * np.dtype(kind).itemsize > len(data):
+        raise DamagedError("a constant is cut short")
+    return np.frombuffer(data, kind, count, offset).reshape(shape)
