@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from lowered import Lowered, Workshop
 from numpy.typing import NDArray
+from small import CONFIGS, write_model
 
 from mossquant.capabilities import get_target
 from mossquant.errors import InputError
+from mossquant.model import MossNet
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.executorch.verify import check_linears, verify
+from mossquant.targets.export import export
 from mossquant.targets.source import QuantizedSource
 
 AT = "backbone.layers"
@@ -53,6 +56,16 @@ def test_every_kind_of_model_passes(workshop: Workshop, model: str, recipe: str 
     report = verify(lowered.checkpoint, lowered.artifact)
     assert report.differences == ()
     assert report.weights == lowered.runner.info.parameters
+
+
+@pytest.mark.slow
+def test_equal_tensors_are_all_found(tmp_path: Path) -> None:
+    """Norms and D of a model that was not trained are all ones, which a program stores once."""
+    model = MossNet(CONFIGS["mamba"])
+    model.reset_parameters(0)
+    checkpoint = write_model(tmp_path / "model", model.requires_grad_(False))
+    export(checkpoint, tmp_path / "artifact", target="executorch")
+    assert verify(checkpoint, tmp_path / "artifact").differences == ()
 
 
 def _packed(codes: NDArray[np.int8], *, first_high: bool = False) -> bytes:
