@@ -21,6 +21,7 @@ from mossquant.eval.machine import peak_rss_mb
 from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance
 from mossquant.locate import Located, locate
+from mossquant.outputs import file_sha256
 from mossquant.runner import Runner
 
 __all__ = ["main"]
@@ -78,6 +79,10 @@ _RUNTIMES = {"onnx": "mossquant.targets.onnx", "executorch": "mossquant.targets.
 def _warm(located: Located) -> None:
     """Import the runtime and bring the files into memory: an application's second start is what is timed."""
     importlib.import_module(_RUNTIMES.get(located.kind, "mossquant.targets.torch.runner"))
+    if located.kind == "executorch":
+        from mossquant.targets.executorch.trial import try_apart
+
+        try_apart(located.path, file_sha256(located.path))
     files = [located.path] if located.path.is_file() else sorted(located.path.glob("*.safetensors"))
     for path in files:
         with path.open("rb") as file:

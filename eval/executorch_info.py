@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a .pte is, and what each byte of it is for. The file is read, not run."""
 
-from mossquant.config import MossNetConfig
 from mossquant.eval.bench import active_share
 from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
 from mossquant.locate import Located
 from mossquant.outputs import file_sha256
 from mossquant.targets.artifact import check_listed
-from mossquant.targets.executorch.metadata import read_metadata, weight_bytes
-from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.metadata import open_program, weight_bytes
 
 __all__ = ["executorch_info"]
 
 
 def executorch_info(located: Located) -> InfoReport:
     """Say what a .pte is. Raises `InputError` where it is none of ours, or not what its manifest says."""
-    file = ProgramFile(located.path)
-    metadata = read_metadata(file)
-    config = MossNetConfig.from_json(metadata.config, where=f"the metadata of {located.path}")
+    opened = open_program(located.path)
+    file, metadata, config = opened.file, opened.metadata, opened.config
     digest = file_sha256(located.path)
     check_listed(located.path, {located.path.name: digest}, model=metadata.model_dump())
     memory = max(method.planned_bytes for method in file.methods.values())
@@ -30,7 +27,7 @@ def executorch_info(located: Located) -> InfoReport:
         torch_dtype=str(metadata.config["torch_dtype"]),
         parameters=metadata.parameters,
         active_parameters=round(metadata.parameters * active_share(config, kind="executorch")),
-        weight_bytes=weight_bytes(file, config),
+        weight_bytes=weight_bytes(opened),
         payload_bytes=metadata.payload_bytes,
         rows=(),
         files=(FileRow(located.path.name, located.path.stat().st_size, digest),),

@@ -57,6 +57,10 @@ def int8_row_asym(x: Tensor) -> Tensor:
     low = exact.amin(-1, keepdim=True).clamp(max=0)
     high = exact.amax(-1, keepdim=True).clamp(min=0)
     scale = torch.where(high == low, 1.0, 255 / (high - low))
+    # Near the smallest floats 255 / (high − low) overflows; such a row counts as zero, as its products do.
+    tiny = torch.isinf(scale)
+    exact, scale = torch.where(tiny, 0.0, exact), torch.where(tiny, 1.0, scale)
+    low, high = torch.where(tiny, 0.0, low), torch.where(tiny, 0.0, high)
     from_low, from_high = -128 - low * scale, 127 - high * scale
     # Of the two ends, the one where the zero point is represented with the smaller error decides.
     nearer_low = (-128 + low * scale) + (127 + high * scale) > 0

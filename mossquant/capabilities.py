@@ -43,10 +43,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest batch and the range of chunk lengths (tokens a call); None is unlimited."""
+    """Largest batch, and most tokens of one call (a Runner cuts longer ones); None is unlimited."""
 
     max_batch: int | None = None
-    min_chunk: int = 1
     max_chunk: int | None = None
 
 
@@ -140,7 +139,7 @@ CAPABILITIES: dict[str, Target] = {
             ("int8_row_asym",),
             "int8_row_asym",
             ("fp32",),
-            Limits(max_batch=1),
+            Limits(max_batch=1, max_chunk=128),
         ),
     )
 }

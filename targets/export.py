@@ -2,19 +2,24 @@
 """`export`: lower a checkpoint, quantized or not, to an artifact of one target or of several."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from mossquant.capabilities import Activations
+from mossquant.capabilities import Activations, check
 from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
 from mossquant.locate import locate
 from mossquant.outputs import check_free, new_folder
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.release import release
+from mossquant.space import check_space
 from mossquant.targets.artifact import TOKENIZER, Artifact, write_artifact_manifest
 from mossquant.targets.registry import Progress, get_exporters
 
 __all__ = ["export"]
+
+_MANIFEST_BYTES = 1 << 17
+"""Of a manifest: it names files, operators, inputs and outputs."""
 
 
 def export(
@@ -47,7 +52,8 @@ def export(
 
     Raises:
         InputError: a bad model or an artifact, an unknown target, a plan that a target cannot hold, int8 activations
-            for a full-precision checkpoint, an output that cannot be written: before any work.
+            for a full-precision checkpoint, an output that cannot be written, too little disk or memory: before any
+            work.
     """
     names = [target] if isinstance(target, str) else list(target)
     found, destination = get_exporters(names), Path(output)
@@ -60,11 +66,21 @@ def export(
             "leave --activations out, or run `mossquant quantize` first"
         )
     source = Checkpoint.open(folder) if located.kind == "checkpoint" else QuantizedCheckpoint.open(folder)
-    writers = [lower(source, destination, activations=activations, progress=progress) for lower in found]
+    if isinstance(source, QuantizedCheckpoint):
+        # Formats that are overridden need not be any that the targets can take.
+        check(source.plan if activations is None else replace(source.plan, activations=()), names)
+    prepared = [prepare(source, activations=activations, progress=progress) for prepare in found]
+    tokenizer = source.tokenizer_path
+    beside = _MANIFEST_BYTES + (tokenizer.stat().st_size if tokenizer is not None else 0)
+    check_space(
+        destination,
+        disk_bytes=beside + sum(each.disk_bytes for each in prepared),
+        memory_bytes=max(each.memory_bytes for each in prepared),
+    )
     with new_folder(destination, force=force) as partial:
-        exported = {name: write(partial) for name, write in zip(names, writers, strict=True)}
-        if source.tokenizer_path is not None:
-            (partial / TOKENIZER).write_bytes(source.tokenizer_path.read_bytes())
+        exported = {name: each.write(partial) for name, each in zip(names, prepared, strict=True)}
+        if tokenizer is not None:
+            (partial / TOKENIZER).write_bytes(tokenizer.read_bytes())
         programs = {name: one.program for name, one in exported.items()}
         manifest = write_artifact_manifest(partial, release=release(), programs=programs)
     return Artifact(destination, manifest, tuple(note for one in exported.values() for note in one.notes))

@@ -13,7 +13,7 @@ from mossquant.errors import InputError
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.artifact import ProgramRecord
 
-__all__ = ["Exported", "Exporter", "Progress", "Writer", "exporter", "exporters", "get_exporters"]
+__all__ = ["Exported", "Exporter", "Prepared", "Progress", "exporter", "exporters", "get_exporters"]
 
 Progress = Callable[[str, int, int], None]
 """(what was just done, amount done, amount in all): bytes, or stages."""
@@ -32,30 +32,35 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-class Writer(Protocol):
-    """Writes a program into a folder that is written aside; everything was checked before."""
+@dataclass(frozen=True)
+class Prepared:
+    """What an exporter will do.
 
-    def __call__(self, folder: Path) -> Exported:
-        """Write the program and what lies beside it, but the tokenizer and the manifest."""
-        ...
+    Attributes:
+        write: writes the program and what lies beside it, but the tokenizer and the manifest, into a folder.
+        disk_bytes: room that this takes.
+        memory_bytes: anonymous memory that it takes, beside the interpreter's own with its imports.
+    """
+
+    write: Callable[[Path], Exported]
+    disk_bytes: int
+    memory_bytes: int
 
 
 class Exporter(Protocol):
-    """Checks all that can be checked before any work, and gives what will do the work."""
+    """Checks all that can be checked before any work."""
 
     def __call__(
         self,
         source: Checkpoint | QuantizedCheckpoint,
-        destination: Path,
         *,
         activations: Activations | None,
         progress: Progress | None,
-    ) -> Writer:
-        """Check what will be written beside `destination` and renamed to it.
+    ) -> Prepared:
+        """Prepare to lower a checkpoint that the target can hold (`mossquant.capabilities`).
 
         Raises:
-            InputError: the checkpoint holds something that the target cannot, a package is missing, there is too little
-                disk or memory.
+            InputError: a package is missing, or the target does not have these activations.
         """
         ...
 

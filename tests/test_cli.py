@@ -261,7 +261,13 @@ def test_a_full_disk_under_stdout(checkpoint_folder: Path) -> None:
 
 def test_an_interrupt_from_the_keyboard(checkpoint_folder: Path) -> None:
     words = [*COMMAND, "generate", str(checkpoint_folder), "x", "--max-tokens", "1000000000"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    # Tests that a shell runs in the background are deaf to interrupts, and so would be what they start.
+    listening = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, listening)
+    with started as running:
         assert running.stdout is not None
         assert running.stderr is not None
         running.stdout.read(1)

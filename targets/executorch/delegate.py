@@ -32,15 +32,26 @@ class Linear:
         bits: bits of a code; None where the weight is fp32.
         group: inputs that share a scale; 0 for one scale a row, and where the weight is fp32.
         rounds_input: whether its input is rounded to int8 at run time, one range a row.
-        codes: int8 [N, K], or fp32 values [N, K].
+        shape: (N, K).
+        stored: the weight as the file holds it; nothing is unpacked before it is asked for.
         scales: fp32 [N, groups]; empty where the weight is fp32.
     """
 
     bits: int | None
     group: int
     rounds_input: bool
-    codes: NDArray[Any]
+    shape: tuple[int, int]
+    stored: memoryview
     scales: NDArray[np.float32]
+
+    @property
+    def codes(self) -> NDArray[Any]:
+        """int8 [N, K], or fp32 values [N, K]."""
+        rows, columns = self.shape
+        if self.bits == 4:
+            packed = array(self.stored, 0, "u1", np.array([rows, columns // 2]))
+            return np.stack([packed & 15, packed >> 4], -1).reshape(rows, -1).astype(np.int8) - 8
+        return array(self.stored, 0, "<f4" if self.bits is None else "i1", np.array(self.shape))
 
 
 @dataclass(frozen=True)
@@ -114,19 +125,20 @@ def _linear(value: Table, params: tuple[int, Table | None], data: list[memoryvie
     if len(dims) != 2 or not 0 < index < len(data):
         raise DamagedError("a linear has no constant matrix")
     rows, columns = map(int, dims)
-    if kind == _FP32:
-        return Linear(None, 0, rounds_input, array(data[index], 0, "<f4", dims), np.empty((rows, 0), np.float32))
-    how, table = params
-    if kind == _QCINT8 and how == _PER_CHANNEL and table is not None:
+    stored, (how, table) = data[index], params
+    bits = {_FP32: None, _QCINT8: 8, _QBINT4: 4}.get(kind, 0)
+    if bits != 0 and len(stored) * 8 < rows * columns * (bits or 32):
+        raise DamagedError("the weight of a linear is cut short")
+    if bits is None:
+        return Linear(None, 0, rounds_input, (rows, columns), stored, np.empty((rows, 0), np.float32))
+    if bits == 8 and how == _PER_CHANNEL and table is not None:
         scales = _scales(table, 2, data, "<f4")
-        return Linear(8, 0, rounds_input, array(data[index], 0, "i1", dims), scales.reshape(-1, 1))
-    if kind == _QBINT4 and how == _PER_GROUP and table is not None:
-        packed = array(data[index], 0, "u1", np.array([rows, columns // 2]))
-        codes = np.stack([packed & 15, packed >> 4], -1).reshape(rows, -1).astype(np.int8) - 8
+        return Linear(8, 0, rounds_input, (rows, columns), stored, scales.reshape(-1, 1))
+    if bits == 4 and how == _PER_GROUP and table is not None:
         scales = (_scales(table, 4, data, "<u2").astype(np.uint32) << 16).view(np.float32)
         if rows == 0 or scales.size % rows:
             raise DamagedError("a linear has scales that do not fit its rows")
-        return Linear(4, table.number(2, "<i4"), rounds_input, codes, scales.reshape(rows, -1))
+        return Linear(4, table.number(2, "<i4"), rounds_input, (rows, columns), stored, scales.reshape(rows, -1))
     raise DamagedError("a linear has weights of a kind that mossquant does not write")
 
 

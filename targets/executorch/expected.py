@@ -41,11 +41,12 @@ class Expected:
     codes: NDArray[Any]
     scales: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     bits: int | None = None
+    group: int = 0
     tolerance: float = 0.0
 
     @property
     def kind(self) -> tuple[object, ...]:
-        return (self.bits, self.codes.dtype, self.codes.shape)
+        return (self.bits, self.group, self.codes.dtype, self.codes.shape)
 
     def holds(self, other: "Expected") -> bool:
         """Whether the other one is the same, bit for bit or up to the tolerance."""
@@ -95,7 +96,7 @@ def _matrix(source: Source, names: Sequence[str], axis: int) -> Expected:
     columns = tensors[0].columns if found.group_size is None else None
     codes = torch.cat([tensor.codes[:, :columns] for tensor in tensors], axis).numpy()
     scales = torch.cat([tensor.scales.float() for tensor in tensors], axis).numpy()
-    return Expected(_title(names), codes, scales, found.bits)
+    return Expected(_title(names), codes, scales, found.bits, found.group_size or 0)
 
 
 def _tables(source: Source, specs: Sequence[TensorSpec]) -> Iterator[Expected]:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a .pte: one program with prefill, score and decode, its linears delegated to XNNPACK."""
 
-from dataclasses import replace
 from pathlib import Path
 
-from mossquant.capabilities import Activations, check, get_target
+from mossquant.capabilities import Activations, get_target
 from mossquant.checkpoint import Checkpoint
 from mossquant.config import MossNetConfig
 from mossquant.model import state_specs
 from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.space import check_space
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
 from mossquant.targets.executorch.metadata import Metadata
@@ -20,7 +18,7 @@ from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.executorch.verify import check_linears
 from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.program import METHODS, MethodName
-from mossquant.targets.registry import Exported, Progress, Writer, exporter
+from mossquant.targets.registry import Exported, Prepared, Progress, exporter
 from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
 from mossquant.tensors import TensorSpec
 
@@ -28,38 +26,32 @@ __all__ = ["PROGRAM", "export_executorch"]
 
 PROGRAM = "model.pte"
 
-_GRAPH_BYTES = 1 << 17
-"""Of a layer: nodes and values of three methods and their delegates."""
+_LAYER_BYTES, _LINEAR_BYTES = 1 << 17, 1 << 13
+"""Nodes and values of three methods and their delegates, of a layer and of each of its linears."""
 _LOWERING_BYTES, _WEIGHT_BYTES = 10**9, 8
 """PyTorch's graphs with all that hangs on them; and codes, one a byte, in the copies that passes make."""
 
 
 @exporter("executorch")
 def export_executorch(
-    source: Checkpoint | QuantizedCheckpoint,
-    destination: Path,
-    *,
-    activations: Activations | None,
-    progress: Progress | None,
-) -> Writer:
-    """Check that the target can hold the checkpoint; the writer writes the program.
+    source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None, progress: Progress | None
+) -> Prepared:
+    """Prepare to lower a checkpoint; what writes the program also reads it back and runs it.
 
     Raises:
-        InputError: the quantized checkpoint holds something that the target cannot, packages are missing, or there is
-            too little disk or memory.
+        InputError: packages are missing, or fp32 activations are asked for with quantized weights.
     """
     check_packages()
+    tensors: Source
     if isinstance(source, Checkpoint):
-        tensors: Source = CheckpointSource(source)
+        tensors = CheckpointSource(source)
     else:
         target = get_target("executorch")
         if activations is not None:
             target.rounded_to(activations)
-        check(source.plan if activations is None else replace(source.plan, activations=()), ["executorch"])
         tensors = QuantizedSource(source, target, activations)
     specs = list(source.specs.values())
     linears = [spec.name for spec in specs if spec.site is not None]
-    check_space(destination, disk_bytes=_disk_bytes(tensors, specs), memory_bytes=_memory_bytes(specs))
 
     def write(folder: Path) -> Exported:
         said = {"activations": activations_of(tensors, linears), "max_chunk": CHUNK}
@@ -84,17 +76,20 @@ def export_executorch(
         changed = changed_inputs(source, tensors, linears) if activations is None else ()
         return Exported(record, tuple(f"{PROGRAM}: {note}" for note in changed))
 
-    return write
+    return Prepared(write, _disk_bytes(tensors, specs), _memory_bytes(specs))
 
 
 def _disk_bytes(tensors: Source, specs: list[TensorSpec]) -> int:
     """Room that the program takes, at most: codes as they are, what is decoded or kept in fp32, the table once more."""
-    total = _GRAPH_BYTES * (2 + len({spec.layer for spec in specs}))
+    tied = not any(spec.role == "head" for spec in specs)
+    total = _LAYER_BYTES * (2 + len({spec.layer for spec in specs}))
     for spec in specs:
-        found = tensors.format(spec.name)
-        own = 4 * spec.count if found is None or spec.site is None else found.payload_bytes(*spec.matrix_shape)
-        # Scales of a table for look-ups are fp32.
-        total += 3 * own if spec.role == "embedding" else own
+        found, table, linear = tensors.format(spec.name), spec.role == "embedding", spec.site is not None
+        own = found.payload_bytes(*spec.matrix_shape) if found is not None and (table or linear) else 4 * spec.count
+        total += own + (_LINEAR_BYTES if linear else 0)
+        if table:  # scales for look-ups are fp32; and the head's own copy
+            scales = 0 if found is None else 2 * found.groups(spec.matrix_shape[1]) * spec.matrix_shape[0]
+            total += scales + (own if tied else 0)
     return total
 
 

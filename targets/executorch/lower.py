@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mossquant.capabilities import get_target
 from mossquant.config import MossNetConfig
 from mossquant.model import state_specs
 from mossquant.targets.executorch.matrices import XnnpackMatrices
 from mossquant.targets.executorch.packages import check_packages, quiet
+from mossquant.targets.executorch.program_file import METADATA
 from mossquant.targets.executorch.scan import loop, step
 from mossquant.targets.program import METHODS, Method, Model
 from mossquant.targets.source import Source
 from mossquant.tensors import TensorSpec
 
-__all__ = ["CHUNK", "METADATA", "lower", "lower_module"]
+__all__ = ["CHUNK", "lower", "lower_module"]
 
-CHUNK = 128
+CHUNK = get_target("executorch").limits.max_chunk or 1
 """Most tokens of one call of prefill or score. Memory is planned for so many, so that it is a limit of the file."""
-METADATA = "mossquant"
-"""A method that takes nothing and returns what the program says about itself, as JSON."""
 
 _EXAMPLE = 16
 _SCANS = {"prefill": loop, "score": loop, "decode": step}
@@ -57,11 +57,10 @@ def lower(
     check_packages()
     model = Model(source.config, specs, XnnpackMatrices(source)).eval()
     programs: dict[str, torch.export.ExportedProgram] = {}
-    with torch.no_grad(), quiet():
-        from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
-
+    with torch.no_grad():
         for name in METHODS:
-            programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), source.config, name)
+            with quiet():
+                programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), source.config, name)
             stage_done()
         _write(programs, {METADATA: json.dumps(metadata, sort_keys=True)}, path, stage_done)
 
@@ -69,10 +68,10 @@ def lower(
 def lower_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     """Write a program with one method, `forward`, for inputs of these very shapes: a part of a model, to be timed."""
     torch._dynamo.reset()
-    with torch.no_grad(), quiet():
-        from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
-
-        _write({"forward": torch.export.export(module.eval(), inputs, strict=False)}, {}, path, lambda: None)
+    with torch.no_grad():
+        with quiet():
+            exported = torch.export.export(module.eval(), inputs, strict=False)
+        _write({"forward": exported}, {}, path, lambda: None)
 
 
 def _write(
@@ -81,20 +80,23 @@ def _write(
     path: Path,
     stage_done: Callable[[], None],
 ) -> None:
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    # What is shown of the progress goes where the libraries' noise is kept from: outside of every quiet part.
+    with quiet():
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
-    edge = to_edge_transform_and_lower(
-        dict(programs),
-        partitioner={name: [_partitioner()] for name in programs},
-        # The loop of the scan is not an operator that the verifier knows.
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        constant_methods=dict(constants),
-    )
+        edge = to_edge_transform_and_lower(
+            dict(programs),
+            partitioner={name: [_partitioner()] for name in programs},
+            # The loop of the scan is not an operator that the verifier knows.
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            constant_methods=dict(constants),
+        )
     stage_done()
-    # Tables stay codes only if their look-ups are recognised, which this switch is for.
-    lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
-    with path.open("wb") as file:
-        lowered.write_to_file(file)
+    with quiet():
+        # Tables stay codes only if their look-ups are recognised, which this switch is for.
+        lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+        with path.open("wb") as file:
+            lowered.write_to_file(file)
     stage_done()
 
 
@@ -113,6 +115,8 @@ def _partitioner() -> Any:
 
 
 def _exported(method: nn.Module, config: MossNetConfig, name: str) -> torch.export.ExportedProgram:
+    from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
+
     # A length that was fixed for one method would be fixed for the next one too.
     torch._dynamo.reset()
     states: Sequence[Tensor] = [spec.zeros(1) for spec in state_specs(config)]

@@ -2,14 +2,19 @@
 """What a .pte of ours says about itself: JSON that its method `mossquant` returns, read here without running it."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from mossquant.config import MossNetConfig
+from mossquant.errors import InputError
+from mossquant.model import state_specs
 from mossquant.targets.executorch.packages import EXECUTORCH
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed
+from mossquant.targets.program import METHODS
 
-__all__ = ["Metadata", "read_metadata", "weight_bytes"]
+__all__ = ["Metadata", "Opened", "open_program", "read_metadata", "weight_bytes"]
 
 
 class Metadata(ProgramMetadata):
@@ -33,9 +38,62 @@ def read_metadata(file: ProgramFile) -> Metadata:
     return parsed(Metadata, json.dumps(file.metadata), file.path)
 
 
-def weight_bytes(file: ProgramFile, config: MossNetConfig) -> int:
+@dataclass(frozen=True)
+class Opened:
+    """A program that was read and checked against itself; nothing of it was run.
+
+    Attributes:
+        file: what it holds.
+        metadata: what it says about itself.
+        config: the model's shape.
+    """
+
+    file: ProgramFile
+    metadata: Metadata
+    config: MossNetConfig
+
+    @property
+    def states(self) -> dict[str, tuple[int, ...]]:
+        """Name of each state array, in the order of the methods, and its shape without the batch axis."""
+        return {spec.name: spec.shape for spec in state_specs(self.config)}
+
+
+def open_program(path: Path) -> Opened:
+    """Read a .pte of ours.
+
+    Raises:
+        InputError: no .pte of ours, or damaged; methods, inputs or outputs that are not those of its config.
+    """
+    file = ProgramFile(path)
+    metadata = read_metadata(file)
+    opened = Opened(file, metadata, MossNetConfig.from_json(metadata.config, where=f"the metadata of {path}"))
+    _check_ports(opened)
+    return opened
+
+
+def _check_ports(opened: Opened) -> None:
+    """Inputs and outputs of every method must be those of a model of the config in the metadata."""
+    methods, chunk = opened.file.methods, opened.metadata.max_chunk
+    arrays = [("<f4", (1, *shape)) for shape in opened.states.values()]
+    offenders = [f"{name} is missing" for name in METHODS if name not in methods]
+    for name, method in methods.items():
+        length = 1 if name == "decode" else chunk
+        inputs = [("<i8", (1, length)), *arrays]
+        outputs = [("<f4", (1, length if name == "score" else 1, opened.config.vocab_size)), *arrays]
+        if name not in METHODS:
+            offenders.append(f"{name[:80]} is unexpected")
+        elif list(method.inputs) != inputs or list(method.outputs) != outputs:
+            offenders.append(f"{name} takes or gives other arrays than the model's")
+    if offenders:
+        raise InputError.listing(
+            f"the methods of {opened.file.path} do not fit its metadata", offenders, "Export it again."
+        )
+
+
+def weight_bytes(opened: Opened) -> int:
     """Bytes of codes, padding, scales and values in the program; a tied table, which is there twice, once."""
-    sections = file.sections
+    sections, config = opened.file.sections, opened.config
     total = sections[WEIGHTS] + sections[CONSTANTS]
-    tables = [one for one in file.methods["decode"].constants if one.ndim == 2 and one.shape[0] == config.vocab_size]
+    constants = opened.file.methods["decode"].constants
+    tables = [one for one in constants if one.ndim == 2 and one.shape[0] == config.vocab_size]
     return total - sum(table.nbytes for table in tables) if config.tie_word_embeddings else total

@@ -7,14 +7,13 @@ if there is one.
 """
 
 import os
-import sys
 import tempfile
-import warnings
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -41,28 +40,68 @@ _DYNAMIC = "int8_asym_per_token"
 _CODE_TYPES = {4: getattr(torch, "int4"), 8: torch.int8}  # noqa: B009  the stubs do not know torch.int4
 
 
+class _Quiet:
+    """Where the standard error goes while some thread is in a quiet part: the first in redirects, the last out ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside, self._saved = 0, -1
+        self._kept: IO[bytes] | None = None
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            try:
+                self._saved = os.dup(2)
+            except OSError:  # there is none
+                return
+            self._kept = tempfile.TemporaryFile()  # noqa: SIM115  lives until the last one leaves
+            os.dup2(self._kept.fileno(), 2)
+
+    def leave(self) -> str:
+        """Ends it where no one else is inside; what was printed so far."""
+        with self._lock:
+            self._inside -= 1
+            if self._kept is None:
+                return ""
+            at = self._kept.seek(0, os.SEEK_END)
+            self._kept.seek(max(0, at - _NOISE))
+            said = self._kept.read().decode(errors="replace").strip()
+            if self._inside == 0:
+                os.dup2(self._saved, 2)
+                os.close(self._saved)
+                self._kept.close()
+                self._kept = None
+            return said
+
+
+_NOISE = 2000
+"""Bytes of what was printed that an error shows."""
+_QUIET = _Quiet()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libraries print to the standard error, C++ included, from the terminal; an error shows it."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        except BaseException as error:
-            sys.stderr.flush()
-            kept.seek(0)
-            said = kept.read().decode(errors="replace").strip()
-            if said and isinstance(error, Exception):
-                error.add_note(said[-2000:])
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
+    """Keep what libraries print to the standard error, C++ included, from the terminal; an error shows it.
+
+    It concerns the whole process, other threads too; it may be nested, and entered by several threads.
+    """
+    _QUIET.enter()
+    said = ""
+    try:
+        yield
+    except Exception as error:
+        said = _QUIET.leave()
+        if said:
+            error.add_note(said)
+        raise
+    except BaseException:
+        _QUIET.leave()
+        raise
+    else:
+        _QUIET.leave()
 
 
 def check_packages() -> None:

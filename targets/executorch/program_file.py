@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossquant.errors import InputError
-from mossquant.jsonfile import parse_json
+from mossquant.jsonfile import LARGEST_SMALL, parse_json
 from mossquant.targets.executorch.delegate import Delegate, array, read_delegate
 from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
-__all__ = ["CONSTANTS", "WEIGHTS", "PlanMethod", "ProgramFile"]
+__all__ = ["CONSTANTS", "METADATA", "WEIGHTS", "PlanMethod", "ProgramFile"]
+
+METADATA = "mossquant"
+"""A method that takes nothing and returns what the program says about itself, as JSON."""
 
 WEIGHTS, CONSTANTS = "weights of the delegates", "tables and small tensors"
 """Names of the sections that hold weights."""
@@ -73,6 +76,7 @@ class ProgramFile:
             self._data = memoryview(np.memmap(path, np.uint8, mode="r"))  # type: ignore[arg-type]
         except ValueError:
             raise InputError(f"{path} is empty; {_AGAIN}") from None
+        self._delegates: dict[int, Delegate] = {}
         with self._reading():
             self._open()
 
@@ -102,9 +106,11 @@ class ProgramFile:
         """What the program says about itself. Raises `InputError` where it says nothing."""
         with self._reading():
             for plan in self._program.tables(1):
-                if plan.string(0) == "mossquant":
+                if plan.string(0) == METADATA:
                     kind, value = list(plan.tables(2))[int(plan.numbers(4, "<i4")[0])].union(1)
                     if kind == _STRING and value is not None:
+                        if len(value.bytes(0)) > LARGEST_SMALL:
+                            raise DamagedError(f"it says more about itself than {LARGEST_SMALL >> 20} MB")
                         found = parse_json(value.string(0))
                         if isinstance(found, dict):
                             return found
@@ -114,8 +120,14 @@ class ProgramFile:
     def methods(self) -> Mapping[str, PlanMethod]:
         """Every method but the one that returns the metadata, by name."""
         with self._reading():
-            plans = [plan for plan in self._program.tables(1) if plan.string(0) != "mossquant"]
-            return {plan.string(0): self._method(plan) for plan in plans}
+            found: dict[str, PlanMethod] = {}
+            for plan in self._program.tables(1):
+                name = plan.string(0)
+                if name in found:
+                    raise DamagedError(f"method {name[:40]!r} is there twice")
+                if name != METADATA:
+                    found[name] = self._method(plan)
+            return found
 
     @cached_property
     def sections(self) -> dict[str, int]:
@@ -167,7 +179,10 @@ class ProgramFile:
         reference = delegate.table(1)
         if delegate.string(0) != "XnnpackBackend" or reference is None or reference.number(0, "u1") != _SEGMENT:
             raise DamagedError("a delegate is not XNNPACK's")
-        return read_delegate(self._segment(reference.number(1)), self._named)
+        index = reference.number(1)
+        if index not in self._delegates:  # methods share many
+            self._delegates[index] = read_delegate(self._segment(index), self._named)
+        return self._delegates[index]
 
     def _segment(self, index: int) -> memoryview:
         if index >= len(self._segments):

@@ -4,7 +4,6 @@
 The state goes in and comes out as tensors; one stream at a time. Letters as in `mossquant.model`.
 """
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.config import MossNetConfig
+from mossquant.capabilities import get_target
 from mossquant.errors import InputError
 from mossquant.locate import locate
-from mossquant.model import state_specs
 from mossquant.outputs import file_sha256
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
 from mossquant.targets.artifact import check_listed
-from mossquant.targets.executorch.metadata import Metadata, read_metadata, weight_bytes
+from mossquant.targets.executorch.metadata import Metadata, open_program, weight_bytes
 from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
-from mossquant.targets.executorch.program_file import ProgramFile
 from mossquant.targets.executorch.trial import try_apart
-from mossquant.targets.program import METHODS
 
 __all__ = ["ExecutorchRunner"]
 
@@ -51,15 +47,13 @@ class ExecutorchRunner:
         self._given = str(path)
         self._path = locate(path).require("executorch", verb="the ExecuTorch Runner")
         check_packages()
-        self._file = ProgramFile(self._path)
-        self._metadata = read_metadata(self._file)
+        opened = open_program(self._path)
+        self._metadata, self._weight_bytes = opened.metadata, weight_bytes(opened)
+        self._shapes, self._vocab_size = opened.states, opened.config.vocab_size
+        self._chunk = self._metadata.max_chunk
         self._sha256 = file_sha256(self._path)
         check_listed(self._path, {self._path.name: self._sha256}, model=self._metadata.model_dump())
         _check_tokenizer(self._path, self._metadata)
-        config = MossNetConfig.from_json(self._metadata.config, where=f"the metadata of {self._path}")
-        self._shapes = {spec.name: spec.shape for spec in state_specs(config)}
-        self._vocab_size, self._chunk = config.vocab_size, self._metadata.max_chunk
-        _check_ports(self._file, self._shapes, self._vocab_size, self._chunk)
         try_apart(self._path, self._sha256)
         if threads is not None and set_threads(threads):
             for other in _OPEN:
@@ -82,12 +76,12 @@ class ExecutorchRunner:
             activations=metadata.activations,
             state_format=metadata.state_format,
             weights=metadata.weights,
-            weight_bytes=weight_bytes(self._file, MossNetConfig.from_json(metadata.config)),
+            weight_bytes=self._weight_bytes,
             file_bytes=size,
             parameters=metadata.parameters,
             config=metadata.config,
             source_files=metadata.source_files,
-            max_batch=1,
+            max_batch=get_target("executorch").limits.max_batch,
             files={self._path.name: self._sha256},
             seen_text=tuple(metadata.seen_text),
         )
@@ -156,19 +150,3 @@ def _check_tokenizer(path: Path, metadata: Metadata) -> None:
     tokenizer, expected = path.parent / "tokenizer.json", metadata.tokenizer_sha256
     if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
         raise InputError(f"{tokenizer} is not the tokenizer of {path.name} (another SHA-256); {_AGAIN}")
-
-
-def _check_ports(file: ProgramFile, states: Mapping[str, tuple[int, ...]], vocab_size: int, chunk: int) -> None:
-    """Inputs and outputs of every method must be those of a model of the config in the metadata."""
-    arrays = [("<f4", (1, *shape)) for shape in states.values()]
-    offenders = [f"{name} is missing" for name in METHODS if name not in file.methods]
-    for name, method in file.methods.items():
-        length = 1 if name == "decode" else chunk
-        inputs = [("<i8", (1, length)), *arrays]
-        outputs = [("<f4", (1, length if name == "score" else 1, vocab_size)), *arrays]
-        if name not in METHODS:
-            offenders.append(f"{name[:80]} is unexpected")
-        elif list(method.inputs) != inputs or list(method.outputs) != outputs:
-            offenders.append(f"{name} takes or gives other arrays than the model's")
-    if offenders:
-        raise InputError.listing(f"the methods of {file.path} do not fit its metadata", offenders, "Export it again.")

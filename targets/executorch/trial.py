@@ -12,6 +12,7 @@ that passed is noted by its hash in the user's cache ($XDG_CACHE_HOME or ~/.cach
 
 import atexit
 import json
+import math
 import os
 import resource
 import signal
@@ -33,7 +34,7 @@ from mossquant.targets.program import METHODS
 
 __all__ = ["try_apart"]
 
-SECONDS = 120
+SECONDS = 120.0
 """How long a few tokens may take; a program that runs longer does not end."""
 EXTRA_BYTES = 1 << 30
 """Address space that a program may ask for, beyond four times its file: mapped, and packed for each method."""
@@ -52,16 +53,17 @@ def try_apart(path: Path, sha256: str) -> None:
     Raises:
         InputError: it cannot be loaded or run, or brought its process down.
     """
-    note = _cache() / f"{sha256}-executorch-{EXECUTORCH}-mossquant-{release()}"
-    if note.is_file():
-        return
+    name = f"{sha256}-executorch-{EXECUTORCH}-mossquant-{release()}"
+    # Without a place to read and write, it is tried every time.
+    with suppress(OSError, RuntimeError):
+        if (_cache() / name).is_file():
+            return
     error = _process().ask(path)
     if error is not None:
         raise InputError(f"{path} cannot be run ({error}); {_AGAIN}")
-    # Without a place to write to, it is tried again the next time.
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+    with suppress(OSError, RuntimeError):
+        _cache().mkdir(parents=True, exist_ok=True)
+        (_cache() / name).touch()
 
 
 def _cache() -> Path:
@@ -88,11 +90,18 @@ class _Process:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             answer = ""
-            with suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps({"path": str(path.absolute())}) + "\n")
-                self._process.stdin.flush()
-                answer = self._process.stdout.readline()
+            try:
+                with suppress(BrokenPipeError):
+                    self._process.stdin.write(json.dumps({"path": str(path.absolute())}) + "\n")
+                    self._process.stdin.flush()
+                    answer = self._process.stdout.readline()
+            except BaseException:
+                # Whoever is interrupted leaves an answer behind, which must not be taken for the next program's.
+                self.close()
+                _forget()
+                raise
             if not answer:
+                self.close()
                 _forget()
                 raise RuntimeError("the process that tries .pte programs ended by itself")
             found: str | None = json.loads(answer)["error"]
@@ -100,9 +109,14 @@ class _Process:
 
     def close(self) -> None:
         """End the process."""
+        atexit.unregister(self.close)
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
 
 @lru_cache(maxsize=1)
@@ -114,6 +128,7 @@ _forget = _process.cache_clear
 
 
 def _serve(requests: IO[str], answers: IO[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for whoever asked; it ends this process
     load_runtime()
     for line in requests:
         answers.write(json.dumps({"error": _in_a_fork(json.loads(line)["path"])}) + "\n")
@@ -125,6 +140,10 @@ def _in_a_fork(path: str) -> str | None:
     child = os.fork()
     if child == 0:
         os.close(reading)
+        # Should this process's own end before: a program that does not come back from C++ is ended by the system.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(math.ceil(SECONDS) + 1)
         try:
             _run(path)
         except BaseException as error:

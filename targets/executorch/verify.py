@@ -16,7 +16,7 @@ from mossquant.locate import Located, locate
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.expected import Expected, expected_constants, expected_linears
-from mossquant.targets.executorch.metadata import read_metadata
+from mossquant.targets.executorch.metadata import open_program
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
 from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
@@ -42,8 +42,8 @@ def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> 
     source_at = checkpoint if isinstance(checkpoint, Located) else locate(checkpoint)
     folder = source_at.require("checkpoint", "quantized checkpoint", verb="verify")
     at = artifact if isinstance(artifact, Located) else locate(artifact)
-    file = ProgramFile(at.require("executorch", verb="verify"))
-    metadata = read_metadata(file)
+    program = open_program(at.require("executorch", verb="verify"))
+    file, metadata = program.file, program.metadata
     source: Source
     if source_at.kind == "quantized checkpoint":
         opened: Checkpoint | QuantizedCheckpoint = QuantizedCheckpoint.open(folder)
@@ -76,7 +76,7 @@ def check_linears(file: ProgramFile, source: Source, specs: Sequence[TensorSpec]
         outside = [name for name in method.operators if name.split("::")[-1].split(".")[0] in _MATMULS]
         if outside:
             raise RuntimeError(f"{method.name}: linears were left outside the delegate: {', '.join(outside)}")
-        found = [(linear.bits, linear.codes.shape) for part in method.delegates for linear in part.linears]
+        found = [(linear.bits, linear.shape) for part in method.delegates for linear in part.linears]
         for one in expected:
             if (one.bits, one.codes.shape) not in found:
                 raise RuntimeError(f"{method.name}: {one.name} is no {_kind(one.bits)} linear of the delegate")
@@ -108,7 +108,7 @@ def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expect
 
 
 def _found(linear: Linear) -> Expected:
-    return Expected("", linear.codes, linear.scales, linear.bits)
+    return Expected("", linear.codes, linear.scales, linear.bits, linear.group)
 
 
 def _match(expected: list[Expected], found: list[Expected], *, all_of_them: bool = True) -> Iterator[str]:

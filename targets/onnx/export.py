@@ -1,59 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes an .onnx: the lowered graph, weights inside or (above 200 MB) beside it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from mossquant.capabilities import Activations, check, get_target
+from mossquant.capabilities import Activations, get_target
 from mossquant.checkpoint import Checkpoint
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.space import check_space
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.onnx.graph import OPSETS
 from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, Metadata
 from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save_data, save_program
-from mossquant.targets.registry import Exported, Progress, Writer, exporter
+from mossquant.targets.registry import Exported, Prepared, Progress, exporter
 from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
 
 __all__ = ["PROGRAM", "export_onnx"]
 
 PROGRAM = "model.onnx"
 
-# Manifest and metadata name files, operators and, in the manifest, every input and output.
-_MANIFEST_BYTES = 1 << 16
+_METADATA_BYTES = 1 << 16
 _STANDARD = "ai.onnx"
 
 
 @exporter("onnx")
 def export_onnx(
-    source: Checkpoint | QuantizedCheckpoint,
-    destination: Path,
-    *,
-    activations: Activations | None,
-    progress: Progress | None,
-) -> Writer:
-    """Check that the target can hold the checkpoint; the writer writes the program, and weights beside it.
-
-    Raises:
-        InputError: the quantized checkpoint holds something that the target cannot; too little disk or memory.
-    """
+    source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None, progress: Progress | None
+) -> Prepared:
+    """Lower a checkpoint to a graph; what writes it, writes weights beside it where they are large."""
+    tensors: Source
     if isinstance(source, Checkpoint):
-        tensors: Source = CheckpointSource(source)
+        tensors = CheckpointSource(source)
     else:
-        # Formats that are overridden need not be any that the target can take.
-        check(source.plan if activations is None else replace(source.plan, activations=()), ["onnx"])
         tensors = QuantizedSource(source, get_target("onnx"), activations)
     model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
-    check_space(
-        destination,
-        disk_bytes=disk_bytes(model, weight_bytes) + _MANIFEST_BYTES,
-        memory_bytes=memory_bytes(model, weight_bytes),
-    )
 
     def write(folder: Path) -> Exported:
         data = save_data(model, folder) if external(weight_bytes) else None
@@ -77,7 +60,8 @@ def export_onnx(
         notes = [*changed, *_notes(tensors, linears)]
         return Exported(record, tuple(f"{PROGRAM}: {note}" for note in notes))
 
-    return write
+    # The metadata, which lies in the program, names every file of the source.
+    return Prepared(write, disk_bytes(model, weight_bytes) + _METADATA_BYTES, memory_bytes(model, weight_bytes))
 
 
 def _notes(tensors: Source, linears: list[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from mossquant.errors import InputError
 from mossquant.eval.bench import bench
 from mossquant.eval.compare import compare
 from mossquant.eval.generate import generate
+from mossquant.eval.info import info
 from mossquant.eval.open import open_model, open_runner
 from mossquant.eval.perplexity import perplexity
 from mossquant.eval.verify import verify
@@ -80,3 +81,23 @@ def test_an_artifact_whose_weights_differ_is_not_run(pte_folder: Path, quantized
 def test_timing(pte_folder: Path, artifact_folder: Path) -> None:
     report = bench([pte_folder, artifact_folder], threads=1, prompt=8, decode=3, repeats=1)
     assert [entry["kind"] for entry in report.to_json()["artifacts"]] == ["executorch", "onnx"]
+
+
+def test_info_accounts_for_every_byte(pte_folder: Path, quantized_folder: Path) -> None:
+    report = info(pte_folder)
+    assert (report.kind, report.weights) == ("executorch", "int4")
+    assert report.program_bytes == (pte_folder / "model.pte").stat().st_size
+    assert report.weight_bytes == open_runner(pte_folder).info.weight_bytes
+    assert report.payload_bytes == info(quantized_folder).payload_bytes
+    assert report.active_parameters == report.parameters
+    assert dict(report.facts)["methods"].startswith("decode, prefill, score")
+
+
+def test_info_and_verify_refuse_methods_that_do_not_fit(
+    pte_folder: Path, quantized_folder: Path, tmp_path: Path
+) -> None:
+    data = (pte_folder / "model.pte").read_bytes()
+    (tmp_path / "model.pte").write_bytes(data.replace(b"decode\0", b"decodf\0"))
+    for look in (info, open_runner, lambda path: verify(quantized_folder, [path], weights_only=True)):
+        with pytest.raises(InputError, match=r"do not fit its metadata: decode is missing; decodf is unexpected"):
+            look(tmp_path / "model.pte")

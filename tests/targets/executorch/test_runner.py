@@ -13,7 +13,7 @@ from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
 from mossquant.runner import UsedStateError
 from mossquant.targets.executorch import ExecutorchRunner, packages
-from mossquant.targets.executorch import runner as module
+from mossquant.targets.executorch import metadata as metadata_module
 from mossquant.targets.executorch.metadata import read_metadata
 from mossquant.targets.executorch.program_file import ProgramFile
 
@@ -205,7 +205,7 @@ def test_a_tokenizer_of_another_model(folder: Path, monkeypatch: pytest.MonkeyPa
     own = folder / "tokenizer.json"
     own.write_text("{}")
     update = {"tokenizer_sha256": file_sha256(own)}
-    monkeypatch.setattr(module, "read_metadata", lambda file: read_metadata(file).model_copy(update=update))
+    monkeypatch.setattr(metadata_module, "read_metadata", lambda file: read_metadata(file).model_copy(update=update))
     assert ExecutorchRunner(folder).metadata.tokenizer_sha256 == file_sha256(own)
     own.write_text("[]")
     with pytest.raises(InputError, match=r"is not the tokenizer of model\.pte"):

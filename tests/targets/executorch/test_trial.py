@@ -126,3 +126,26 @@ def test_a_path_with_odd_characters(int4: Lowered, own_process: Any, tmp_path: P
     path = tmp_path / 'a "name"\nof two lines é.pte'
     shutil.copy(int4.program, path)
     try_apart(path, file_sha256(path))
+
+
+def test_an_interrupted_question_leaves_no_answer_behind(
+    int4: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the good program's answer would be taken for that of the next one, which is none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    process = trial._Process()
+    monkeypatch.setattr(trial, "_process", lambda: process)
+
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(process._process.stdout, "readline", interrupted, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            try_apart(int4.program, file_sha256(int4.program))
+    nonsense = tmp_path / "nonsense.pte"
+    nonsense.write_bytes(b"nonsense")
+    process = trial._Process()
+    with pytest.raises(InputError, match="cannot be run"):
+        try_apart(nonsense, file_sha256(nonsense))
+    process.close()

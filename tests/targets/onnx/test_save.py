@@ -10,8 +10,8 @@ from lowered import MODELS, Workshop
 
 from mossquant import space
 from mossquant.errors import InputError
+from mossquant.targets import export as artifact_export
 from mossquant.targets.export import export
-from mossquant.targets.onnx import export as exporting
 from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.program import open_program
 
@@ -24,7 +24,7 @@ def test_room_and_bytes(
 ) -> None:
     said: list[int] = []
     monkeypatch.setattr(saving, "EXTERNAL_ABOVE", above)
-    monkeypatch.setattr(exporting, "check_space", lambda _, *, disk_bytes, memory_bytes: said.append(disk_bytes))
+    monkeypatch.setattr(artifact_export, "check_space", lambda _, *, disk_bytes, memory_bytes: said.append(disk_bytes))
     program = export(workshop.checkpoint(model, recipe), tmp_path / "out").program("onnx")
     assert sum(path.stat().st_size for path in program.parent.iterdir()) <= said[0]
     assert program.read_bytes() == open_program(program).proto.SerializeToString()
