@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from mossquant.capabilities import Activations
+from mossquant.capabilities import CAPABILITIES, Activations
 from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
 from mossquant.quantized import QuantizedCheckpoint
@@ -80,7 +80,8 @@ def exporters() -> dict[str, Exporter]:
     """Every target's exporter, by name."""
     for module in _TARGETS:
         import_module(module)
-    return dict(_EXPORTERS)
+    # In the order of the capabilities, whichever module was imported first.
+    return {name: _EXPORTERS[name] for name in CAPABILITIES if name in _EXPORTERS}
 
 
 def get_exporters(names: Sequence[str]) -> list[Exporter]:
@@ -90,6 +91,8 @@ def get_exporters(names: Sequence[str]) -> list[Exporter]:
         InputError: no target, one named twice, or unknown ones; the known ones are listed.
     """
     known = exporters()
+    if not all(names):
+        raise InputError("a target's name is empty; give names with a comma between, e.g. onnx,executorch")
     if not names:
         raise InputError(f"no target was given; known targets: {', '.join(known)}")
     twice = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]

@@ -322,7 +322,7 @@ def test_an_error_of_our_own(checkpoint_folder: Path, monkeypatch: pytest.Monkey
     [
         ("quantize", "mossquant.calibration.quantize.pack"),
         ("quantize", "mossquant.quantized_writer.write_json"),
-        ("export", "mossquant.targets.onnx.export.write_artifact_manifest"),
+        ("export", "mossquant.targets.export.write_artifact_manifest"),
         ("import", "mossquant.checkpoint.write_json"),
         ("train", "mossquant.trainer.Trainer.advance"),
     ],

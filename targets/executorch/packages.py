@@ -148,12 +148,18 @@ def load_runtime() -> Any:
     The binding itself is imported, not the module around it: that one loads the whole compiler, for a warning.
     """
     check_packages()
-    with quiet():
-        from executorch.extension.pybindings import _portable_lib
+    try:
+        with quiet():
+            from executorch.extension.pybindings import _portable_lib
 
-        # The second depends on symbols of the first.
-        import executorch.kernels.quantized  # noqa: F401  isort: skip
-
+            # The second depends on symbols of the first.
+            import executorch.kernels.quantized  # noqa: F401  isort: skip
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"executorch {EXECUTORCH} is installed and cannot be loaded ({reason}); "
+            "run: pip install --force-reinstall 'mossquant[executorch]'"
+        ) from None
     return _portable_lib
 
 
