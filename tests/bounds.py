@@ -52,8 +52,8 @@ OPEN_BYTES = 1 << 24
 """Memory to open a checkpoint: blocks of rows are 2¹⁸ weights, some arrays of them; headers, ledger, first uses."""
 
 EXPORT_CODES = 3
-"""Bytes a weight to pack a quantized matrix: its codes, one a byte, the step before them, which the allocator gives back
-or keeps, and the packed ones (one a byte at most). Packing the whole at once takes five."""
+"""Bytes a weight to pack a quantized matrix: its codes, one a byte, the step before them, which the allocator gives
+back or keeps, and the packed ones (one a byte at most). Packing the whole at once takes five."""
 
 VERIFY_CODES = 5
 """Bytes a weight to compare one: the file's bytes, its codes and one step on the way there, the checkpoint's codes."""

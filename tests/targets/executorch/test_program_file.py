@@ -14,7 +14,7 @@ from mossquant.model import state_specs
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.executorch.flatbuffer import DamagedError, root
 from mossquant.targets.executorch.lower import CHUNK
-from mossquant.targets.executorch.metadata import read_metadata, weight_bytes
+from mossquant.targets.executorch.metadata import open_program, read_metadata, weight_bytes
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
 from mossquant.targets.program import METHODS
 
@@ -32,10 +32,10 @@ def test_sections_are_the_file(int4: Lowered, file: ProgramFile) -> None:
     assert set(file.sections) == {"methods", "delegates' graphs", WEIGHTS, CONSTANTS, "alignment"}
 
 
-def test_weights_take_the_bytes_of_the_checkpoint(int4: Lowered, file: ProgramFile) -> None:
+def test_weights_take_the_bytes_of_the_checkpoint(int4: Lowered) -> None:
     """Beside it: small tensors as fp32, and rows without the checkpoint's padding to whole words."""
     payload = QuantizedCheckpoint.open(int4.checkpoint).payload_bytes
-    assert payload <= weight_bytes(file, int4.config) <= 1.5 * payload
+    assert payload <= weight_bytes(open_program(int4.program)) <= 1.5 * payload
 
 
 def test_methods(int4: Lowered, file: ProgramFile) -> None:
