@@ -147,7 +147,7 @@ def check_state_free(path: str | Path, *, force: bool = False) -> None:
     if path.is_file():
         try:
             _open(path)
-        except InputError:
+        except (InputError, OSError):
             raise InputError(f"{path} is not a state, so it is not replaced; choose another path for it") from None
 
 
