@@ -139,8 +139,8 @@ def _step(artifact: Runner, positions: Sequence[_Position], rounding: _Rounding)
     error = np.zeros(len(positions))
     for name, value in expected.items():
         axes = tuple(range(1, value.ndim))
-        largest = np.maximum(np.abs(value).max(axes), np.finfo(np.float32).tiny)
-        error = np.maximum(error, np.abs(after[name] - value).max(axes) / largest)
+        largest = np.maximum(np.abs(value).max(axes, initial=0), np.finfo(np.float32).tiny)
+        error = np.maximum(error, np.abs(after[name] - value).max(axes, initial=0) / largest)
     margin = np.concatenate([position.margin for position in positions]).astype(np.float64)
     # Written so that a KL that is not a number is unexplained too.
     unexplained = np.array(
