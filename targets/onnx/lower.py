@@ -2,6 +2,9 @@
 """Lowers a whole model to one ONNX graph that serves prefill and decode, with the state as inputs and outputs.
 
 Inputs and outputs are those of `mossquant.targets.onnx.ports`. Letters as in `mossquant.model`.
+
+Built by hand and not from `mossquant.targets.program`: a decode step branches on the chosen experts, codes stay in
+onnxruntime's own operators, and one graph holds every batch and length, none of which an exported program can say.
 """
 
 import onnx_ir as ir
