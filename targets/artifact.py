@@ -24,6 +24,7 @@ __all__ = [
     "ProgramRecord",
     "Runtime",
     "check_listed",
+    "check_tokenizer",
     "read_artifact_manifest",
     "write_artifact_manifest",
 ]
@@ -159,6 +160,24 @@ def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str,
     records = [record for record in manifest.programs.values() if record.file == program.name]
     if any(record.model != model for record in records):
         raise InputError(f"{path} says something else about {program.name} than the program itself; {_AGAIN}")
+
+
+def check_tokenizer(program: Path, expected: str | None) -> None:
+    """Compare the tokenizer beside a program, if there is one, with what the program says.
+
+    Args:
+        program: the program file.
+        expected: SHA-256 of the tokenizer that belongs to it, None where it has none.
+
+    Raises:
+        InputError: it is another one.
+    """
+    tokenizer = program.with_name(TOKENIZER)
+    if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
+        raise InputError(
+            f"{tokenizer} is not the tokenizer of {program.name} (another SHA-256); "
+            "copy the artifact's folder again, or export again"
+        )
 
 
 def write_artifact_manifest(folder: Path, *, release: str, programs: dict[str, ProgramRecord]) -> ArtifactManifest:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from mossquant.capabilities import Activations, check
-from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
 from mossquant.locate import locate
 from mossquant.outputs import check_free, new_folder
@@ -15,6 +14,7 @@ from mossquant.release import release
 from mossquant.space import check_space
 from mossquant.targets.artifact import TOKENIZER, Artifact, write_artifact_manifest
 from mossquant.targets.registry import Progress, get_exporters
+from mossquant.targets.source import open_checkpoint
 
 __all__ = ["export"]
 
@@ -65,7 +65,7 @@ def export(
             f"{located.given} is not quantized, and int8 activations meet quantized weights only; "
             "leave --activations out, or run `mossquant quantize` first"
         )
-    source = Checkpoint.open(folder) if located.kind == "checkpoint" else QuantizedCheckpoint.open(folder)
+    source = open_checkpoint(located)
     if isinstance(source, QuantizedCheckpoint):
         # Formats that are overridden need not be any that the targets can take.
         check(source.plan if activations is None else replace(source.plan, activations=()), names)

@@ -6,15 +6,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mossquant.capabilities import Activations, Target
+from mossquant.capabilities import Activations, Target, get_target
 from mossquant.checkpoint import Checkpoint
 from mossquant.config import MossNetConfig
 from mossquant.formats import NumberFormat, QuantizedTensor, get_format
+from mossquant.locate import Located
 from mossquant.plan import KEPT_DTYPES
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.tensors import TensorSpec
 
-__all__ = ["CheckpointSource", "QuantizedSource", "Source"]
+__all__ = ["CheckpointSource", "QuantizedSource", "Source", "decoded", "open_checkpoint", "source_of"]
 
 
 class Source(Protocol):
@@ -135,3 +136,24 @@ class QuantizedSource:
     def kept(self, name: str) -> Tensor:
         """A tensor that is kept, in its shape in the checkpoint."""
         return self._checkpoint.kept(name)
+
+
+def open_checkpoint(located: Located) -> Checkpoint | QuantizedCheckpoint:
+    """Open what a PATH argument points at, of kind "checkpoint" or "quantized checkpoint". Raises `InputError`."""
+    return (Checkpoint if located.kind == "checkpoint" else QuantizedCheckpoint).open(located.path)
+
+
+def source_of(
+    checkpoint: Checkpoint | QuantizedCheckpoint, target: str, activations: Activations | None = None
+) -> Source:
+    """The tensors of a checkpoint as a target takes them; arguments as `QuantizedSource`."""
+    if isinstance(checkpoint, Checkpoint):
+        return CheckpointSource(checkpoint)
+    return QuantizedSource(checkpoint, get_target(target), activations)
+
+
+def decoded(source: Source, name: str) -> Tensor:
+    """A small tensor as fp32, in its shape in the checkpoint: what its codes mean, or what was kept."""
+    if source.format(name) is None:
+        return source.kept(name).float()
+    return source.spec(name).from_matrix(source.quantized(name).dequantize())

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mossquant.targets.source import Source
+from mossquant.targets.source import Source, decoded
 from mossquant.tensors import TensorSpec
 
 __all__ = ["Expected", "expected_constants", "expected_linears"]
@@ -144,11 +144,7 @@ def _plain(source: Source, spec: TensorSpec) -> Expected:
 
 
 def _value(source: Source, name: str) -> NDArray[np.float32]:
-    if source.format(name) is None:
-        values = source.kept(name).float()
-    else:
-        values = source.spec(name).from_matrix(source.quantized(name).dequantize())
-    found: NDArray[np.float32] = values.contiguous().numpy()
+    found: NDArray[np.float32] = decoded(source, name).contiguous().numpy()
     return found
 
 

@@ -19,7 +19,7 @@ from mossquant.targets.executorch.verify import check_linears
 from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.program import METHODS, MethodName
 from mossquant.targets.registry import Exported, Prepared, Progress, exporter
-from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
+from mossquant.targets.source import Source, source_of
 from mossquant.tensors import TensorSpec
 
 __all__ = ["PROGRAM", "export_executorch"]
@@ -42,14 +42,9 @@ def export_executorch(
         InputError: packages are missing, or fp32 activations are asked for with quantized weights.
     """
     check_packages()
-    tensors: Source
-    if isinstance(source, Checkpoint):
-        tensors = CheckpointSource(source)
-    else:
-        target = get_target("executorch")
-        if activations is not None:
-            target.rounded_to(activations)
-        tensors = QuantizedSource(source, target, activations)
+    if isinstance(source, QuantizedCheckpoint) and activations is not None:
+        get_target("executorch").rounded_to(activations)
+    tensors = source_of(source, "executorch", activations)
     specs = list(source.specs.values())
     linears = [spec.name for spec in specs if spec.site is not None]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mossquant.formats import QuantizedTensor
 from mossquant.targets.executorch.packages import intx_tensor
-from mossquant.targets.source import Source
+from mossquant.targets.source import Source, decoded
 
 __all__ = ["XnnpackMatrices"]
 
@@ -149,9 +149,7 @@ class XnnpackMatrices:
 
     def value(self, name: str) -> Tensor:
         """A small tensor as fp32, in its shape in the checkpoint."""
-        if self._source.format(name) is None:
-            return self._source.kept(name).float()
-        return self._source.spec(name).from_matrix(self._source.quantized(name).dequantize())
+        return decoded(self._source, name)
 
     def _runs(self, names: Sequence[str], *, apart: bool = False) -> list[list[str]]:
         """Cut a list of experts into runs of one format; `apart`: those with one scale a row, each alone."""

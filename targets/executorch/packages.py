@@ -126,7 +126,6 @@ def check_packages() -> None:
 
 def intx_tensor(codes: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
     """Codes int8 [N, K] and scales [N, groups] as torchao's tensor, with inputs rounded to int8, one range a row."""
-    check_packages()
     with quiet():
         from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
             IntxUnpackedToInt8Tensor,

@@ -20,14 +20,12 @@ from mossquant.locate import locate
 from mossquant.outputs import file_sha256
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
-from mossquant.targets.artifact import check_listed
+from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.executorch.metadata import Metadata, open_program, weight_bytes
 from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
 from mossquant.targets.executorch.trial import try_apart
 
 __all__ = ["ExecutorchRunner"]
-
-_AGAIN = "copy the artifact's folder again, or export again"
 
 
 class ExecutorchRunner:
@@ -53,7 +51,7 @@ class ExecutorchRunner:
         self._chunk = self._metadata.max_chunk
         self._sha256 = file_sha256(self._path)
         check_listed(self._path, {self._path.name: self._sha256}, model=self._metadata.model_dump())
-        _check_tokenizer(self._path, self._metadata)
+        check_tokenizer(self._path, self._metadata.tokenizer_sha256)
         try_apart(self._path, self._sha256)
         if threads is not None and set_threads(threads):
             for other in _OPEN:
@@ -144,9 +142,3 @@ _OPEN: "WeakSet[ExecutorchRunner]" = WeakSet()
 def _one_stream(batch: int) -> None:
     if batch != 1:
         raise InputError(f"a .pte runs one stream, and {batch} were asked for; run them one after the other")
-
-
-def _check_tokenizer(path: Path, metadata: Metadata) -> None:
-    tokenizer, expected = path.parent / "tokenizer.json", metadata.tokenizer_sha256
-    if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
-        raise InputError(f"{tokenizer} is not the tokenizer of {path.name} (another SHA-256); {_AGAIN}")

@@ -9,17 +9,14 @@ program keeps the model's order, so that each is held against the one in its pla
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mossquant.capabilities import get_target
-from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
 from mossquant.locate import Located, locate
-from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.expected import Expected, expected_constants, expected_linears
 from mossquant.targets.executorch.metadata import open_program
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
-from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
+from mossquant.targets.source import Source, open_checkpoint, source_of
 from mossquant.targets.weights_report import WeightsReport, first_difference
 from mossquant.tensors import TensorSpec
 
@@ -40,18 +37,12 @@ def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> 
         InputError: one of them cannot be read, or the artifact is of a model of another shape.
     """
     source_at = checkpoint if isinstance(checkpoint, Located) else locate(checkpoint)
-    folder = source_at.require("checkpoint", "quantized checkpoint", verb="verify")
+    source_at.require("checkpoint", "quantized checkpoint", verb="verify")
     at = artifact if isinstance(artifact, Located) else locate(artifact)
     program = open_program(at.require("executorch", verb="verify"))
     file, metadata = program.file, program.metadata
-    source: Source
-    if source_at.kind == "quantized checkpoint":
-        opened: Checkpoint | QuantizedCheckpoint = QuantizedCheckpoint.open(folder)
-        assert isinstance(opened, QuantizedCheckpoint)
-        source = QuantizedSource(opened, get_target("executorch"))
-    else:
-        opened = Checkpoint.open(folder)
-        source = CheckpointSource(opened)
+    opened = open_checkpoint(source_at)
+    source = source_of(opened, "executorch")
     if opened.config.to_json(torch_dtype=opened.torch_dtype) != metadata.config:
         raise InputError(
             f"{at.given} is a model of another shape than {source_at.given}; give what it was lowered from"

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mossquant.capabilities import Activations, get_target
+from mossquant.capabilities import Activations
 from mossquant.checkpoint import Checkpoint
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
@@ -16,7 +16,7 @@ from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, Metadata
 from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save_data, save_program
 from mossquant.targets.registry import Exported, Prepared, Progress, exporter
-from mossquant.targets.source import CheckpointSource, QuantizedSource, Source
+from mossquant.targets.source import Source, source_of
 
 __all__ = ["PROGRAM", "export_onnx"]
 
@@ -31,11 +31,7 @@ def export_onnx(
     source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None, progress: Progress | None
 ) -> Prepared:
     """Lower a checkpoint to a graph; what writes it, writes weights beside it where they are large."""
-    tensors: Source
-    if isinstance(source, Checkpoint):
-        tensors = CheckpointSource(source)
-    else:
-        tensors = QuantizedSource(source, get_target("onnx"), activations)
+    tensors = source_of(source, "onnx", activations)
     model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
 
     def write(folder: Path) -> Exported:

@@ -20,10 +20,9 @@ from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
 from mossquant.locate import locate
 from mossquant.model import state_specs
-from mossquant.outputs import file_sha256
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
-from mossquant.targets.artifact import check_listed
+from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.onnx.metadata import Metadata, file_hashes, read_metadata
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 from mossquant.targets.onnx.program import open_program
@@ -237,8 +236,5 @@ def _checked_files(path: Path, metadata: Metadata) -> Mapping[str, str]:
     if data is not None and files[data.name] != data.sha256:
         where = path.parent / data.name
         raise InputError(f"{where} is not the file that {path.name} was written with (another SHA-256); {_AGAIN}")
-    tokenizer = path.parent / "tokenizer.json"
-    expected = metadata.tokenizer_sha256
-    if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
-        raise InputError(f"{tokenizer} is not the tokenizer of {path.name} (another SHA-256); {_AGAIN}")
+    check_tokenizer(path, metadata.tokenizer_sha256)
     return files

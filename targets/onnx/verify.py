@@ -22,6 +22,7 @@ from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.onnx.packing import to_numpy
 from mossquant.targets.onnx.program import open_program
 from mossquant.targets.onnx.readback import FileGraph, Matrix, expanded
+from mossquant.targets.source import open_checkpoint
 from mossquant.targets.weights_report import WeightsReport, first_difference
 from mossquant.tensors import TensorSpec, View
 
@@ -43,11 +44,10 @@ def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> 
         InputError: one of them cannot be read, or the artifact is of a model of another shape.
     """
     source_at = checkpoint if isinstance(checkpoint, Located) else locate(checkpoint)
-    folder = source_at.require("checkpoint", "quantized checkpoint", verb="verify")
+    source_at.require("checkpoint", "quantized checkpoint", verb="verify")
     at = artifact if isinstance(artifact, Located) else locate(artifact)
     opened = open_program(at.require("onnx", verb="verify"))
-    quantized = source_at.kind == "quantized checkpoint"
-    source = QuantizedCheckpoint.open(folder) if quantized else Checkpoint.open(folder)
+    source = open_checkpoint(source_at)
     if source.config != opened.config:
         raise InputError(
             f"{at.given} is a model of another shape than {source_at.given}; give what it was lowered from"
