@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
@@ -28,7 +27,7 @@ from mossquant.eval.open import OpenModel, open_model
 from mossquant.eval.parity_measures import continuation, forms, growth
 from mossquant.eval.passage import held_out_passage
 from mossquant.eval.scores import score
-from mossquant.eval.windows import Windows
+from mossquant.eval.windows import Interval, Windows, share_interval
 from mossquant.locate import locate
 from mossquant.runner import Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
@@ -250,6 +249,7 @@ def _one_step_checks(
             Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float(different.mean()), None),
             Check("one step: … that rounding does not explain", float(unexplained.mean()), ONE_STEP_UNEXPLAINED_SHARE),
             Check(f"one step: share of positions with KL above {ONE_STEP_LARGE_KL:g}", float(large.mean()), None),
+            *_interval(share_interval(int(large.sum()), len(large))),
         ]
     return [
         *checks,
@@ -276,13 +276,16 @@ def _free_run_checks(
     checks = [Check("free run: difference of perplexity, %", rise, FREE_PPL_PCT)]
     if unquantized is None or not other:
         return [*checks, Check("free run: mean KL", mean, FREE_KL_FP32)], FREE_KL_FP32
+    windows = Windows(*found.kl.shape)
     cost, rounding = score([unquantized, reference], tokens[None], at_once=at_once)[1].kl, other[0].kl
     bound = max(FREE_KL_SHARE_OF_COST * float(cost.mean()), FREE_KL_OF_ROUNDING * float(rounding.mean()))
     checks += [
         Check("free run: mean KL", mean, bound),
         Check("free run: mean KL of the reference to itself with other rounding", float(rounding.mean()), None),
-        *_with_interval("what quantized activations themselves cost: mean KL", cost),
+        Check("what quantized activations themselves cost: mean KL", float(cost.mean()), None),
+        *_interval(windows.interval(cost)),
         Check("free run: mean KL as a share of that cost", mean / float(cost.mean()), None),
+        *_interval(windows.ratio_interval(found.kl, cost)),
     ]
     for name, values, limit in (
         ("free run: growth of KL per 10,000 tokens", found.kl, None),
@@ -298,10 +301,8 @@ def _free_run_checks(
     return checks, bound
 
 
-def _with_interval(name: str, values: NDArray[np.float64]) -> list[Check]:
-    """A mean that is only reported, and its interval."""
-    checks = [Check(name, float(values.mean()), None)]
-    interval = Windows(*values.shape).interval(values)
-    if interval is not None:
-        checks += [Check("… 95 % interval, low end", interval.low, None), Check("… high end", interval.high, None)]
-    return checks
+def _interval(interval: Interval | None) -> list[Check]:
+    """The interval of the figure before it, only reported; nothing where there is none."""
+    if interval is None:
+        return []
+    return [Check("… 95 % interval, low end", interval.low, None), Check("… high end", interval.high, None)]

@@ -10,13 +10,14 @@ Intervals are percentile bootstraps (Efron & Tibshirani 1993, ch. 13): windows a
 draws for both sides of a comparison, so that it is paired. The seed is fixed: the same text gives the same interval.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RESAMPLES", "WINDOW", "Interval", "Windows"]
+__all__ = ["RESAMPLES", "WINDOW", "Interval", "Windows", "share_interval"]
 
 WINDOW = 256
 """Predicted tokens a window."""
@@ -24,6 +25,8 @@ RESAMPLES = 2000
 """Bootstrap resamples: enough for two digits of a 95 % interval."""
 _SEED = 0
 _PERCENTILES = (2.5, 97.5)
+_Z = 1.959964
+"""The normal distribution's 97.5 % quantile."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,18 @@ class Interval:
     def to_json(self) -> list[float]:
         """[low, high]."""
         return [self.low, self.high]
+
+
+def share_interval(found: int, of: int) -> Interval:
+    """95 % interval of a share of independent draws: Wilson's score interval (Wilson 1927; Brown et al. 2001, eq. 4).
+
+    Args:
+        found: draws that count.
+        of: all draws, at least 1.
+    """
+    share, z = found / of, _Z**2 / of
+    centre, half = share + z / 2, _Z * math.sqrt(share * (1 - share) / of + z / (4 * of))
+    return Interval((centre - half) / (1 + z), (centre + half) / (1 + z))
 
 
 class Windows:
@@ -69,6 +84,10 @@ class Windows:
     def interval(self, values: NDArray[np.float64] | NDArray[np.bool_]) -> Interval | None:
         """95 % interval of the mean of values [S, T]; None where there is only one window."""
         return self.percentiles(self.resampled_means(values))
+
+    def ratio_interval(self, values: NDArray[np.float64], to: NDArray[np.float64]) -> Interval | None:
+        """95 % interval of mean(values) / mean(to), both [S, T]; None where there is only one window."""
+        return self.percentiles(self.resampled_means(values) / self.resampled_means(to))
 
     def percentiles(self, statistic: NDArray[np.float64]) -> Interval | None:
         """95 % interval of a statistic computed from resampled means; None where there is only one window."""

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mossquant.eval.windows import Windows
+from mossquant.eval.windows import Windows, share_interval
 
 
 def test_sums_and_counts_by_hand() -> None:
@@ -55,3 +55,27 @@ def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
     # 95 % of 200 is 190; a percentile bootstrap of 60 windows is a little narrow, and ±4 is one standard deviation.
     assert 178 <= held <= 199
     assert np.mean(errors) == pytest.approx(math.sqrt((1 + 1 / 16) / 60), rel=0.05)
+
+
+def test_the_interval_of_a_ratio_is_paired() -> None:
+    cost = np.random.default_rng(3).gamma(1.0, size=(1, 3000))
+    windows = Windows(1, 3000)
+    # Half of it everywhere is surely half of it; half of it on the whole is not sure at all.
+    exact = windows.ratio_interval(cost / 2, cost)
+    assert exact is not None
+    assert (exact.low, exact.high) == pytest.approx((0.5, 0.5))
+    loose = windows.ratio_interval(cost[:, ::-1].copy() / 2, cost)
+    assert loose is not None
+    assert loose.low < 0.49 < 0.51 < loose.high
+    assert Windows(1, 5, window=8).ratio_interval(np.ones((1, 5)), np.ones((1, 5))) is None
+
+
+def test_the_interval_of_a_share_holds_it_about_as_often_as_it_says() -> None:
+    # For 0 of n the bounds are 0 and z²/(n + z²).
+    none = share_interval(0, 100)
+    assert none.low == pytest.approx(0, abs=1e-12)
+    assert none.high == pytest.approx(1.959964**2 / (100 + 1.959964**2))
+    drawn = np.random.default_rng(4).binomial(2000, 0.02, 2000)
+    held = sum(found.low <= 0.02 <= found.high for found in (share_interval(int(n), 2000) for n in drawn))
+    # 1,900 expected; a binomial jumps, ±30 is three standard deviations.
+    assert 1860 <= held <= 1940
