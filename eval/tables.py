@@ -15,12 +15,14 @@ from mossquant.eval.perplexity import PerplexityReport
 from mossquant.eval.plan_tables import plan_tables, recipe_tables
 from mossquant.eval.verify import VerifyReport
 from mossquant.eval.windows import Interval
+from mossquant.targets.export import Needs
 
 __all__ = [
     "bench_table",
     "comparison_table",
     "demo_table",
     "info_tables",
+    "needs_table",
     "parity_table",
     "perplexity_table",
     "plan_tables",
@@ -66,6 +68,18 @@ def comparison_table(report: ComparisonReport) -> Table:
     caption = f"{report.text}, {report.tokens:,} tokens in {_streams(report.streams)}{seen}; intervals are 95 %"
     columns = ["perplexity", "increase, %", "KL,\nnats a token", "same\ntop, %", "weights, MB\nbits a weight"]
     return grid([("", "left"), *((name, "right") for name in columns)], rows, caption=caption)
+
+
+def needs_table(needs: Needs) -> Table:
+    """What an export takes, target by target."""
+    rows = [(name, _megabytes(disk), _megabytes(memory)) for name, (disk, memory) in needs.targets.items()]
+    rows += [
+        ("tokenizer and manifest", _megabytes(needs.beside_bytes), _DASH),
+        ("all", _megabytes(needs.disk_bytes), _megabytes(needs.memory_bytes)),
+    ]
+    heads: list[Head] = [("", "left"), ("disk, MB,\nat most", "right"), ("memory, MB,\nat most", "right")]
+    caption = "Memory is beside Python's own with its imports. Targets are lowered one after the other."
+    return grid(heads, rows, caption=caption, whole_names=True)
 
 
 def parity_table(report: VerifyReport) -> Table:

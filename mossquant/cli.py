@@ -41,6 +41,7 @@ _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, e
 _MOST_THREADS = 1024
 _MOST_TOKENS = 1 << 24
 _MOST_SEED = (1 << 63) - 1
+_NO_OUTPUT = "no output folder was given; say where to write with -o FOLDER, or look first with --dry-run"
 _REPORT = b'{\n "version": '
 
 _terminal = Terminal(quiet=False)
@@ -209,7 +210,7 @@ def quantize(
 
     _json_free(json, output)
     if output is None and not dry_run:
-        raise InputError("no output folder was given; say where to write with -o FOLDER, or look first with --dry-run")
+        raise InputError(_NO_OUTPUT)
     with _terminal.named_bar("quantizing") as shown:
         plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
     _terminal.show(*plan_tables(plan))
@@ -232,22 +233,30 @@ def recipes() -> None:
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, quantized or not, or tiny")],
-    output: Output,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
     target: Annotated[str, typer.Option("--target", help="onnx, executorch, or both with a comma between")] = "onnx",
     activations: Annotated[
         Literal["int8", "fp32"] | None,
         typer.Option("--activations", help="inputs of the linears; as planned if not given"),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
     force: Force = False,
 ) -> None:
     """Lower a checkpoint, quantized or not, to an artifact: programs, tokenizer and manifest.
 
     Example: mossquant export tiny-int4 --target onnx,executorch -o tiny-int4-app
     """
+    from mossquant.eval.tables import needs_table
     from mossquant.targets.export import export as run
+    from mossquant.targets.export import export_needs
 
+    targets = [name.strip() for name in target.split(",")]
+    if dry_run:
+        _terminal.show(needs_table(export_needs(model, target=targets, activations=activations)))
+        return
+    if output is None:
+        raise InputError(_NO_OUTPUT)
     with _terminal.named_bar("lowering") as shown:
-        targets = [name.strip() for name in target.split(",")]
         artifact = run(model, output, target=targets, activations=activations, force=force, progress=shown)
     for note in artifact.notes:
         _terminal.say(note)

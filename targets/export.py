@@ -1,25 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`export`: lower a checkpoint, quantized or not, to an artifact of one target or of several."""
+"""`export`: lower a checkpoint, quantized or not, to an artifact of one target or of several; and what that needs."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mossquant.capabilities import Activations, check
+from mossquant.checkpoint import Checkpoint
 from mossquant.errors import InputError
-from mossquant.locate import locate
+from mossquant.locate import Located, locate
 from mossquant.outputs import check_free, new_folder
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.release import release
 from mossquant.space import check_space
 from mossquant.targets.artifact import TOKENIZER, Artifact, write_artifact_manifest
-from mossquant.targets.registry import Progress, get_exporters
+from mossquant.targets.registry import Prepared, Progress, get_exporters
 from mossquant.targets.source import open_checkpoint
 
-__all__ = ["export"]
+__all__ = ["Needs", "export", "export_needs"]
 
 _MANIFEST_BYTES = 1 << 17
 """Of a manifest: it names files, operators, inputs and outputs."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an export takes.
+
+    Attributes:
+        targets: target → (bytes of disk, at most; bytes of memory beside the interpreter's own, at most). Targets are
+            lowered one after the other, so that their memory does not add up.
+        beside_bytes: of disk, for tokenizer and manifest.
+    """
+
+    targets: dict[str, tuple[int, int]]
+    beside_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that the artifact takes, at most."""
+        return self.beside_bytes + sum(disk for disk, _ in self.targets.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Anonymous memory that making it takes, at most, beside the interpreter's own with its imports."""
+        return max(memory for _, memory in self.targets.values())
+
+
+def export_needs(
+    model: str | Path, *, target: str | Sequence[str] = "onnx", activations: Activations | None = None
+) -> Needs:
+    """What `export` would need; arguments and errors are those of `export`. Writes nothing."""
+    names = [target] if isinstance(target, str) else list(target)
+    source, prepared = _prepare(locate(model), names, activations, None)
+    return _needs(source, prepared)
 
 
 def export(
@@ -56,10 +90,28 @@ def export(
             work.
     """
     names = [target] if isinstance(target, str) else list(target)
-    found, destination = get_exporters(names), Path(output)
-    located = locate(model)
+    get_exporters(names)
+    located, destination = locate(model), Path(output)
     folder = located.require("checkpoint", "quantized checkpoint", verb="export")
     check_free(destination, force=force, inputs=[folder])
+    source, prepared = _prepare(located, names, activations, progress)
+    needs = _needs(source, prepared)
+    check_space(destination, disk_bytes=needs.disk_bytes, memory_bytes=needs.memory_bytes)
+    with new_folder(destination, force=force) as partial:
+        exported = {name: each.write(partial) for name, each in prepared.items()}
+        if source.tokenizer_path is not None:
+            (partial / TOKENIZER).write_bytes(source.tokenizer_path.read_bytes())
+        programs = {name: one.program for name, one in exported.items()}
+        manifest = write_artifact_manifest(partial, release=release(), programs=programs)
+    return Artifact(destination, manifest, tuple(note for one in exported.values() for note in one.notes))
+
+
+def _prepare(
+    located: Located, names: Sequence[str], activations: Activations | None, progress: Progress | None
+) -> tuple[Checkpoint | QuantizedCheckpoint, dict[str, Prepared]]:
+    """Check all that can be checked before any work."""
+    found = get_exporters(names)
+    located.require("checkpoint", "quantized checkpoint", verb="export")
     if located.kind == "checkpoint" and activations == "int8":
         raise InputError(
             f"{located.given} is not quantized, and int8 activations meet quantized weights only; "
@@ -70,17 +122,12 @@ def export(
         # Formats that are overridden need not be any that the targets can take.
         check(source.plan if activations is None else replace(source.plan, activations=()), names)
     prepared = [prepare(source, activations=activations, progress=progress) for prepare in found]
+    return source, dict(zip(names, prepared, strict=True))
+
+
+def _needs(source: Checkpoint | QuantizedCheckpoint, prepared: dict[str, Prepared]) -> Needs:
     tokenizer = source.tokenizer_path
-    beside = _MANIFEST_BYTES + (tokenizer.stat().st_size if tokenizer is not None else 0)
-    check_space(
-        destination,
-        disk_bytes=beside + sum(each.disk_bytes for each in prepared),
-        memory_bytes=max(each.memory_bytes for each in prepared),
+    return Needs(
+        {name: (each.disk_bytes, each.memory_bytes) for name, each in prepared.items()},
+        _MANIFEST_BYTES + (tokenizer.stat().st_size if tokenizer is not None else 0),
     )
-    with new_folder(destination, force=force) as partial:
-        exported = {name: each.write(partial) for name, each in zip(names, prepared, strict=True)}
-        if tokenizer is not None:
-            (partial / TOKENIZER).write_bytes(tokenizer.read_bytes())
-        programs = {name: one.program for name, one in exported.items()}
-        manifest = write_artifact_manifest(partial, release=release(), programs=programs)
-    return Artifact(destination, manifest, tuple(note for one in exported.values() for note in one.notes))

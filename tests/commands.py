@@ -126,6 +126,7 @@ def reading(model: Path, good: Path, text: Path, out: Path) -> Iterator[list[obj
     """Every verb that reads a checkpoint, quantized or not, or an artifact."""
     yield ["info", model]
     yield ["export", model, "-o", out]
+    yield ["export", model, "--dry-run"]
     yield ["perplexity", model, "--text", text]
     yield ["compare", model, good, "--text", text]
     yield ["compare", good, model, "--text", text]

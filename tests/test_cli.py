@@ -20,6 +20,7 @@ import pytest
 from commands import COMMAND, command, process
 
 from mossquant.outputs import file_sha256
+from mossquant.targets.export import export_needs
 
 VERBS = (
     *("demo", "info", "train", "import", "quantize", "recipes"),
@@ -117,6 +118,22 @@ def test_a_report_replaces_a_report_only(checkpoint_folder: Path, tmp_path: Path
         report.write_bytes(data)
         assert "exists already" in command("info", checkpoint_folder, "--json", report).err
         assert report.read_bytes() == data
+
+
+def test_a_dry_run_of_an_export_says_what_the_export_takes(quantized_folder: Path, tmp_path: Path) -> None:
+    words = ["export", quantized_folder, "--target", "onnx,executorch", "-o", tmp_path / "out"]
+    told = command(*words, "--dry-run")
+    assert told.status == 0
+    assert list(tmp_path.iterdir()) == []
+    needs = export_needs(quantized_folder, target=["onnx", "executorch"])
+    for name, figures in {**needs.targets, "all": (needs.disk_bytes, needs.memory_bytes)}.items():
+        line = next(line for line in told.out.splitlines() if line.startswith(name))
+        assert line.split()[-2:] == [f"{figure / 1e6:.2f}" for figure in figures]
+    assert command(*words).status == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= needs.disk_bytes
+    # What the export refuses, its dry run refuses; and without one a folder is needed.
+    assert command("export", quantized_folder, "--target", "coreml", "--dry-run").status == 2
+    assert "--dry-run" in command("export", quantized_folder).err
 
 
 def test_verify_runs_both_and_names_a_flipped_code(

@@ -10,8 +10,7 @@ from lowered import MODELS, Workshop
 
 from mossquant import space
 from mossquant.errors import InputError
-from mossquant.targets import export as artifact_export
-from mossquant.targets.export import export
+from mossquant.targets.export import export, export_needs
 from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.program import open_program
 
@@ -22,11 +21,10 @@ from mossquant.targets.onnx.program import open_program
 def test_room_and_bytes(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, above: int, recipe: str | None
 ) -> None:
-    said: list[int] = []
     monkeypatch.setattr(saving, "EXTERNAL_ABOVE", above)
-    monkeypatch.setattr(artifact_export, "check_space", lambda _, *, disk_bytes, memory_bytes: said.append(disk_bytes))
-    program = export(workshop.checkpoint(model, recipe), tmp_path / "out").program("onnx")
-    assert sum(path.stat().st_size for path in program.parent.iterdir()) <= said[0]
+    checkpoint = workshop.checkpoint(model, recipe)
+    program = export(checkpoint, tmp_path / "out").program("onnx")
+    assert sum(path.stat().st_size for path in program.parent.iterdir()) <= export_needs(checkpoint).disk_bytes
     assert program.read_bytes() == open_program(program).proto.SerializeToString()
 
 
