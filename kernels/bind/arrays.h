@@ -147,6 +147,7 @@ void run_units(std::int64_t batch, std::int64_t channels, std::int64_t threads, 
     }
   };
   std::vector<std::thread> others;
+  others.reserve(static_cast<std::size_t>(threads));  // a vector that cannot grow must not leave threads running
   for (std::int64_t i = 1; i < threads; ++i) {
     try {
       others.emplace_back(work, i);

@@ -33,6 +33,13 @@ Shape matrix_shape(const Array& array, const char* name, const char* letters) {
   return shape;
 }
 
+// A count that belongs to no array, and is rounded up and multiplied.
+void check_count(const char* name, std::int64_t count) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 40;
+  if (count >= 1 && count <= kMost) return;
+  raise_value_error(std::string(name) + ": must be 1 .. 2^40, is " + std::to_string(count));
+}
+
 WeightName weight_named(const std::string& name) {
   std::string names;
   for (int i = 0; i < static_cast<int>(std::size(kWeightFormats)); ++i) {
@@ -73,7 +80,7 @@ void rms_norm(const Input& x, const Input& weight, double eps, const Output& y, 
 void quantize_int8_block(const Input& x, const Output& codes, const Output& scales, std::int64_t block,
                          const MaybeName& kernel_name) {
   const Shape shape = matrix_shape(x, "x", "[M, K]");
-  if (block < 1) raise_value_error("block: must be at least 1, is " + std::to_string(block));
+  check_count("block", block);
   const std::int64_t M = shape[0], K = shape[1], blocks = (K + block - 1) / block;
   QuantizeArgs args;
   args.rows = M;
@@ -89,7 +96,7 @@ void quantize_int8_block(const Input& x, const Output& codes, const Output& scal
 }
 
 std::int64_t packed_row_bytes(const std::string& format_name, std::int64_t columns) {
-  if (columns < 1) raise_value_error("columns: must be at least 1, is " + std::to_string(columns));
+  check_count("columns", columns);
   return row_bytes(weight_format(weight_named(format_name)), columns);
 }
 

@@ -94,5 +94,7 @@ def test_wrong_arrays_are_refused() -> None:
         _native.pack("int8", codes, scales.astype(np.float32), packed)
     with pytest.raises(ValueError, match=r"packed: shape is \[3, 36\], must be \[3, 66\]"):
         _native.unpack("int4_g128", packed[:, :36].copy(), codes[:, :32].copy(), scales[:, :1].copy())
-    with pytest.raises(ValueError, match="columns: must be at least 1, is 0"):
+    with pytest.raises(ValueError, match=r"columns: must be 1 \.\. 2\^40, is 0"):
         _native.packed_row_bytes("int8", 0)
+    with pytest.raises(ValueError, match=r"columns: must be 1 \.\. 2\^40, is 9223372036854775807"):
+        _native.packed_row_bytes("int8", 2**63 - 1)

@@ -85,7 +85,9 @@ def test_wrong_arrays_are_refused() -> None:
         _native.quantize_int8_block(np.zeros((33, 2), np.float32).T, codes, scales, block=32, kernel=None)
     with pytest.raises(ValueError, match="x: has no columns, must have at least 1"):
         _native.quantize_int8_block(x[:, :0], codes, scales, block=32, kernel=None)
-    with pytest.raises(ValueError, match="block: must be at least 1, is 0"):
+    with pytest.raises(ValueError, match=r"block: must be 1 \.\. 2\^40, is 0"):
         _native.quantize_int8_block(x, codes, scales, block=0, kernel=None)
+    with pytest.raises(ValueError, match=r"block: must be 1 \.\. 2\^40, is 9223372036854775807"):
+        _native.quantize_int8_block(x, codes, scales, block=2**63 - 1, kernel=None)
     with pytest.raises(ValueError, match=r"'moss_quantize_avx9' is not one of those .* moss_quantize_int8_block_f32_"):
         _native.quantize_int8_block(x, codes, scales, block=32, kernel="moss_quantize_avx9")
