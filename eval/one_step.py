@@ -23,7 +23,7 @@ from mossquant.runner import Arrays, Floats, Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text import streams
 
-__all__ = ["EXPLAINED_KL", "OneStep", "one_step"]
+__all__ = ["EXPLAINED_KL", "OneStep", "compared_positions", "one_step"]
 
 LANES = 8
 """Parts of the text that the reference walks side by side."""
@@ -56,11 +56,17 @@ class OneStep:
 
 
 def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positions: int) -> OneStep:
-    """Compare single steps from the reference's own state at `positions` places spread evenly over tokens [T]."""
-    lanes = streams(tokens, min(LANES, positions, len(tokens) // 2))
-    count, length = lanes.shape
-    steps = min(-(-positions // count), length)
-    stride = length // steps
+    """Compare single steps from the reference's own state at places spread evenly over tokens [T].
+
+    Args:
+        reference: gives the states.
+        artifact: what is compared.
+        tokens: the text.
+        positions: wanted; `compared_positions` says how many it becomes.
+    """
+    count, steps = _lanes_and_steps(len(tokens), positions)
+    lanes = streams(tokens, count)
+    stride = lanes.shape[1] // steps
     state = reference.initial_state(count)
     pending: list[_Position] = []
     found: list[OneStep] = []
@@ -88,6 +94,18 @@ def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positi
         np.concatenate([part.state_error for part in found]),
         np.concatenate([part.unexplained for part in found]),
     )
+
+
+def compared_positions(length: int, positions: int) -> int:
+    """How many positions are compared in a text of that length: those asked for, made up to whole lanes, or, where the
+    text has hardly as many, all that fit into its lanes."""
+    count, steps = _lanes_and_steps(length, positions)
+    return count * steps
+
+
+def _lanes_and_steps(length: int, positions: int) -> tuple[int, int]:
+    count = min(LANES, positions, length // 2)
+    return count, min(-(-positions // count), length // count)
 
 
 @dataclass(frozen=True)

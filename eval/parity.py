@@ -22,7 +22,7 @@ import torch
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.noise import with_noise
-from mossquant.eval.one_step import EXPLAINED_KL, one_step
+from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
 from mossquant.eval.open import OpenModel, open_model
 from mossquant.eval.parity_measures import continuation, forms, growth
 from mossquant.eval.passage import held_out_passage
@@ -49,8 +49,9 @@ ROUTER_TIE = 1e-4
 """A router nearer than this to another choice may flip by rounding; such positions are counted apart …"""
 ROUTER_TIE_SHARE = 0.05
 """… and at most so many of the positions may be."""
-FREE_PPL_PCT = 0.1
-"""Largest difference of perplexity over the stream, in per cent."""
+FREE_PPL_PCT, FREE_PPL_TOKENS = 0.1, 20_000
+"""Largest difference of perplexity over a stream of so many tokens, in per cent; over a shorter one it is left to
+chance as the inverse of the root of its length, and so is the bound."""
 FREE_KL_SHARE_OF_COST = 0.5
 """Largest mean KL over the stream, as a share of what the activation formats themselves cost; or …"""
 FREE_KL_OF_ROUNDING = 1.5
@@ -144,7 +145,7 @@ def parity(
         quantized: the quantized checkpoint; the full-precision one for an artifact of that.
         artifact: a PATH argument.
         text: a file or a text; None: the bundled held-out text.
-        positions: at least so many positions of the one-step comparison.
+        positions: of the one-step comparison (`mossquant.eval.one_step.compared_positions`).
         stream: tokens of the free run, from the text's beginning; fewer where the text is shorter.
         threads: CPU threads.
         allow_seen: use also a text that the model has seen.
@@ -188,7 +189,7 @@ def parity(
         artifact=program.located.given,
         activations=formats,
         text_sha256=passage.sha256,
-        positions=positions,
+        positions=compared_positions(passage.tokens.shape[1], positions),
         stream=passage.predicted,
         checks=checks,
     )
@@ -273,7 +274,8 @@ def _free_run_checks(
     expected, found, *other = score(runners, tokens[None], at_once=at_once)
     rise = abs(100 * math.expm1(found.nll.mean() - expected.nll.mean()))
     mean = float(found.kl.mean())
-    checks = [Check("free run: difference of perplexity, %", rise, FREE_PPL_PCT)]
+    most = FREE_PPL_PCT * math.sqrt(max(1.0, FREE_PPL_TOKENS / found.nll.size))
+    checks = [Check("free run: difference of perplexity, %", rise, most)]
     if unquantized is None or not other:
         return [*checks, Check("free run: mean KL", mean, FREE_KL_FP32)], FREE_KL_FP32
     windows = Windows(*found.kl.shape)
@@ -284,15 +286,21 @@ def _free_run_checks(
         Check("free run: mean KL of the reference to itself with other rounding", float(rounding.mean()), None),
         Check("what quantized activations themselves cost: mean KL", float(cost.mean()), None),
         *_interval(windows.interval(cost)),
-        Check("free run: mean KL as a share of that cost", mean / float(cost.mean()), None),
-        *_interval(windows.ratio_interval(found.kl, cost)),
     ]
+    if cost.mean() > 0:  # a model may be one that no activation changes
+        share = mean / float(cost.mean())
+        checks += [
+            Check("free run: mean KL as a share of that cost", share, None),
+            *_interval(windows.ratio_interval(found.kl, cost)),
+        ]
     for name, values, limit in (
         ("free run: growth of KL per 10,000 tokens", found.kl, None),
         ("free run: growth beyond that of other rounding", found.kl - rounding, 0.0),
     ):
         slope = growth(values[0], skip=SETTLING)
-        if slope.interval is not None:
+        if slope.interval is None:
+            checks.append(Check(f"{name}: not measured, tokens are too few", float(values.size), None))
+        else:
             checks += [
                 Check(name, slope.per_10k, None),
                 Check("… 95 % interval, low end", slope.interval.low, limit),

@@ -70,7 +70,7 @@ class VerifyReport:
         rows = []
         for artifact in self.artifacts:
             weights = artifact.weights
-            found = "all equal" if weights.passed else f"{len(weights.differences)} differ"
+            found = "all equal" if weights.passed else f"{len(weights.differences)} differences"
             rows.append((artifact.path, f"weights of {weights.tensors} tensors", found, "", _verdict(weights.passed)))
             for check in artifact.parity.checks if artifact.parity is not None else ():
                 bound, verdict = "", ""

@@ -86,8 +86,9 @@ class Windows:
         return self.percentiles(self.resampled_means(values))
 
     def ratio_interval(self, values: NDArray[np.float64], to: NDArray[np.float64]) -> Interval | None:
-        """95 % interval of mean(values) / mean(to), both [S, T]; None where there is only one window."""
-        return self.percentiles(self.resampled_means(values) / self.resampled_means(to))
+        """95 % interval of mean(values) / mean(to), both [S, T]; None for one window, or where mean(to) may be 0."""
+        below = self.resampled_means(to)
+        return self.percentiles(self.resampled_means(values) / below) if below.all() else None
 
     def percentiles(self, statistic: NDArray[np.float64]) -> Interval | None:
         """95 % interval of a statistic computed from resampled means; None where there is only one window."""

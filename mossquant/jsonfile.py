@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mossquant.errors import InputError
+from mossquant.inputfile import first_bytes
 
 __all__ = ["LARGEST", "LARGEST_SMALL", "parse_json", "read_json"]
 
@@ -53,8 +54,7 @@ def read_json(path: Path, *, largest: int, advice: str) -> Any:
         InputError: unreadable, too large, or not JSON as above.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(largest + 1)
+        data = first_bytes(path, largest + 1)
         if len(data) > largest:
             raise InputError(f"{path} is larger than {largest >> 20} MB, which no such file is; {advice}")
         return parse_json(data)

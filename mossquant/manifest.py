@@ -69,6 +69,7 @@ class Manifest(_Strict):
     text: SeenText
 
 
+_TOKENIZER = "tokenizer.json"
 _REQUIRED = ("config.json", "recipe.yaml", "ledger.json")
 
 
@@ -114,8 +115,12 @@ def file_offenders(folder: Path, manifest: Manifest, *, check_hashes: bool) -> l
 
 
 def record_offenders(folder: Path, files: Mapping[str, FileRecord], *, check_hashes: bool = True) -> list[str]:
-    """Which of these files of a folder are missing, or of another size or hash; contents only with `check_hashes`."""
-    offenders = []
+    """Which of these files of a folder are missing, or of another size or hash; contents only with `check_hashes`.
+
+    A tokenizer that is not listed is one too: it would be used, and other files that are not listed are not.
+    """
+    foreign = _TOKENIZER not in files and (folder / _TOKENIZER).exists()
+    offenders = [f"{_TOKENIZER} does not belong to it, take it away"] if foreign else []
     for name, record in files.items():
         path = folder / name
         if not path.is_file():

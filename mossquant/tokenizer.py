@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mossquant.errors import InputError
+from mossquant.inputfile import first_bytes
 from mossquant.outputs import new_file
 from mossquant.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
 
@@ -87,8 +88,7 @@ class Tokenizer:
     def from_file(cls, path: Path) -> "Tokenizer":
         """Read a `tokenizer.json`. Raises `InputError` if it is missing or not one."""
         try:
-            with path.open("rb") as file:
-                data = file.read(LARGEST_TOKENIZER + 1)
+            data = first_bytes(path, LARGEST_TOKENIZER + 1)
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}): give a tokenizer.json") from None
         if len(data) > LARGEST_TOKENIZER:
@@ -120,9 +120,12 @@ class Tokenizer:
         if not path.exists():
             if vocab_size == _BYTES:
                 return cls.byte_level()
+            added = "a tokenizer is added (mossquant import --tokenizer FILE)"
+            if not (folder / "config.json").exists():  # an artifact, which import does not take
+                added = "the tokenizer.json of the checkpoint that it was exported from is copied there"
             raise InputError(
                 f"{folder} has no tokenizer.json, and a vocabulary of {vocab_size} is not byte-level: "
-                "the model takes token ids only until a tokenizer is added (mossquant import --tokenizer FILE)"
+                f"the model takes token ids only until {added}"
             )
         tokenizer = cls.from_file(path)
         if tokenizer.vocab_size > vocab_size:

@@ -8,12 +8,14 @@ checked here: numbers of tokens, how much longer a text may become, and parts th
 
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mossquant.config import MAX_VOCABULARY
+from mossquant.errors import InputError
 from mossquant.jsonfile import parse_json
 
-__all__ = ["LARGEST_TOKENIZER", "tokenizer_offenders"]
+__all__ = ["LARGEST_TOKENIZER", "check_tokenizer_size", "tokenizer_offenders"]
 
 LARGEST_TOKENIZER = 1 << 25
 """Most bytes; the largest tokenizers in use, of a quarter of a million tokens, are about as large."""
@@ -22,6 +24,12 @@ _LONGEST_ADDED = 16
 """Most characters that a normaliser may put in place of a piece of text, or in front of it, or a BPE around a word."""
 _MOST_PARTS = 32
 _WORD = 4
+
+
+def check_tokenizer_size(path: Path) -> None:
+    """Refuse a `tokenizer.json` that is too large, before it is copied or hashed. Raises `InputError`."""
+    if path.stat().st_size > LARGEST_TOKENIZER:
+        raise InputError(f"{path} is larger than {LARGEST_TOKENIZER >> 20} MB: give a tokenizer.json")
 
 
 def tokenizer_offenders(data: bytes) -> list[str]:

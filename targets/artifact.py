@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from mossquant.errors import InputError
 from mossquant.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.outputs import file_sha256, write_json
+from mossquant.tokenizer_checks import check_tokenizer_size
 
 __all__ = [
     "Artifact",
@@ -147,19 +148,23 @@ def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str,
         model: what the program says about itself.
 
     Raises:
-        InputError: the manifest is none, lists other hashes, or says something else about the program.
+        InputError: the manifest is none, does not list these files with these hashes, or says something else about the
+            program.
     """
     path = program.with_name(MANIFEST)
     if not path.is_file():
         return
     manifest = read_artifact_manifest(path)
     listed = manifest.files
-    changed = [f"{name} has another SHA-256" for name in files if name in listed and listed[name].sha256 != files[name]]
+    changed = [f"{name} is not listed there" for name in files if name not in listed]
+    changed += [
+        f"{name} has another SHA-256" for name in files if name in listed and listed[name].sha256 != files[name]
+    ]
     if changed:
         raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)
     records = [record for record in manifest.programs.values() if record.file == program.name]
-    if any(record.model != model for record in records):
-        raise InputError(f"{path} says something else about {program.name} than the program itself; {_AGAIN}")
+    if [record.model for record in records] != [model]:
+        raise InputError(f"{path} says something else about {program.name} than the program itself. {_AGAIN}")
 
 
 def check_tokenizer(program: Path, expected: str | None) -> None:
@@ -170,14 +175,19 @@ def check_tokenizer(program: Path, expected: str | None) -> None:
         expected: SHA-256 of the tokenizer that belongs to it, None where it has none.
 
     Raises:
-        InputError: it is another one.
+        InputError: it is another one, or too large for one, or the program has none.
     """
     tokenizer = program.with_name(TOKENIZER)
-    if expected is not None and tokenizer.is_file() and file_sha256(tokenizer) != expected:
+    if not tokenizer.is_file():
+        return
+    if expected is None:
         raise InputError(
-            f"{tokenizer} is not the tokenizer of {program.name} (another SHA-256); "
-            "copy the artifact's folder again, or export again"
+            f"{tokenizer} does not belong to {program.name}, whose model has no tokenizer; take it away, "
+            "or export again"
         )
+    check_tokenizer_size(tokenizer)
+    if file_sha256(tokenizer) != expected:
+        raise InputError(f"{tokenizer} is not the tokenizer of {program.name} (another SHA-256). {_AGAIN}")
 
 
 def write_artifact_manifest(folder: Path, *, release: str, programs: dict[str, ProgramRecord]) -> ArtifactManifest:

@@ -13,9 +13,10 @@ from mossquant.outputs import check_free, new_folder
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.release import release
 from mossquant.space import check_space
-from mossquant.targets.artifact import TOKENIZER, Artifact, write_artifact_manifest
+from mossquant.targets.artifact import MANIFEST, TOKENIZER, Artifact, read_artifact_manifest, write_artifact_manifest
 from mossquant.targets.registry import Prepared, Progress, get_exporters
 from mossquant.targets.source import open_checkpoint
+from mossquant.tokenizer_checks import check_tokenizer_size
 
 __all__ = ["Needs", "export", "export_needs"]
 
@@ -96,6 +97,7 @@ def export(
     check_free(destination, force=force, inputs=[folder])
     source, prepared = _prepare(located, names, activations, progress)
     needs = _needs(source, prepared)
+    dropped = _programs_there(destination) - set(names)
     check_space(destination, disk_bytes=needs.disk_bytes, memory_bytes=needs.memory_bytes)
     with new_folder(destination, force=force) as partial:
         exported = {name: each.write(partial) for name, each in prepared.items()}
@@ -103,7 +105,19 @@ def export(
             (partial / TOKENIZER).write_bytes(source.tokenizer_path.read_bytes())
         programs = {name: one.program for name, one in exported.items()}
         manifest = write_artifact_manifest(partial, release=release(), programs=programs)
-    return Artifact(destination, manifest, tuple(note for one in exported.values() for note in one.notes))
+    notes = [note for one in exported.values() for note in one.notes]
+    if dropped:
+        both = ",".join([*names, *sorted(dropped)])
+        notes.append(f"the {' and '.join(sorted(dropped))} program that was there is gone; --target {both} makes both")
+    return Artifact(destination, manifest, tuple(notes))
+
+
+def _programs_there(folder: Path) -> set[str]:
+    """Targets of the artifact that is replaced, if one is."""
+    try:
+        return set(read_artifact_manifest(folder / MANIFEST).programs)
+    except InputError:
+        return set()
 
 
 def _prepare(
@@ -118,6 +132,7 @@ def _prepare(
             "leave --activations out, or run `mossquant quantize` first"
         )
     source = open_checkpoint(located)
+    source.seen_text()  # is taken along, and so must be readable
     if isinstance(source, QuantizedCheckpoint):
         # Formats that are overridden need not be any that the targets can take.
         check(source.plan if activations is None else replace(source.plan, activations=()), names)
@@ -127,6 +142,8 @@ def _prepare(
 
 def _needs(source: Checkpoint | QuantizedCheckpoint, prepared: dict[str, Prepared]) -> Needs:
     tokenizer = source.tokenizer_path
+    if tokenizer is not None:
+        check_tokenizer_size(tokenizer)
     return Needs(
         {name: (each.disk_bytes, each.memory_bytes) for name, each in prepared.items()},
         _MANIFEST_BYTES + (tokenizer.stat().st_size if tokenizer is not None else 0),

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What reading back the weights of an artifact found, whatever the target."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mossquant.checkpoint import Checkpoint
+from mossquant.quantized import QuantizedCheckpoint
 from mossquant.space import row_blocks
 
 __all__ = ["WeightsReport", "first_difference"]
@@ -21,12 +24,27 @@ class WeightsReport:
         tensors: tensors compared.
         weights: their elements.
         differences: one line for each tensor that differs, with the first place where it does; and what is left over.
+        another: whether the program says that it was lowered from other files than these.
     """
 
     path: str
     tensors: int
     weights: int
     differences: tuple[str, ...]
+    another: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        source: Checkpoint | QuantizedCheckpoint,
+        recorded: Mapping[str, str],
+        differences: Sequence[str],
+    ) -> "WeightsReport":
+        """A report of all tensors of `source`; `recorded` is file name → SHA-256 of what was lowered, as it says."""
+        count = sum(spec.count for spec in source.specs.values())
+        another = bool(differences) and source.hashes() != dict(recorded)
+        return cls(path, len(source.specs), count, tuple(differences), another)
 
     @property
     def passed(self) -> bool:
@@ -39,7 +57,8 @@ class WeightsReport:
         if self.passed:
             return "all equal"
         more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
-        return self.differences[0] + more
+        why = "; it says that it was lowered from another checkpoint than this" if self.another else ""
+        return self.differences[0] + more + why
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
-__all__ = ["Delegate", "Linear", "array", "read_delegate"]
+__all__ = ["Delegate", "Linear", "array", "read_delegate", "sizes"]
 
 _FULLY_CONNECTED = 2  # of the union XNodeUnion
 _QUANTIZED_VALUE = 2  # of the union XValueUnion
@@ -34,7 +34,7 @@ class Linear:
         rounds_input: whether its input is rounded to int8 at run time, one range a row.
         shape: (N, K).
         stored: the weight as the file holds it; nothing is unpacked before it is asked for.
-        scales: fp32 [N, groups]; empty where the weight is fp32.
+        stored_scales: the scales as the file holds them, fp32 or the upper halves of fp32, flat.
     """
 
     bits: int | None
@@ -42,7 +42,21 @@ class Linear:
     rounds_input: bool
     shape: tuple[int, int]
     stored: memoryview
-    scales: NDArray[np.float32]
+    stored_scales: NDArray[Any]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weight and scales that the file must hold."""
+        rows, columns = self.shape
+        return rows * columns * (self.bits or 32) // 8 + self.stored_scales.nbytes
+
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """fp32 [N, groups]; empty where the weight is fp32."""
+        found = self.stored_scales
+        if found.dtype == np.uint16:
+            found = (found.astype(np.uint32) << 16).view(np.float32)
+        return found.reshape(self.shape[0], -1 if found.size else 0)
 
     @property
     def codes(self) -> NDArray[Any]:
@@ -130,16 +144,16 @@ def _linear(value: Table, params: tuple[int, Table | None], data: list[memoryvie
     if bits != 0 and len(stored) * 8 < rows * columns * (bits or 32):
         raise DamagedError("the weight of a linear is cut short")
     if bits is None:
-        return Linear(None, 0, rounds_input, (rows, columns), stored, np.empty((rows, 0), np.float32))
+        return Linear(None, 0, rounds_input, (rows, columns), stored, np.empty(0, np.float32))
     if bits == 8 and how == _PER_CHANNEL and table is not None:
-        scales = _scales(table, 2, data, "<f4")
-        return Linear(8, 0, rounds_input, (rows, columns), stored, scales.reshape(-1, 1))
-    if bits == 4 and how == _PER_GROUP and table is not None:
-        scales = (_scales(table, 4, data, "<u2").astype(np.uint32) << 16).view(np.float32)
-        if rows == 0 or scales.size % rows:
-            raise DamagedError("a linear has scales that do not fit its rows")
-        return Linear(4, table.number(2, "<i4"), rounds_input, (rows, columns), stored, scales.reshape(rows, -1))
-    raise DamagedError("a linear has weights of a kind that mossquant does not write")
+        group, scales = 0, _scales(table, 2, data, "<f4")
+    elif bits == 4 and how == _PER_GROUP and table is not None:
+        group, scales = table.number(2, "<i4"), _scales(table, 4, data, "<u2")
+    else:
+        raise DamagedError("a linear has weights of a kind that mossquant does not write")
+    if rows == 0 or scales.size % rows or (bits == 8 and scales.size != rows):
+        raise DamagedError("a linear has scales that do not fit its rows")
+    return Linear(bits, group, rounds_input, (rows, columns), stored, scales)
 
 
 def _scales(table: Table, slot: int, data: list[memoryview], kind: str) -> NDArray[Any]:
@@ -152,11 +166,16 @@ def _scales(table: Table, slot: int, data: list[memoryview], kind: str) -> NDArr
     return array(data[index], 0, kind, np.array([count]))
 
 
-def array(data: memoryview, offset: int, kind: str, sizes: NDArray[Any]) -> NDArray[Any]:
+def sizes(found: NDArray[Any]) -> tuple[int, ...]:
+    """The sizes of an array. Raises `DamagedError`: too many of them, or negative ones."""
+    if len(found) > _MOST_SIZES or (found < 0).any():
+        raise DamagedError("an array has sizes that mossquant does not write")
+    return tuple(int(size) for size in found)
+
+
+def array(data: memoryview, offset: int, kind: str, given: NDArray[Any]) -> NDArray[Any]:
     """An array of a numpy type in a part of the file. Raises `DamagedError`: it ends behind it."""
-    shape = [int(size) for size in sizes]
-    if len(shape) > _MOST_SIZES or min(shape, default=0) < 0:
-        raise DamagedError("a constant has sizes that mossquant does not write")
+    shape = sizes(given)
     count = math.prod(shape)
     if offset + count * np.dtype(kind).itemsize > len(data):
         raise DamagedError("a constant is cut short")

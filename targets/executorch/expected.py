@@ -35,18 +35,22 @@ _SUMMED = ("ssm.expert.dt_proj", "mlp.expert.w2")
 
 @dataclass(frozen=True)
 class Expected:
-    """An array that a method must hold: what it is called, and codes with scales, or values."""
+    """An array that a method must hold: what it is called, and codes with scales, or values.
+
+    `rounds` says whether the input that it meets is rounded to int8 at run time.
+    """
 
     name: str
     codes: NDArray[Any]
     scales: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     bits: int | None = None
     group: int = 0
+    rounds: bool = False
     tolerance: float = 0.0
 
     @property
     def kind(self) -> tuple[object, ...]:
-        return (self.bits, self.group, self.codes.dtype, self.codes.shape)
+        return (self.bits, self.group, self.rounds, self.codes.dtype, self.codes.shape)
 
     def holds(self, other: "Expected") -> bool:
         """Whether the other one is the same, bit for bit or up to the tolerance."""
@@ -96,7 +100,7 @@ def _matrix(source: Source, names: Sequence[str], axis: int) -> Expected:
     columns = tensors[0].columns if found.group_size is None else None
     codes = torch.cat([tensor.codes[:, :columns] for tensor in tensors], axis).numpy()
     scales = torch.cat([tensor.scales.float() for tensor in tensors], axis).numpy()
-    return Expected(_title(names), codes, scales, found.bits, found.group_size or 0)
+    return Expected(_title(names), codes, scales, found.bits, found.group_size or 0, rounds=True)
 
 
 def _tables(source: Source, specs: Sequence[TensorSpec]) -> Iterator[Expected]:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads flatbuffers by slot numbers, every access checked against the buffer, so that a damaged file is an error here.
 
+What a buffer says once it may show a million times, by offsets that all point at the same place. So a vector may hold
+a table once, and names are short: reading one costs no more than a few times the buffer's own bytes.
+
 A table lies at a position and begins with the distance back to its vtable: sizes, then the offset of each slot from the
 table, 0 for a slot that is absent. Strings, vectors and tables in a slot lie at a distance forward.
 Source: https://flatbuffers.dev/internals.
@@ -14,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["DamagedError", "Table", "root"]
+
+
+_LONGEST_NAME = 256
 
 
 class DamagedError(ValueError):
@@ -43,16 +49,23 @@ class Table:
         return None if at is None else Table(self.data, _forward(self.data, at))
 
     def tables(self, slot: int) -> Iterator["Table"]:
-        """A vector of tables."""
+        """A vector of tables, each of which is there once."""
         at = self._at(slot)
-        if at is not None:
-            first, count = self._vector(at, 4)
-            yield from (Table(self.data, _forward(self.data, first + 4 * i)) for i in range(count))
+        if at is None:
+            return
+        first, count = self._vector(at, 4)
+        places = np.arange(first, first + 4 * count, 4) + np.frombuffer(self.data, "<u4", count, first)
+        if len(np.unique(places)) != count:
+            raise DamagedError("a vector holds one table twice")
+        yield from (Table(self.data, int(place)) for place in places)
 
     def string(self, slot: int) -> str:
-        """A string, empty where it is absent."""
+        """A name, empty where it is absent."""
+        found = self.bytes(slot)
+        if len(found) > _LONGEST_NAME:
+            raise DamagedError(f"a name has {len(found)} bytes")
         try:
-            return bytes(self.bytes(slot)).decode()
+            return bytes(found).decode()
         except UnicodeDecodeError:
             raise DamagedError("a string is not UTF-8") from None
 

@@ -4,13 +4,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
 from mossquant.model import state_specs
+from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.packages import EXECUTORCH
-from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
+from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, PlanMethod, ProgramFile
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed
 from mossquant.targets.program import METHODS
 
@@ -62,7 +65,7 @@ def open_program(path: Path) -> Opened:
     """Read a .pte of ours.
 
     Raises:
-        InputError: no .pte of ours, or damaged; methods, inputs or outputs that are not those of its config.
+        InputError: no .pte of ours, or damaged; methods, inputs, outputs or a table that are not those of its config.
     """
     file = ProgramFile(path)
     metadata = read_metadata(file)
@@ -84,16 +87,35 @@ def _check_ports(opened: Opened) -> None:
             offenders.append(f"{name[:80]} is unexpected")
         elif list(method.inputs) != inputs or list(method.outputs) != outputs:
             offenders.append(f"{name} takes or gives other arrays than the model's")
+        elif not _has_table(method, opened.config):
+            offenders.append(f"{name} has no table of {opened.config.vocab_size} rows")
     if offenders:
         raise InputError.listing(
             f"the methods of {opened.file.path} do not fit its metadata", offenders, "Export it again."
         )
 
 
+def _has_table(method: PlanMethod, config: MossNetConfig) -> bool:
+    """Whether there are rows for every token: codes and scales, or values. The runtime looks beyond the last one."""
+    rows = [one for one in method.constants if one.ndim == 2 and one.shape[0] == config.vocab_size]
+    codes, values = ([one for one in rows if (one.dtype.kind in "iu") == kind] for kind in (True, False))
+    return len(codes) == 1 and len(values) > 0 if codes else any(one.shape[1] == config.hidden_size for one in values)
+
+
 def weight_bytes(opened: Opened) -> int:
     """Bytes of codes, padding, scales and values in the program; a tied table, which is there twice, once."""
-    sections, config = opened.file.sections, opened.config
+    sections, decode = opened.file.sections, opened.file.methods["decode"]
     total = sections[WEIGHTS] + sections[CONSTANTS]
-    constants = opened.file.methods["decode"].constants
-    tables = [one for one in constants if one.ndim == 2 and one.shape[0] == config.vocab_size]
-    return total - sum(table.nbytes for table in tables) if config.tie_word_embeddings else total
+    if not opened.config.tie_word_embeddings:
+        return total
+    linears = [linear for part in decode.delegates for linear in part.linears]
+    rows = [one for one in decode.constants if one.ndim == 2 and one.shape[0] == opened.config.vocab_size]
+    return total - sum(one.nbytes for one in rows if _of_table(one, linears))
+
+
+def _of_table(constant: NDArray[Any], linears: list[Linear]) -> bool:
+    """Whether a constant is the look-up's copy of codes, scales or values that the head has too."""
+    if constant.dtype.kind in "iu":
+        return True  # no other tensor is held in codes outside the delegates
+    other = ((linear.scales if linear.bits else linear.codes) for linear in linears)
+    return any(one.shape == constant.shape and one.tobytes() == constant.tobytes() for one in other)

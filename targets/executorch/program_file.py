@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mossquant.errors import InputError
 from mossquant.jsonfile import LARGEST_SMALL, parse_json
-from mossquant.targets.executorch.delegate import Delegate, array, read_delegate
+from mossquant.targets.executorch.delegate import Delegate, array, read_delegate, sizes
 from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
 __all__ = ["CONSTANTS", "METADATA", "WEIGHTS", "PlanMethod", "ProgramFile"]
@@ -34,6 +34,11 @@ _HEADER = slice(8, 40)
 _STRING, _TENSOR = 6, 5  # of the union KernelTypes
 _SEGMENT = 1  # DataLocation
 _TYPES = {0: "u1", 1: "i1", 3: "<i4", 4: "<i8", 6: "<f4", 11: "?"}  # ScalarType
+_MOST_PLANS = 8
+_MOST_GRAPH_BYTES = 1 << 26
+"""Of all that is no weight: three methods of 24 blocks have 2 MB."""
+_CONSTANTS_REPEATED = 16
+"""Bytes of a method's constants, of which equal ones are stored once, as a multiple of the file's."""
 _AGAIN = "copy the artifact's folder again, or export again"
 
 
@@ -88,12 +93,16 @@ class ProgramFile:
         self.program_bytes, self._base, segment_bytes = (
             int.from_bytes(header[at : at + 8], "little") for at in (8, 16, 24)
         )
+        if self.program_bytes > _MOST_GRAPH_BYTES:
+            raise DamagedError(f"its methods have {self.program_bytes >> 20} MB")
         if not 48 <= self.program_bytes <= self._base <= len(data) or self._base + segment_bytes != len(data):
             raise DamagedError(f"it has {len(data)} bytes and its header says {self._base + segment_bytes}")
         self._program = root(data[: self.program_bytes], b"ET12")
         self._segments = [
             self._part(segment.number(0, "<u8"), segment.number(1, "<u8")) for segment in self._program.tables(4)
         ]
+        if len(list(self._program.tables(1))) > _MOST_PLANS:
+            raise DamagedError(f"it has more than {_MOST_PLANS} methods")
         self._named = {entry.string(0): self._segment(entry.number(1)) for entry in self._program.tables(7)}
         constants = self._program.table(5)
         self._constants, self._constant_offsets = data[:0], np.empty(0, "<u8")
@@ -111,7 +120,7 @@ class ProgramFile:
                     if kind == _STRING and value is not None:
                         if len(value.bytes(0)) > LARGEST_SMALL:
                             raise DamagedError(f"it says more about itself than {LARGEST_SMALL >> 20} MB")
-                        found = parse_json(value.string(0))
+                        found = parse_json(bytes(value.bytes(0)))
                         if isinstance(found, dict):
                             return found
         raise InputError(f"{self.path} was not written by mossquant; give a .pte that `mossquant export` wrote")
@@ -159,12 +168,19 @@ class ProgramFile:
             # Equal constants are stored once, and each is a value of its own.
             if kind == _TENSOR and tensor is not None and (index := tensor.number(5)):
                 constants.append(self._constant(tensor, index))
+        delegates = tuple(self._delegate(delegate) for delegate in plan.tables(7))
+        linears = [linear for delegate in delegates for linear in delegate.linears]
+        if sum(linear.stored_bytes for linear in linears) > len(self._data):
+            raise DamagedError("a method has more weights than the file has bytes")
+        small = [*constants, *(one for delegate in delegates for one in delegate.constants)]
+        if sum(one.nbytes for one in small) > _CONSTANTS_REPEATED * len(self._data):
+            raise DamagedError("a method has more constants than the file has bytes")
         return PlanMethod(
             name=plan.string(0),
             inputs=ports(3),
             outputs=ports(4),
             operators=tuple(f"{operator.string(0)}.{operator.string(1)}" for operator in plan.tables(6)),
-            delegates=tuple(self._delegate(delegate) for delegate in plan.tables(7)),
+            delegates=delegates,
             constants=tuple(constants),
             planned_bytes=int(plan.numbers(8, "<i8").sum()),
         )
@@ -218,4 +234,4 @@ def _port(values: list[Table], index: int) -> tuple[str, tuple[int, ...]]:
     kind, tensor = values[index].union(1) if 0 <= index < len(values) else (0, None)
     if kind != _TENSOR or tensor is None:
         raise DamagedError("a method takes or gives what is no tensor")
-    return _TYPES.get(tensor.number(0, "i1"), "?"), tuple(int(size) for size in tensor.numbers(2, "<i4"))
+    return _TYPES.get(tensor.number(0, "i1"), "?"), sizes(tensor.numbers(2, "<i4"))

@@ -2,9 +2,10 @@
 """Runs a .pte apart, before it is loaded here: a damaged program can bring the runtime down, and with it the process.
 
 The runtime checks the outer flatbuffer and believes what lies inside: offsets of planned memory, indices of values, the
-delegates' graphs. So every program is first run for a few tokens in a process of its own. That process is one for all
-programs (it loads the libraries once) and forks for each of them; what happens to the fork is the answer. A program
-that passed is noted by its hash in the user's cache ($XDG_CACHE_HOME or ~/.cache, mossquant/ran) and not tried again.
+delegates' graphs. So every program is first run, as many tokens as it takes, in a process of its own. That process is
+one for all programs (it loads the libraries once) and forks for each of them; what happens to the fork is the answer.
+A program that passed is noted by its hash in the user's cache ($XDG_CACHE_HOME or ~/.cache, mossquant/ran) and not
+tried again.
 
     → {"path": …}        a line on the standard input
     ← {"error": null}    or what was wrong, one line on the standard output
@@ -35,7 +36,7 @@ from mossquant.targets.program import METHODS
 __all__ = ["try_apart"]
 
 SECONDS = 120.0
-"""How long a few tokens may take; a program that runs longer does not end."""
+"""How long a call of each method may take; a program that runs longer does not end."""
 EXTRA_BYTES = 1 << 30
 """Address space that a program may ask for, beyond four times its file: mapped, and packed for each method."""
 
@@ -171,7 +172,7 @@ def _in_a_fork(path: str) -> str | None:
 
 
 def _run(path: str) -> None:
-    """Every method once, on zeros."""
+    """Every method once, on as many tokens as it takes, from the table's first row to its last, and states of zeros."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = used + EXTRA_BYTES + 4 * Path(path).stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -180,8 +181,9 @@ def _run(path: str) -> None:
         method = load_method(program, name)
         meta = method.method_meta()
         shapes = [meta.input_tensor_meta(i).sizes() for i in range(meta.num_inputs())]
-        length = 1 if name == "decode" else 3
-        arrays = [torch.zeros((1, length), dtype=torch.int64), *(torch.zeros(tuple(shape)) for shape in shapes[1:])]
+        length, vocabulary = shapes[0][1], meta.output_tensor_meta(0).sizes()[-1]
+        tokens = torch.linspace(vocabulary - 1, 0, length, dtype=torch.float64).long()[None]
+        arrays = [tokens, *(torch.zeros(tuple(shape)) for shape in shapes[1:])]
         logits, *states = method(arrays)
         expected = [(1, length if name == "score" else 1), *(tuple(shape) for shape in shapes[1:])]
         found = [tuple(logits.shape[:2]), *(tuple(state.shape) for state in states)]

@@ -4,6 +4,8 @@
 A .pte has no names for its weights. What every method must hold follows from the checkpoint alone: linears with the
 codes of one tensor, or of a run of experts, and constants with the values of small tensors. Among those of one shape a
 program keeps the model's order, so that each is held against the one in its place: two that were exchanged are seen.
+Two exceptions, in models smaller than any that is used: the order of arrays of up to 16 values is not held, and where a
+router has the shape of a kept matrix of its block, the program's order is not ours and good files are refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +54,7 @@ def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> 
     differences = [f"method {name} is missing" for name in METHODS if name not in file.methods]
     for method in file.methods.values():
         differences += [f"{method.name}: {what}" for what in _compare(method, linears, constants)]
-    return WeightsReport(at.given, len(specs), sum(spec.count for spec in specs), tuple(differences))
+    return WeightsReport.of(at.given, opened, metadata.source_files, differences)
 
 
 def check_linears(file: ProgramFile, source: Source, specs: Sequence[TensorSpec]) -> None:
@@ -87,6 +89,11 @@ def _kind(bits: int | None) -> str:
     return "fp32" if bits is None else f"{bits}-bit"
 
 
+def _title(one: Expected) -> str:
+    rounded = "" if one.rounds == (one.bits is not None) else f", its input {'' if one.rounds else 'not '}rounded"
+    return f"{_kind(one.bits)} {list(one.codes.shape)}{rounded}"
+
+
 def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expected]) -> Iterator[str]:
     found = [_found(linear) for part in method.delegates for linear in part.linears]
     yield from _match(linears, found)
@@ -99,7 +106,7 @@ def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expect
 
 
 def _found(linear: Linear) -> Expected:
-    return Expected("", linear.codes, linear.scales, linear.bits, linear.group)
+    return Expected("", linear.codes, linear.scales, linear.bits, linear.group, rounds=linear.rounds_input)
 
 
 def _match(expected: list[Expected], found: list[Expected], *, all_of_them: bool = True) -> Iterator[str]:
@@ -113,12 +120,12 @@ def _match(expected: list[Expected], found: list[Expected], *, all_of_them: bool
             pairs, left[kind] = _paired(group, here)
         for one, other in pairs:
             if other is None:
-                yield f"{one.name} is not in the file as {_kind(one.bits)} {list(one.codes.shape)}"
+                yield f"{one.name} is not in the file as {_title(one)}"
             elif not one.holds(other):
                 yield f"{one.name}: {_difference(one, other, group)}"
     if all_of_them:
         for one in (one for group in left.values() for one in group):
-            yield f"a {_kind(one.bits)} array {list(one.codes.shape)} is in the file and belongs to no tensor"
+            yield f"{_title(one)} is in the file and belongs to no tensor"
 
 
 def _by_kind(arrays: list[Expected]) -> dict[tuple[object, ...], list[Expected]]:

@@ -6,7 +6,7 @@ uses them (Cast, Expand, Mul, …) are evaluated here, in numpy.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from mossquant.targets.onnx.metadata import Opened
 
-__all__ = ["FileGraph", "Matrix", "expanded", "stored_array"]
+__all__ = ["FileGraph", "Matrix", "expanded", "expanding", "stored_array"]
 
 Array = NDArray[Any]
 # What comes of sizes, types or attributes that do not fit: the file is damaged, and holds no such value.
@@ -29,11 +29,17 @@ _RANGE = re.compile(r"^(.*\.experts\.)(\d{1,4})-(\d{1,4})(\..*)$", re.ASCII)
 
 def expanded(name: str) -> list[str]:
     """The names that a name with a range of experts stands for: `experts.0-2.w1` → `experts.0.w1`, …"""
+    return list(expanding(name))
+
+
+def expanding(name: str) -> Iterator[str]:
+    """The same, one by one: a range that was not checked may be long."""
     found = _RANGE.match(name)
     if found is None:
-        return [name]
-    before, first, last, after = found.groups()
-    return [f"{before}{number}{after}" for number in range(int(first), int(last) + 1)]
+        yield name
+    else:
+        before, first, last, after = found.groups()
+        yield from (f"{before}{number}{after}" for number in range(int(first), int(last) + 1))
 
 
 @dataclass(frozen=True)

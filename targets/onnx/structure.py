@@ -7,7 +7,7 @@ the tensors are read off the initializers, the model is lowered again without it
 byte for byte in everything but the contents of the weights. What the contents may be, `check_weights` says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ from mossquant.release import release
 from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import METADATA_KEY, Opened, initializers
 from mossquant.targets.onnx.packing import DTYPES
-from mossquant.targets.onnx.readback import expanded, stored_array
+from mossquant.targets.onnx.readback import expanding, stored_array
 from mossquant.targets.onnx.weights import SCALE, initializer_name
 from mossquant.tensors import TensorSpec
 
@@ -184,11 +184,11 @@ class _Formats:
         self.specs: Mapping[str, TensorSpec] = {spec.name: spec for spec in tensor_specs(config)}
         self._stored = {tensor.name: tensor for tensor in initializers(proto.graph)}
         names = {initializer_name([name]): name for name in self.specs}
-        self._holder = {names[one]: holder for holder in self._stored for one in expanded(holder) if one in names}
+        self._holder = dict(_held(self._stored, names))
         missing = [name for name in self.specs if name not in self._holder]
         if missing:
             raise _Different(f"{missing[0]} is not in it, nor {len(missing) - 1} other tensors")
-        self._int8 = {names[one] for node in _int8_nodes(proto.graph) for one in expanded(node) if one in names}
+        self._int8 = {tensor for tensor, _ in _held(_int8_nodes(proto.graph), names)}
         self._read = {holder: self._format(holder) for holder in self._holder.values()}
 
     @property
@@ -239,6 +239,22 @@ class _Formats:
             if scales is not None and scales.data_type == DTYPES[known.scale_dtype] and (packed or single):
                 return known
         raise _Different(f"{holder} is in no format that this release knows")
+
+
+def _held(holders: Iterable[str], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(tensor, the initializer or node that stands for it), of names with and without a range of experts.
+
+    A tensor is held once, and a range ends with the model's experts: a program may name ranges without end.
+    """
+    seen: set[str] = set()
+    for holder in holders:
+        for one in expanding(holder):
+            if one not in names:
+                break
+            if one in seen:
+                raise _Different(f"{holder[:100]} holds what is held already")
+            seen.add(one)
+            yield names[one], holder
 
 
 def _int8_nodes(graph: onnx.GraphProto) -> Iterator[str]:

@@ -5,7 +5,6 @@ The checkpoint says what must be there; `readback` says what the file's nodes se
 may be left over.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from mossquant.tensors import TensorSpec, View
 
 __all__ = ["verify"]
 
-_CONSTANT_ELEMENTS = 16
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) is computed when the file is loaded, to within a rounding or two of any other exp."""
 
@@ -58,14 +56,13 @@ def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> 
         differences += _differences(graph, source, spec)
         graph.forget()
     differences += [f"{name[:100]} is in the file and belongs to no tensor" for name in _left_over(graph)]
-    count = sum(spec.count for spec in source.specs.values())
-    return WeightsReport(at.given, len(source.specs), count, tuple(differences))
+    return WeightsReport.of(at.given, source, opened.metadata.source_files, differences)
 
 
 def _left_over(graph: FileGraph) -> list[str]:
-    """Initializers that no tensor accounts for, apart from the few numbers of the graph's shapes and indices."""
-    unread = graph.stored.keys() - graph.read
-    return sorted(name for name in unread if "." in name or math.prod(graph.stored[name].dims) > _CONSTANT_ELEMENTS)
+    """Weights that no tensor accounts for. Constants without a dot in their name are known to the byte already: a graph
+    is opened only if they are those that its config lowers to."""
+    return sorted(name for name in graph.stored.keys() - graph.read if "." in name)
 
 
 def _differences(graph: FileGraph, source: Checkpoint | QuantizedCheckpoint, spec: TensorSpec) -> Iterator[str]:

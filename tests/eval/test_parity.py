@@ -15,7 +15,7 @@ from mossquant.activation_formats import activation_model, int8_block
 from mossquant.calibration.quantize import quantize
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.noise import with_noise
-from mossquant.eval.one_step import EXPLAINED_KL, one_step
+from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
 from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity_of
 from mossquant.eval.parity_measures import forms, growth
 from mossquant.quantized import QuantizedCheckpoint
@@ -169,6 +169,38 @@ def test_one_step_visits_as_many_positions_as_asked_and_counts_ties(folder: Path
     assert found.margin.min() >= 0
     assert not found.unexplained.any()
     assert len(np.unique(found.margin)) > POSITIONS // 2
+
+
+@pytest.mark.parametrize(("length", "asked"), [(206, 206), (2400, 240), (2400, 241), (97, 3), (16, 16)])
+def test_as_many_positions_are_reported_as_compared(folder: Path, length: int, asked: int) -> None:
+    tokens = np.random.default_rng(1).integers(0, 256, length, np.int64)
+    reference = TorchRunner.open(folder)
+    compared = compared_positions(length, asked)
+    assert len(one_step(reference, reference, tokens, positions=asked).kl) == compared
+    assert min(asked, length - length % 8) <= compared < asked + 8
+
+
+def test_a_model_that_no_activation_changes(tokens: Tokens, tmp_path: Path) -> None:
+    """What activations cost is then nothing, and no share of it."""
+    model = random_model(replace(SMALL, vocab_size=256), seed=3)
+    with torch.no_grad():
+        model.norm_f.zero_()
+    quantize(write_model(tmp_path / "model", model), tmp_path / "int8", recipe="int8")
+    checks = _check(tmp_path / "int8", tokens[:600], TorchRunner.open(tmp_path / "int8", activations="planned"))
+    assert all(check.passed for check in checks)
+    assert not any("share of that cost" in check.name for check in checks)
+    # And 600 tokens are too few to say whether anything grows; that is said.
+    assert sum("not measured" in check.name for check in checks) == 2
+
+
+def test_a_short_stream_leaves_more_to_chance(folder: Path, tokens: Tokens) -> None:
+    bounds = {
+        length: next(check.bound for check in found if check.name == "free run: difference of perplexity, %")
+        for length in (600, 2400)
+        for found in [_check(folder, tokens[:length], TorchRunner.open(folder, activations="planned"))]
+    }
+    assert bounds[600] == pytest.approx(0.1 * (20_000 / 599) ** 0.5)
+    assert bounds[2400] == pytest.approx(0.1 * (20_000 / 2399) ** 0.5)
 
 
 def test_a_code_that_rounding_turned_is_explained_and_a_fault_is_not(folder: Path, tokens: Tokens) -> None:

@@ -41,7 +41,7 @@ def _field(random: Random, data: bytes) -> Damage:
     if not found:
         return mutate_bytes(random, data)
     at, vtable, fields = random.choice(found)
-    kind = random.choice(("word", "word", "word", "length", "vtable", "back", "root", "identifier"))
+    kind = random.choice(("word", "word", "word", "length", "shared", "vtable", "back", "root", "identifier"))
     place = random.choice(fields) if fields else at
     word = random.choice((*_WORDS, random.randrange(len(data)), random.getrandbits(32)))
     if kind == "vtable":
@@ -52,12 +52,29 @@ def _field(random: Random, data: bytes) -> Damage:
         struct.pack_into("<I", changed, 0, word)
     elif kind == "identifier" and len(data) >= 8:
         changed[4:8] = random.randbytes(4)
+    elif kind == "shared":
+        _share(random, changed, place)
     elif place + 4 <= len(data):
         # A field is a number, or an offset to a vector or text, which begins with its length.
         (offset,) = struct.unpack_from("<I", data, place)
         target = place + offset if kind == "length" and place + offset + 4 <= len(data) else place
         struct.pack_into("<I", changed, target, word)
     return Damage(bytes(changed), f"{kind} of the table at {at}, field at {place}: {word:#x}")
+
+
+def _share(random: Random, data: bytearray, place: int) -> None:
+    """Make a vector's offsets, and as many more as fit, point at one table."""
+    if place + 4 > len(data):
+        return
+    start = place + struct.unpack_from("<I", data, place)[0]
+    if start + 8 > len(data):
+        return
+    count = random.choice((struct.unpack_from("<I", data, start)[0], (len(data) - start) // 8))
+    target = start + 4 + struct.unpack_from("<I", data, start + 4)[0]
+    count = min(count, (len(data) - start) // 4 - 1)
+    struct.pack_into("<I", data, start, count)
+    for at in range(start + 4, start + 4 + 4 * count, 4):
+        struct.pack_into("<I", data, at, (target - at) & 0xFFFFFFFF)
 
 
 mutate_flatbuffer = one_of((3, _field), (1, mutate_bytes))

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from mossquant.errors import InputError
-from mossquant.targets.artifact import Artifact, MethodPorts, Port, ProgramRecord, Runtime, write_artifact_manifest
+from mossquant.outputs import file_sha256
+from mossquant.targets.artifact import (
+    Artifact,
+    MethodPorts,
+    Port,
+    ProgramRecord,
+    Runtime,
+    check_listed,
+    write_artifact_manifest,
+)
 
 
 @pytest.fixture
@@ -41,6 +50,26 @@ def test_all_offenders_at_once(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"longer than before")
     with pytest.raises(InputError, match=r"model\.onnx has 18 bytes, the manifest says 7"):
         Artifact.open(folder)
+
+
+def test_a_tokenizer_that_is_not_listed(folder: Path) -> None:
+    record = json.loads((folder / "manifest.json").read_text())
+    del record["files"]["tokenizer.json"]
+    (folder / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"tokenizer\.json does not belong to it"):
+        Artifact.open(folder)
+
+
+def test_a_program_is_held_against_the_manifest_beside_it(folder: Path) -> None:
+    program, digest = folder / "model.onnx", file_sha256(folder / "model.onnx")
+    check_listed(program, {"model.onnx": digest}, model={})
+    with pytest.raises(InputError, match=r"model\.onnx has another SHA-256"):
+        check_listed(program, {"model.onnx": "0" * 64}, model={})
+    with pytest.raises(InputError, match=r"says something else about model\.onnx"):
+        check_listed(program, {"model.onnx": digest}, model={"config": {}})
+    other = program.rename(folder / "other.onnx")
+    with pytest.raises(InputError, match=r"other\.onnx is not listed there"):
+        check_listed(other, {"other.onnx": digest}, model={})
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,27 @@
 """A .pte is read from its bytes; whatever bytes they are, the answer is what it holds or one line."""
 
 import re
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lowered import Lowered
+from small import SMALL, random_model, write_model
 
+from mossquant.calibration.quantize import quantize
 from mossquant.errors import InputError
 from mossquant.model import state_specs
 from mossquant.quantized import QuantizedCheckpoint
+from mossquant.targets.executorch.delegate import Delegate, read_delegate
 from mossquant.targets.executorch.flatbuffer import DamagedError, root
 from mossquant.targets.executorch.lower import CHUNK
 from mossquant.targets.executorch.metadata import open_program, read_metadata, weight_bytes
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
+from mossquant.targets.export import export
 from mossquant.targets.program import METHODS
 
 MUTATIONS = 100
@@ -64,6 +71,63 @@ def test_linears(file: ProgramFile) -> None:
                 assert linear.group == 32
                 assert linear.codes.shape == (len(linear.scales), 32 * linear.scales.shape[1])
                 assert -8 <= linear.codes.min() <= linear.codes.max() <= 7
+
+
+def test_a_vector_holds_a_table_once_and_names_are_short() -> None:
+    """A root whose first field is a vector of two tables with a name each."""
+
+    def buffer(second: int, length: int) -> bytes:
+        vtable = struct.pack("<HHH", 6, 8, 4)
+        # 0 root at 16 | 4 identifier | 8 vtable | 16 root | 24 vector | 36 table | 44 table | 52 name
+        data = struct.pack("<I4s", 16, b"TEST") + vtable.ljust(8, b"\0") + struct.pack("<iI", 8, 4)
+        data += struct.pack("<III", 2, 36 - 28, second - 32)
+        data += struct.pack("<iI", 36 - 8, 52 - 40) + struct.pack("<iI", 44 - 8, 52 - 48)
+        return data + struct.pack("<I", length) + b"n" * length
+
+    assert [table.string(0) for table in root(memoryview(buffer(44, 256)), b"TEST").tables(0)] == ["n" * 256] * 2
+    with pytest.raises(DamagedError, match="holds one table twice"):
+        list(root(memoryview(buffer(36, 5)), b"TEST").tables(0))
+    with pytest.raises(DamagedError, match="a name has 257 bytes"):
+        next(root(memoryview(buffer(44, 257)), b"TEST").tables(0)).string(0)
+
+
+def test_a_method_holds_no_more_than_the_file(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights, or constants, named again and again."""
+
+    def linears(found: Delegate) -> Delegate:
+        return replace(found, linears=found.linears * 1000)
+
+    def constants(found: Delegate) -> Delegate:
+        return replace(found, constants=(np.zeros(1 << 14, np.float32),) * 1000)
+
+    for change, message in ((linears, "more weights than"), (constants, "more constants than")):
+
+        def repeated(*args: object, change: Callable[[Delegate], Delegate] = change) -> Delegate:
+            return change(read_delegate(*args))  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mossquant.targets.executorch.program_file.read_delegate", repeated)
+            with pytest.raises(InputError, match=message):
+                _ = ProgramFile(int4.program).methods
+
+
+def test_the_head_and_a_tied_table_count_once_whatever_else_has_their_shape(tmp_path: Path) -> None:
+    """A is [E, N] and the table's scales are [V, 1]: here both are [24, …]; with N = 24, A has the shape of a table."""
+    config = replace(SMALL, vocab_size=24, hidden_size=24, expand=1, state_size=24, num_mlp_experts=0)
+    config = replace(config, num_ssm_experts=1, mlp_intermediate_size=0)
+    checkpoint = write_model(tmp_path / "model", random_model(config, dtype=torch.float32), dtype=torch.bfloat16)
+    for recipe in (None, "int8", "int4"):
+        source = checkpoint
+        if recipe is not None:
+            source = tmp_path / recipe
+            quantize(checkpoint, source, recipe=recipe)
+        opened = open_program(export(source, tmp_path / f"{recipe}-out", target="executorch").program("executorch"))
+        linears = [one for part in opened.file.methods["decode"].delegates for one in part.linears]
+        values = sum(one.stored_bytes for one in linears)
+        layers, sizes = config.num_hidden_layers, 4 * 24
+        # A, four taps, their bias, D, the bias of Δ, and a norm; and the last norm.
+        small = layers * sizes * (24 + config.conv_kernel + 1 + 1 + 1 + 1) + sizes
+        assert abs(weight_bytes(opened) - values - small) <= 0.05 * values + 200, recipe
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 40, 100, 5000, 0.5, 0.999])

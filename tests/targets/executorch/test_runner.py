@@ -179,8 +179,11 @@ def test_a_program_that_is_not_the_one_in_its_manifest(int4: Lowered, tmp_path: 
     (folder / "model.pte").write_bytes(data)
     with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.pte has another SHA-256"):
         ExecutorchRunner(folder)
-    (folder / "model.pte").rename(folder / "alone.pte")
-    ExecutorchRunner(folder / "alone.pte")
+    (folder / "model.pte").rename(folder / "other.pte")
+    with pytest.raises(InputError, match=r"other\.pte is not listed there"):
+        ExecutorchRunner(folder / "other.pte")
+    (folder / "other.pte").rename(tmp_path / "alone.pte")
+    ExecutorchRunner(tmp_path / "alone.pte")
 
 
 def _router_bytes(lowered: Lowered) -> bytes:

@@ -4,6 +4,7 @@
 import os
 import shutil
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lowered import Lowered
 
 from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
 from mossquant.release import release
 from mossquant.targets.executorch import ExecutorchRunner, trial
+from mossquant.targets.executorch.flatbuffer import root
+from mossquant.targets.executorch.lower import CHUNK
 from mossquant.targets.executorch.metadata import read_metadata
 from mossquant.targets.executorch.packages import EXECUTORCH
 from mossquant.targets.executorch.program_file import ProgramFile
@@ -79,6 +83,51 @@ def test_a_program_that_ends_the_runtime(int4: Lowered, tmp_path: Path) -> None:
     assert message.endswith("copy the artifact's folder again, or export again")
     runner = ExecutorchRunner(int4.program)
     runner(int4.tokens(1, 3), runner.initial_state(1))
+
+
+def test_every_method_is_tried_at_its_longest_and_with_the_first_and_last_row(
+    int4: Lowered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, list[int]] = {}
+    load = trial.load_method
+
+    def spied(program: Any, name: str) -> Any:
+        method = load(program, name)
+
+        class Spy:
+            method_meta = method.method_meta
+
+            def __call__(self, arrays: list[torch.Tensor]) -> Any:
+                given[name] = arrays[0][0].tolist()
+                return method(arrays)
+
+        return Spy()
+
+    monkeypatch.setattr(trial, "load_method", spied)
+    monkeypatch.setattr("resource.setrlimit", lambda *limit: None)
+    trial._run(str(int4.program))
+    assert {name: len(tokens) for name, tokens in given.items()} == {"prefill": CHUNK, "score": CHUNK, "decode": 1}
+    assert given["decode"] == [int4.config.vocab_size - 1]
+    assert {given["score"][0], given["score"][-1]} == {0, int4.config.vocab_size - 1}
+
+
+def test_a_table_of_one_row(int4: Lowered, tmp_path: Path) -> None:
+    """The runtime would look behind it."""
+    data, path, rows = bytearray(int4.program.read_bytes()), tmp_path / "model.pte", int4.config.vocab_size
+    changed = 0
+    for plan in root(memoryview(bytes(data)), b"ET12").tables(1):
+        for value in plan.tables(2):
+            kind, tensor = value.union(1)
+            sizes = tensor.numbers(2, "<i4") if kind == 5 and tensor is not None else np.empty(0)
+            if len(sizes) == 2 and sizes[0] == rows and tensor is not None and tensor.number(5):
+                place = tensor._at(2)
+                assert place is not None
+                struct.pack_into("<i", data, place + struct.unpack_from("<I", data, place)[0] + 4, 1)
+                changed += 1
+    assert changed == 3 * 2, "codes and scales, in three methods"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f"decode has no table of {rows} rows"):
+        ExecutorchRunner(path)
 
 
 def test_a_program_that_gives_no_numbers(int4: Lowered, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading back: it passes on what was exported, and names the first difference of what was changed."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from mossquant.capabilities import get_target
 from mossquant.errors import InputError
 from mossquant.model import MossNet
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.targets.executorch.delegate import Linear
+from mossquant.targets.executorch.delegate import Delegate, Linear, read_delegate
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.executorch.verify import check_linears, verify
 from mossquant.targets.export import export
@@ -299,11 +300,26 @@ def test_what_the_lowering_lost_is_named(int4: Lowered, source: QuantizedSource)
         check_linears(SimpleNamespace(methods=outside), source, specs)  # type: ignore[arg-type]
 
 
+def test_a_linear_that_does_not_round_its_input(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right codes behind other arithmetic."""
+
+    def plain(*args: object) -> Delegate:
+        found = read_delegate(*args)  # type: ignore[arg-type]
+        return replace(found, linears=tuple(replace(one, rounds_input=False) for one in found.linears))
+
+    monkeypatch.setattr("mossquant.targets.executorch.program_file.read_delegate", plain)
+    report = verify(int4.checkpoint, int4.artifact)
+    assert not report.passed
+    assert re.search(r"in the file as 4-bit \[\d+, \d+\](?!,)", report.summary)
+    assert any("its input not rounded is in the file and belongs to no tensor" in line for line in report.differences)
+
+
 def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:
     lowered = workshop("pruned", "int8", target="executorch")
     report = verify(workshop.checkpoint("pruned", "int4"), lowered.artifact)
     assert not report.passed
     assert "is not in the file as 4-bit" in report.summary
+    assert report.summary.endswith("it says that it was lowered from another checkpoint than this")
 
 
 def test_an_artifact_of_another_model(workshop: Workshop, int4: Lowered) -> None:

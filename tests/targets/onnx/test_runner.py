@@ -293,6 +293,10 @@ def test_a_tokenizer_of_another_model(workshop: Workshop, tmp_path: Path) -> Non
     (artifact.folder / "tokenizer.json").write_text("[]")
     with pytest.raises(InputError, match=r"is not the tokenizer of model\.onnx"):
         OnnxRunner(artifact.folder)
+    without = export(workshop.checkpoint("experts"), tmp_path / "without").folder
+    (without / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"does not belong to model\.onnx, whose model has no tokenizer"):
+        OnnxRunner(without)
 
 
 def test_an_older_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

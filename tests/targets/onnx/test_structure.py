@@ -2,7 +2,7 @@
 """Only a graph that we would have written ourselves is opened: every change of it is named."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,11 @@ from onnx import TensorProto, helper
 from mossquant.errors import InputError
 from mossquant.release import release
 from mossquant.targets.export import export
-from mossquant.targets.onnx import OnnxRunner
+from mossquant.targets.onnx import OnnxRunner, structure
 from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.metadata import initializers
 from mossquant.targets.onnx.program import open_program
+from mossquant.targets.onnx.readback import expanding
 from mossquant.targets.onnx.structure import check_weights
 
 Change = Callable[[onnx.ModelProto], object]
@@ -27,6 +28,29 @@ Change = Callable[[onnx.ModelProto], object]
 @pytest.mark.parametrize("recipe", [None, "int4", "int8", "g128"])
 def test_what_was_exported_is_opened(workshop: Workshop, model: str, recipe: str | None) -> None:
     check_weights(open_program(workshop(model, recipe).program))
+
+
+def test_names_of_ranges_without_end(workshop: Workshop, tmp_path: Path) -> None:
+    """They are neither expanded nor believed; a thousand of them took seconds."""
+    lowered = workshop("experts", "int4")
+    for before, said in (("layers.0.mlp", "holds what is held already"), ("elsewhere", "is not the program")):
+        proto = lowered.proto()
+        for index in range(1000):
+            name = f"{before}.experts.0-9999.w1" + (f".{index}" if before == "elsewhere" else "")
+            proto.graph.initializer.append(TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[0]))
+        onnx.save(proto, tmp_path / "model.onnx")
+        asked: list[str] = []
+
+        def spied(name: str, asked: list[str] = asked) -> Iterator[str]:
+            for one in expanding(name):
+                asked.append(one)
+                yield one
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(structure, "expanding", spied)
+            with pytest.raises(InputError, match=said):
+                open_program(tmp_path / "model.onnx")
+        assert len(asked) < 3000
 
 
 @pytest.mark.parametrize("activations", ["int8", "fp32", None])

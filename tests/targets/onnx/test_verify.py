@@ -3,14 +3,18 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from lowered import MODELS, Lowered, Workshop
 from onnx import numpy_helper
+from small import SMALL, random_model, write_model
 
+from mossquant.calibration.quantize import quantize
 from mossquant.errors import InputError
 from mossquant.targets.export import export
 from mossquant.targets.onnx import program
@@ -140,10 +144,19 @@ def test_what_is_wired_wrongly(workshop: Workshop, tmp_path: Path) -> None:
 def test_what_is_left_over(workshop: Workshop, tmp_path: Path) -> None:
     lowered = workshop("experts", "int4")
     proto = lowered.proto()
-    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(100, np.float32), "extra"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(100, np.float32), "extra.weight"))
     onnx.save(proto, tmp_path / "model.onnx")
     report = verify(lowered.checkpoint, tmp_path / "model.onnx")
-    assert report.differences == ("extra is in the file and belongs to no tensor",)
+    assert report.differences == ("extra.weight is in the file and belongs to no tensor",)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+def test_more_experts_than_a_graph_has_small_constants_for(tmp_path: Path, recipe: str) -> None:
+    config = replace(SMALL, num_mlp_experts=17, num_ssm_experts=17, num_hidden_layers=1)
+    checkpoint = write_model(tmp_path / "model", random_model(config, dtype=torch.float32), dtype=torch.bfloat16)
+    quantize(checkpoint, tmp_path / "quantized", recipe=recipe)
+    report = verify(tmp_path / "quantized", export(tmp_path / "quantized", tmp_path / "out").folder)
+    assert report.differences == ()
 
 
 @pytest.mark.usefixtures("any_graph")
