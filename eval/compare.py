@@ -9,7 +9,7 @@ weights computed in fp32. Decide by KL: over some ten thousand tokens perplexity
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ class ComparisonReport:
     baseline: Baseline
     candidates: tuple[Candidate, ...]
     max_ppl_increase_pct: float | None
-    scores: tuple[Scores, ...]
+    scores: tuple[Scores, ...] = field(repr=False)
 
     @property
     def gate_failed(self) -> bool:

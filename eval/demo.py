@@ -60,7 +60,8 @@ def demo(
         progress: told how far the measuring is.
 
     Raises:
-        InputError: the output cannot be written, or holds something else under a name that is needed.
+        InputError: the output cannot be written, holds something else under a name that is needed, or holds other
+            things and nothing of an earlier run.
         RuntimeError: an artifact does not hold its checkpoint's weights.
     """
     say = said or (lambda line: None)
@@ -71,7 +72,7 @@ def demo(
     check_packages()
     checkpoints = {recipe: folder / f"{BUNDLED}-{recipe}" for recipe in RECIPES}
     folders = {"original": folder / f"{BUNDLED}-app", **{r: folder / f"{BUNDLED}-{r}-app" for r in RECIPES}}
-    _check_ours([*checkpoints.values(), *folders.values()])
+    _check_ours(folder, [*checkpoints.values(), *folders.values()])
     original = Checkpoint.open(asset_folder(BUNDLED))
     words = Tokenizer.for_folder(original.folder, original.config.vocab_size)
     held_out = len(words.encode(bundled_text("heldout").data))
@@ -117,12 +118,17 @@ def demo(
     return report
 
 
-def _check_ours(paths: list[Path]) -> None:
-    """What is replaced must have been written by us."""
+def _check_ours(folder: Path, paths: list[Path]) -> None:
+    """What is replaced must have been written by us, and so must something in a folder that holds anything."""
     foreign = [str(path) for path in paths if path.exists() and not (path / _MANIFEST).is_file()]
     if foreign:
         raise InputError.listing(
             "the demo would replace what it did not write", foreign, "Choose another output folder, or move these away."
+        )
+    seen = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
+    if seen and not any(path.exists() for path in paths):
+        raise InputError(
+            f"{folder} holds {seen[0]} and nothing that the demo wrote; choose an empty folder or a new one"
         )
 
 

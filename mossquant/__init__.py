@@ -6,6 +6,7 @@ The public functions, one for each verb of the command line. They are loaded whe
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ _WHERE = {
     "train": "mossquant.training",
     "verify": "mossquant.eval.verify",
 }
+
+
+if find_spec("mossquant.eval") is None:
+    raise ImportError(
+        "this is the folder of mossquant's source, not the installed package; run Python in another folder, or with -P"
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ what to do; 70 an error that we did not foresee. Results go to stdout, progress 
 import errno
 import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -40,9 +41,13 @@ _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, e
 
 _MOST_THREADS = 1024
 _MOST_TOKENS = 1 << 24
+_MOST_REPEATS = 10_000
+_MOST_PROMPT = 1 << 24  # bytes
 _MOST_SEED = (1 << 63) - 1
 _NO_OUTPUT = "no output folder was given; say where to write with -o FOLDER, or look first with --dry-run"
-_REPORT = b'{\n "version": '
+# How every report begins, and nothing else that we write but a ledger: the version, then the verb's own first key.
+_REPORT = re.compile(rb'\{\n "version": \d+,\n "(comparison|machine|path|quantized|recipe|text)": ')
+_REPORT_HEAD = 64
 
 _terminal = Terminal(quiet=False)
 
@@ -93,7 +98,7 @@ def demo(output: Output = Path("demo"), tokens: Tokens = 65536, threads: Threads
     from mossquant.eval.demo import demo as run
     from mossquant.eval.tables import demo_table
 
-    _json_free(json, output)
+    _json_free(json, output=output)
     with _terminal.bar("measuring") as shown:
         report = run(output, tokens=tokens or 65536, threads=threads, said=_terminal.say, progress=shown)
     _terminal.show(demo_table(report), *report.closing())
@@ -109,7 +114,7 @@ def info(path: Model, json: Json = None) -> None:
     from mossquant.eval.info import info as run
     from mossquant.eval.tables import info_tables
 
-    _json_free(json)
+    _json_free(json, path)
     report = run(path)
     _terminal.show(*info_tables(report))
     _write_json(json, report)
@@ -207,8 +212,9 @@ def quantize(
     """
     from mossquant.calibration.quantize import quantize as run
     from mossquant.eval.tables import plan_tables
+    from mossquant.recipe import RECIPES
 
-    _json_free(json, output)
+    _json_free(json, model, *([] if recipe in RECIPES else [recipe]), output=output)
     if output is None and not dry_run:
         raise InputError(_NO_OUTPUT)
     with _terminal.named_bar("quantizing") as shown:
@@ -284,7 +290,7 @@ def perplexity(
     from mossquant.eval.perplexity import perplexity as run
     from mossquant.eval.tables import perplexity_table
 
-    _json_free(json)
+    _json_free(json, model, text)
     with _terminal.bar("measuring") as shown:
         report = run(
             model,
@@ -324,7 +330,7 @@ def compare(
     from mossquant.eval.compare import compare as run
     from mossquant.eval.tables import comparison_table
 
-    _json_free(json)
+    _json_free(json, base, *candidates, text)
     gate = None if max_ppl_increase is None else _percent(max_ppl_increase)
     with _terminal.bar("measuring") as shown:
         report = run(
@@ -342,7 +348,7 @@ def compare(
     _terminal.show(comparison_table(report))
     _write_json(json, report)
     if report.gate_failed:
-        _terminal.warn(f"gate failed: perplexity rose by more than {max_ppl_increase}")
+        _terminal.warn(f"gate failed: perplexity rose by more than {str(max_ppl_increase).removesuffix('%')}%")
         raise typer.Exit(_GATE_FAILED)
 
 
@@ -364,7 +370,7 @@ def verify(
     from mossquant.eval.tables import parity_table
     from mossquant.eval.verify import verify as run
 
-    _json_free(json)
+    _json_free(json, quantized, *artifacts, text)
     with _terminal.bar("comparing") as shown:
         report = run(
             quantized,
@@ -414,10 +420,18 @@ def generate(
     from mossquant.state_file import check_state_free
 
     if save_state is not None:
-        check_state_free(save_state, force=force)
+        check_state_free(save_state, force=force, inputs=[_read_at(model)])
     given = _prompt(prompt, prompt_file, needed=load_state is None)
     opened = open_model(model, threads=threads)
     tokenizer = opened.tokenizer
+
+    def write(piece: str) -> None:
+        try:
+            _terminal.write(piece)
+        except ReaderGone:
+            if save_state is None:  # the state that was asked for is saved, whether somebody reads the text or not
+                raise
+
     run(
         opened.runner,
         tokenizer,
@@ -430,10 +444,10 @@ def generate(
         load_state=load_state,
         save_state=save_state,
         force=force,
-        on_text=_terminal.write,
+        on_text=write,
     )
     if max_tokens > 0:
-        _terminal.write("\n")
+        write("\n")
     if save_state is not None:
         _terminal.say(f"{save_state}: go on with: {_next('generate', model, 'PROMPT', '--load-state', save_state)}")
 
@@ -444,7 +458,7 @@ def bench(
     threads: Threads = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, max=_MOST_TOKENS, help="tokens of the prefill")] = 512,
     decode: Annotated[int, typer.Option("--decode", min=1, max=_MOST_TOKENS, help="steps of the decode")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="turns that count")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, max=_MOST_REPEATS, help="turns that count")] = 5,
     json: Json = None,
 ) -> None:
     """Time models and artifacts in turn: prefill and decode tokens a second, load time, memory.
@@ -454,7 +468,7 @@ def bench(
     from mossquant.eval.bench import bench as run
     from mossquant.eval.tables import bench_table
 
-    _json_free(json)
+    _json_free(json, *paths)
     with _terminal.bar("timing") as shown:
         report = run(paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, progress=shown)
     _terminal.show(bench_table(report))
@@ -483,6 +497,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.exceptions.TyperException as error:
         return _refuse(_usage(error))
     except OSError as error:
+        name = error.filename
+        if name and os.access(name, os.F_OK) and not os.access(name, os.R_OK):
+            return _refuse(f"{name} cannot be read ({error.strerror}); give something that you may read")
         if error.errno in _SYSTEM:
             return _refuse(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another path")
         return _unforeseen(error, debug)
@@ -522,22 +539,38 @@ def _next(*words: str | Path) -> str:
     return shlex.join(["mossquant", *map(str, words)])
 
 
-def _json_free(path: Path | None, output: Path | None = None) -> None:
-    """A report may replace an older one, but nothing else, and not the output."""
+def _json_free(path: Path | None, *inputs: str | Path | None, output: Path | None = None) -> None:
+    """A report may replace an older one, but nothing else, and lies neither in an input nor in the output.
+
+    Raises:
+        InputError: it would, or cannot be written.
+    """
     from mossquant.outputs import check_free
 
     if path is None:
         return
-    if output is not None and path.absolute() == output.absolute():
+    check_free(path, force=True, as_file=True, inputs=[_read_at(each) for each in inputs if each])
+    if path.is_file() and not _is_report(path):
+        raise InputError(f"{path} exists already and is not a report, so it is not replaced; choose another path")
+    if output is None:
+        return
+    one, other = (Path(os.path.realpath(each)) for each in (path, output))
+    if one == other:
         raise InputError(f"{path} was given both for the output and for --json; choose another path for one of them")
-    check_free(path, force=_is_report(path), as_file=True)
+    if one.is_relative_to(other):
+        raise InputError(f"{path} lies in the output {output}; choose another path for --json")
+
+
+def _read_at(given: str | Path) -> Path:
+    """Where an argument is read from."""
+    from mossquant.locate import BUNDLED, asset_folder
+
+    return asset_folder(BUNDLED) if given == BUNDLED else Path(given)
 
 
 def _is_report(path: Path) -> bool:
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
-        return file.read(len(_REPORT)) == _REPORT
+        return _REPORT.match(file.read(_REPORT_HEAD)) is not None
 
 
 def _write_json(path: Path | None, report: _Reported) -> None:
@@ -562,9 +595,15 @@ def _prompt(argument: str | None, file: Path | None, *, needed: bool) -> str | b
             raise InputError("a prompt and --prompt-file were both given; give one of them")
         from mossquant.text import read_text
 
-        return read_text(file, as_bytes=True).data
+        return read_text(file, as_bytes=True, largest=_MOST_PROMPT).data
     if argument == "-" or (argument is None and not sys.stdin.isatty()):
-        return sys.stdin.buffer.read()
+        try:
+            data = sys.stdin.buffer.read(_MOST_PROMPT + 1)
+        except OSError as error:
+            raise InputError(f"stdin cannot be read ({error.strerror}); give the prompt as an argument") from None
+        if len(data) > _MOST_PROMPT:
+            raise InputError(f"the prompt on stdin is larger than {_MOST_PROMPT >> 20} MB; give a shorter one")
+        return data
     if argument is None and needed:
         raise InputError("no prompt was given; give it as an argument, with --prompt-file, or on stdin")
     return argument or ""

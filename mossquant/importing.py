@@ -109,7 +109,7 @@ def import_mamba(
             entries than the model, an output path that is taken. Nothing is written then.
     """
     folder, output = locate(source).require("checkpoint", verb="import"), Path(output)
-    check_free(output, force=force, inputs=[folder])
+    check_free(output, force=force, inputs=[folder, *([] if tokenizer is None else [Path(tokenizer)])])
     if dtype is not None and dtype not in DTYPE_NAMES.values():
         raise InputError(f"unknown stored type {dtype!r}; known types: {', '.join(DTYPE_NAMES.values())}")
     values = read_config_json(folder)

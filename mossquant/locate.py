@@ -58,11 +58,17 @@ def locate(given: str | Path) -> Located:
         InputError: nothing is there, or it is nothing that mossquant knows.
     """
     try:
-        return _locate(str(given))
+        located = _locate(str(given))
+        whole = str(located.path.absolute())
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise InputError(
             f"{str(given)[:200]} cannot be opened ({error.strerror}); give a checkpoint folder or an artifact"
         ) from None
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{whole} is not a name in UTF-8, which the runtimes need; rename it") from None
+    return located
 
 
 def _locate(text: str) -> Located:
@@ -72,7 +78,10 @@ def _locate(text: str) -> Located:
     if text == BUNDLED:
         return Located(text, asset_folder(BUNDLED), "checkpoint")
     if not path.exists():
-        raise InputError(f"{text} does not exist; give a checkpoint folder, an artifact, or the name {BUNDLED}")
+        raise InputError(
+            f"{text} does not exist, and nothing is downloaded; give a checkpoint folder, an artifact, or the name "
+            f"{BUNDLED} (`mossquant import` takes folders of Hugging Face)"
+        )
     if path.is_file():
         kind = _PROGRAMS.get(path.suffix)
         if kind is None:
@@ -88,6 +97,8 @@ def _locate(text: str) -> Located:
             raise InputError(
                 f"{text} holds {len(programs)} programs; give one of them: {', '.join(str(p) for p in programs[:4])}"
             )
+        if not programs[0].is_file():
+            raise InputError(f"{programs[0]} is not a file; give an artifact that `mossquant export` wrote")
         return Located(text, programs[0], _PROGRAMS[programs[0].suffix])
     if not config.is_file():
         raise InputError(

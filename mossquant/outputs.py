@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,15 @@ from mossquant.jsonfile import LARGEST_SMALL, read_json
 __all__ = ["check_free", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
 
 _PARTIAL = ".partial-"
+# What follows it: of a process; what stood at the output where the system cannot swap; what looking left.
+_LEFTOVER = re.compile(r"([1-9][0-9]{0,9})(-old|-probe)?")
+
+# Names in a full-precision checkpoint, which has no manifest that lists them.
+_CHECKPOINT_FILES = re.compile(
+    r"(config|training|tokenizer)\.json|model(-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+_MANIFEST = "manifest.json"
+_KINDS = ("quantized checkpoint", "artifact")
 
 # As root nothing else would keep us from replacing /dev/null or /dev/stdout.
 _DEVICES = Path("/dev")
@@ -43,27 +53,32 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
         inputs: what is read; an output that is one of them, or inside or around one, is refused.
 
     Raises:
-        InputError: something is at `path` and `force` is off; it is a file where a folder is to be written or the other
-            way round, or neither; it holds the working folder, an input, or files that are not ours; or the folder
-            above it is not a folder, not reachable or not writable.
+        InputError: something is at `path` and `force` is off; it is a link; it is a file where a folder is to be
+            written or the other way round, or neither; it holds the working folder, an input, or files that are not
+            ours; it is a file to be written into a checkpoint or an artifact; or the folder above it is not a folder,
+            not reachable or not writable.
     """
     try:
         if path.absolute().parent == _DEVICES or (path.exists() and not (path.is_file() or path.is_dir())):
             raise InputError(f"{path} is a device, pipe or socket, so nothing is written there; choose another output")
+        if path.is_symlink():
+            raise InputError(f"{path} is a link, and no link is replaced; choose another output path or remove it")
+        if path.is_dir() and as_file:
+            raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
         for source in inputs:
-            one, other = path.resolve(), source.resolve()
+            one, other = (Path(os.path.realpath(each)) for each in (path, source))
             if one.is_relative_to(other) or other.is_relative_to(one):
                 raise InputError(f"{path} is, holds or lies in the input {source}; choose another output path")
-        if (path.exists() or path.is_symlink()) and not force:
+        if as_file and _names_written(path.absolute().parent) is not None:
+            raise InputError(f"{path} lies in a checkpoint or artifact, which is left as it is; choose another path")
+        if path.exists() and not force:
             raise InputError(f"{path} exists already; choose another output path or pass --force to replace it")
-        if path.is_file() and not path.is_symlink() and not as_file:
+        if path.is_file() and not as_file:
             raise InputError(f"{path} is a file, and a folder is to be written; choose another output path")
         if Path.cwd().resolve().is_relative_to(path.resolve()):
             raise InputError(f"{path} holds the working folder, so it is not replaced; choose another output path")
-        if path.is_dir() and not path.is_symlink() and any(path.iterdir()) and not _ours(path):
-            raise InputError(f"{path} is a folder that mossquant did not write, so it is not replaced; choose another")
-        if path.is_dir() and as_file:
-            raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
+        if path.is_dir():
+            _check_ours(path)
         above = path.absolute().parent
         while not above.exists() and above != above.parent:
             above = above.parent
@@ -126,16 +141,40 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _ours(folder: Path) -> bool:
-    """Whether a folder is one that we write: a checkpoint, a quantized checkpoint or an artifact."""
-    for name, key in (("config.json", "model_type"), ("manifest.json", "version")):
-        try:
-            found = read_json(folder / name, largest=LARGEST_SMALL, advice="")
-        except InputError:
-            continue
-        if isinstance(found, dict) and (found.get(key) == "mossnet" if key == "model_type" else key in found):
-            return True
-    return False
+def _check_ours(folder: Path) -> None:
+    """Raise `InputError`: the folder is neither empty nor one that we wrote, or it holds more than what we wrote."""
+    entries = sorted(folder.iterdir())
+    if not entries:
+        return
+    written = _names_written(folder)
+    if written is None:
+        raise InputError(f"{folder} is a folder that mossquant did not write, so it is not replaced; choose another")
+    for entry in entries:
+        if entry.name not in written or entry.is_dir():
+            raise InputError(
+                f"{folder} holds {entry.name}, which mossquant did not write, so it is not replaced; "
+                "move that away or choose another output path"
+            )
+
+
+def _names_written(folder: Path) -> set[str] | None:
+    """Names that a checkpoint, quantized checkpoint or artifact of ours may hold; None for any other folder."""
+    manifest = _object(folder / _MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("kind") in _KINDS and "release" in manifest and isinstance(files, dict):
+        return {_MANIFEST, *files}
+    if _object(folder / "config.json").get("model_type") == "mossnet":
+        return {path.name for path in folder.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name)}
+    return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none."""
+    try:
+        found = read_json(path, largest=LARGEST_SMALL, advice="") if path.is_file() else None
+    except InputError:
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -145,7 +184,8 @@ def _beside(path: Path) -> Iterator[Path]:
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
-        if not _alive(left.name.removeprefix(f".{path.name}{_PARTIAL}").removesuffix("-old")):
+        found = _LEFTOVER.fullmatch(left.name.removeprefix(f".{path.name}{_PARTIAL}"))
+        if found is not None and not _alive(int(found[1])):
             _remove(left)
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:
@@ -157,16 +197,14 @@ def _beside(path: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _alive(pid: str) -> bool:
-    if not pid.isdigit():
-        return False
+def _alive(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):  # a number that no process can have is not of ours
         return True
-    return int(pid) != os.getpid()
+    return pid != os.getpid()
 
 
 def _flush(path: Path) -> None:

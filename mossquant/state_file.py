@@ -14,7 +14,7 @@ artifact lowered from the same checkpoint. Nothing else is in the file: the same
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -140,10 +140,14 @@ def load_state(path: str | Path, runner: Runner, *, tokenizer: Tokenizer | None 
     return SavedState(runner.write(arrays), logits, metadata.tokens)
 
 
-def check_state_free(path: str | Path, *, force: bool = False) -> None:
-    """Say early that a state cannot be written to `path`; `force` replaces a state, and nothing else."""
+def check_state_free(path: str | Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Say early that a state cannot be written to `path`; `force` replaces a state, and nothing else.
+
+    Raises:
+        InputError: as `check_free`, or what is there is not a state.
+    """
     path = Path(path)
-    check_free(path, force=force, as_file=True)
+    check_free(path, force=force, as_file=True, inputs=inputs)
     if path.is_file():
         try:
             _open(path)
@@ -160,7 +164,10 @@ def _open(path: Path) -> tuple[Any, _Metadata]:
     try:
         if header_bytes > _LARGEST_HEADER:
             raise SafetensorError("its header is too large")
+        str(path).encode()  # the library needs a name in UTF-8
         opened: Any = safe_open(path, framework="numpy")
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is not a name in UTF-8; rename it, or choose another") from None
     except SafetensorError as error:
         raise InputError(f"{path} is not a state: {str(error)[:100]}. {_AGAIN}") from None
     stored = (opened.metadata() or {}).get(_KEY)

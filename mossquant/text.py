@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from mossquant.errors import InputError
+from mossquant.inputfile import first_bytes
 from mossquant.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, Tokens, decode_utf8, train_tokenizer
 
 __all__ = [
@@ -41,24 +42,28 @@ class Text:
         return cls(name, data, hashlib.sha256(data).hexdigest())
 
 
-def read_text(path: Path, *, as_bytes: bool = False) -> Text:
+def read_text(path: Path, *, as_bytes: bool = False, largest: int | None = None) -> Text:
     """Read a text file.
 
     Args:
         path: the file.
         as_bytes: the text goes to a byte-level model, so that it need not be UTF-8.
+        largest: most bytes that it may have.
 
     Raises:
-        InputError: the file is missing, a folder, not readable or empty, or is not UTF-8 where that is needed.
+        InputError: the file is missing, a folder, a pipe, not readable, too large or empty, or is not UTF-8 where that
+            is needed.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, and a text file is needed: give the file")
     try:
-        data = path.read_bytes()
+        data = first_bytes(path, -1 if largest is None else largest + 1)
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, and a text file is needed: give the file") from None
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such text file: check the path") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a readable text file") from None
+    if largest is not None and len(data) > largest:
+        raise InputError(f"{path} is larger than {largest >> 20} MB: give a shorter text")
     if not data:
         raise InputError(f"{path} is empty: give a file with text in it")
     if not as_bytes:

@@ -80,7 +80,7 @@ def train(
             of another run.
     """
     config = preset(preset_name)
-    check_free(output, force=force)
+    check_free(output, force=force, inputs=[Path(item) for item in text if item != STDLIB])
     if not text:
         raise InputError(f"no text to train on; give --text PATH, or --text {STDLIB} for the bundled model's own")
     if device == "cuda" and not torch.cuda.is_available():

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from mossquant.errors import InputError
+from mossquant.inputfile import first_bytes
 
 __all__ = ["Lines", "Value", "parse_yaml", "read_yaml_text"]
 
@@ -44,15 +45,14 @@ def read_yaml_text(path: Path) -> str:
     """The text of a YAML file.
 
     Raises:
-        InputError: missing, a folder, unreadable, larger than 128 kB, empty, or not UTF-8.
+        InputError: missing, a folder, a pipe, unreadable, larger than 128 kB, empty, or not UTF-8.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a YAML file")
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        data = first_bytes(path, _MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a YAML file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; give a YAML file") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a readable YAML file") from None
     if len(data) > _MAX_BYTES:
@@ -86,6 +86,8 @@ def parse_yaml(text: str, *, where: str) -> tuple[Value, Lines]:
         raise InputError(f"{where}{at}: {problem}; mend the file") from None
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML ({' '.join(str(error).split())[:120]}); mend the file") from None
+    except (ValueError, OverflowError):  # of the library: "\U00110000", a version of thousands of digits
+        raise InputError(f"{where} is not YAML (a character or number in it is out of range); mend the file") from None
     return value, lines
 
 

@@ -20,8 +20,11 @@ from commands import Outcome, command, making, process, reading, refused
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
+from mossquant.errors import InputError
 from mossquant.locate import asset_folder
 from mossquant.outputs import file_sha256
+from mossquant.targets.artifact import check_tokenizer
+from mossquant.text import Tokenizer
 
 Break = Callable[[Path], object]
 
@@ -561,6 +564,9 @@ BAD_RECIPES: dict[str, tuple[bytes | None, str]] = {
     "aliases without end": (b"a: &a [*a, *a]\n", "anchors and aliases are not supported"),
     "nested without end": (b"[" * NESTED, "nested deeper than 8"),
     "code": (b"!!python/object/apply:os.mkdir ['was run']\n", "tags are not supported"),
+    "a character beyond the last": (b'"\\U00110000": 1\n', "is not YAML (a character or number in it is out of range)"),
+    "a character far beyond": (b'"\\UFFFFFFFF": 1\n', "is not YAML (a character or number in it is out of range)"),
+    "a version of thousands of digits": (b"%YAML " + b"9" * 5000 + b".1\n---\na: 1\n", "is out of range"),
     "not YAML": (b"a: b: c\n", "mapping values are not allowed here"),
     "a list": (b"- a\n- b\n", "a recipe is a mapping"),
 }
@@ -585,6 +591,96 @@ def test_an_unknown_recipe_preset_or_target(checkpoint_folder: Path, text: Path,
     assert "unknown preset 'huge'; known presets: tiny, 8x30m, 8x200m, 8x1.5b" in message
     message = refused(place, "export", checkpoint_folder, "-o", out, "--target", "abacus")
     assert "unknown target 'abacus'; known targets: onnx" in message
+
+
+NO_FILE: dict[str, Callable[[Path], object]] = {
+    "a folder": Path.mkdir,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("name", NO_FILE)
+@pytest.mark.parametrize("program", ["model.onnx", "model.pte"])
+def test_a_program_that_is_no_file(
+    name: str, program: str, checkpoint_folder: Path, text: Path, tmp_path: Path, place: Path
+) -> None:
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    NO_FILE[name](artifact / program)
+    for words in [
+        *reading(artifact, checkpoint_folder, text, place / "out"),
+        ["verify", checkpoint_folder, artifact],
+        ["bench", artifact],
+    ]:
+        assert f"{program} is not a file; give an artifact that" in refused(place, *words), words
+    for words in reading(artifact / program, checkpoint_folder, text, place / "out"):
+        refused(place, *words)
+
+
+def test_pipes_for_files(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
+    """Nobody writes to them, so that reading would wait without end."""
+    model = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    for path in (model / "tokenizer.json", tmp_path / "recipe.yaml"):
+        os.mkfifo(path)
+    for words in (
+        ["quantize", checkpoint_folder, "--dry-run", "-r", tmp_path / "recipe.yaml"],
+        ["generate", checkpoint_folder, "--prompt-file", tmp_path / "recipe.yaml"],
+        ["generate", checkpoint_folder, "--prompt-file", "/dev/zero"],
+        ["perplexity", checkpoint_folder, "--text", tmp_path / "recipe.yaml"],
+        ["generate", model, "x"],
+    ):
+        assert "cannot be read (it is a device, pipe or socket)" in refused(place, *words), words
+
+
+def test_a_tokenizer_of_twenty_gigabytes(
+    checkpoint_folder: Path, artifact_folder: Path, tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at before it is read, hashed or copied."""
+    program = tmp_path / "artifact" / "model.onnx"
+    model = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    shutil.copytree(artifact_folder, program.parent)
+    for folder in (model, program.parent):
+        with (folder / "tokenizer.json").open("wb") as file:
+            file.truncate(20 << 30)
+    with pytest.raises(InputError, match=r"tokenizer\.json is larger than 32 MB"):
+        check_tokenizer(program, "0" * 64)
+    for words in (
+        ["generate", model, "x"],
+        ["quantize", model, "-o", place / "out"],
+        ["export", model, "-o", place / "out"],
+        ["export", model, "--dry-run"],
+        ["import", model, "-o", place / "out"],
+    ):
+        assert "tokenizer.json is larger than 32 MB" in refused(place, *words), words
+
+
+def test_names_that_the_runtimes_cannot_take(
+    checkpoint_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
+) -> None:
+    """Names of bytes that are no UTF-8."""
+    for folder in (checkpoint_folder, artifact_folder):
+        given = shutil.copytree(folder, tmp_path / f"{folder.name}\udcff")
+        for path in [given, *given.glob("*.onnx")]:
+            for words in reading(path, checkpoint_folder, text, place / "out"):
+                assert "is not a name in UTF-8, which the runtimes need; rename it" in refused(place, *words), words
+            refused(place, "info", path, "--json", place / "out.json")
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "\udcff.pte").write_bytes(b"")
+    assert "is not a name in UTF-8" in refused(place, "generate", tmp_path / "artifact", "x")
+    state = tmp_path / "\udcff"
+    state.write_bytes(b"x" * 100)
+    assert "is not a" in refused(place, "generate", checkpoint_folder, "x", "--load-state", state)
+
+
+def test_an_artifact_without_its_tokenizer(tmp_path: Path) -> None:
+    """The advice is one that can be followed: `import` takes no artifact."""
+    with pytest.raises(InputError, match="checkpoint that it was exported from is copied there"):
+        Tokenizer.for_folder(tmp_path, 4096)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(InputError, match="import --tokenizer FILE"):
+        Tokenizer.for_folder(tmp_path, 4096)
 
 
 @pytest.mark.slow

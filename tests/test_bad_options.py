@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts, options and outputs that cannot be used: exit status 2, one line, nothing left; and what is ours alone: 70."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from commands import command, measuring, process, reading, refused, writing
+from commands import COMMAND, command, measuring, process, reading, refused, writing
 
 from mossquant.outputs import file_sha256
 
@@ -42,6 +44,23 @@ def test_bad_texts(
         assert ("has 1 bytes" if data else message) in refused(place, *words).replace("has 2 bytes", "has 1 bytes")
     if not data:
         assert message in refused(place, "generate", checkpoint_folder, "--prompt-file", path)
+
+
+def test_prompts_that_are_too_long_or_cannot_be_read(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(8 << 30)
+    message = refused(place, "generate", checkpoint_folder, "--prompt-file", path)
+    assert "sparse is larger than 16 MB: give a shorter text" in message
+    words = [*COMMAND, "generate", str(checkpoint_folder), "--max-tokens", "2"]
+    for name, mode, message in (
+        ("/dev/zero", "rb", "the prompt on stdin is larger than 16 MB"),
+        (tmp_path / "out", "wb", "stdin cannot be read (Bad file descriptor)"),
+    ):
+        with Path(name).open(mode) as stdin:
+            found = subprocess.run(words, stdin=stdin, capture_output=True, check=False)
+        assert (found.returncode, found.stdout, found.stderr.count(b"\n")) == (2, b"", 1), found
+        assert message in found.stderr.decode()
 
 
 def test_text_that_is_not_utf8(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
@@ -137,6 +156,7 @@ BAD_OPTIONS = [
     ("bench MODEL --prompt 1000000000000", "Invalid value for '--prompt'"),
     ("bench MODEL --decode -1", "Invalid value for '--decode'"),
     ("bench MODEL --repeats 0", "Invalid value for '--repeats'"),
+    ("bench MODEL --repeats 99999999999999999999999", "Invalid value for '--repeats'"),
     ("train --text TEXT", "Missing option '--output' / '-o'"),
     ("train -o OUT", "Missing option '--text'"),
     ("train --text TEXT -o OUT --tokenizer words", "'words' is not one of 'bpe', 'bytes'"),
@@ -155,7 +175,9 @@ BAD_OPTIONS = [
     ("export MODEL -o OUT --activations int3", "'int3' is not one of 'int8', 'fp32'"),
     ("import MODEL -o OUT --dtype int8", "'int8' is not one of"),
     ("import MODEL -o OUT --tokenizer TEXT", "is not a tokenizer.json"),
-    ("import MODEL -o OUT --tokenizer OUT", "cannot be read (No such file or directory)"),
+    ("import MODEL -o OUT --tokenizer OUT2", "cannot be read (No such file or directory)"),
+    ("import MODEL -o OUT --tokenizer OUT", "is, holds or lies in the input"),
+    ("train --text OUT/book.txt -o OUT", "is, holds or lies in the input"),
     ("recipes x", "unexpected extra argument"),
     ("info MODEL --jsn x", "No such option: --jsn"),
     ("info", "Missing argument 'PATH'; see mossquant info --help"),
@@ -232,6 +254,71 @@ def test_outputs_that_are_inputs(checkpoint_folder: Path, tmp_path: Path) -> Non
     for words in (["quantize", model], ["export", model], ["import", model]):
         for out in (model, model / "inside", tmp_path):
             assert "is, holds or lies in the input" in refused(tmp_path, *words, "-o", out, "--force")
+    out = tmp_path / "out"
+    assert command("quantize", checkpoint_folder, "-o", out).status == 0
+    for words in (
+        ["quantize", checkpoint_folder, "-r", out / "recipe.yaml"],
+        ["import", checkpoint_folder, "--tokenizer", out / "config.json"],
+        ["train", "--tokenizer", "bytes", "--text", out / "recipe.yaml"],
+    ):
+        assert "is, holds or lies in the input" in refused(tmp_path, *words, "-o", out, "--force")
+
+
+def test_an_output_may_have_the_name_of_a_recipe(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8", "--json", "int4").status == 0
+    assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8", "--force").status == 0
+
+
+def test_a_report_lies_in_no_input_and_no_output(
+    checkpoint_folder: Path,
+    quantized_folder: Path,
+    artifact_folder: Path,
+    text: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However it is spelled, and before any work."""
+    monkeypatch.setattr("mossquant.outputs._beside", reached)
+    model = shutil.copytree(quantized_folder, place / "model")
+    (place / "link").symlink_to(model)
+    (place / "sub").mkdir()
+    report = place / "report.json"
+    assert command("info", checkpoint_folder).status == 0
+    report.write_bytes(b'{\n "version": 1,\n "path": "x"\n}\n')
+    for words in [
+        ["info", model],
+        ["perplexity", model, "--text", text],
+        ["compare", checkpoint_folder, model, "--text", text],
+        ["compare", model, checkpoint_folder, "--text", text],
+        ["verify", model, artifact_folder, "--text", text],
+        ["bench", checkpoint_folder, model],
+    ]:
+        for file in (model / "new.json", model / "sub" / "new.json", place / "sub" / ".." / "link" / "config.json"):
+            assert "is, holds or lies in the input" in refused(place, *words, "--json", file), words
+    for words in (
+        ["perplexity", checkpoint_folder, "--text", report],
+        ["quantize", checkpoint_folder, "-r", report, "--dry-run"],
+    ):
+        assert "is, holds or lies in the input" in refused(place, *words, "--json", report), words
+    for out, file in (
+        (place / "out", place / "out" / "manifest.json"),
+        (place / "o2", place / "sub" / ".." / "o2"),
+        (place / "o3", place / "sub" / ".." / "o3" / "below" / "x"),
+    ):
+        message = refused(place, "quantize", checkpoint_folder, "-o", out, "--json", file)
+        assert "was given both" in message or "lies in the output" in message
+    assert "lies in the output" in refused(place, "demo", "-o", place / "demo", "--json", place / "demo" / "x.json")
+    # Of a folder that is no input, not even what begins as a report does.
+    for folder, name in ((model, "ledger.json"), (model, "manifest.json"), (model, "new.json")):
+        message = refused(place, "info", checkpoint_folder, "--json", folder / name)
+        assert "lies in a checkpoint or artifact" in message
+    # Nor does one of ours that was copied elsewhere.
+    for source in (model / "config.json", model / "manifest.json", artifact_folder / "manifest.json"):
+        shutil.copyfile(source, report)
+        assert "is not a report" in refused(place, "info", checkpoint_folder, "--json", report)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +364,37 @@ def test_bad_places_for_a_state(
     refused(place, "generate", checkpoint_folder, "x", "--save-state", name, "--force")
 
 
+def test_the_report_of_every_verb_is_replaced_by_the_next(
+    checkpoint_folder: Path, quantized_folder: Path, artifact_folder: Path, text: Path, place: Path
+) -> None:
+    few = ["--prompt", 1, "--decode", 1, "--repeats", 1]
+    for words in (
+        ["info", checkpoint_folder],
+        ["quantize", checkpoint_folder, "--dry-run"],
+        ["perplexity", checkpoint_folder, "--text", text, "--tokens", 300],
+        ["compare", checkpoint_folder, quantized_folder, "--text", text, "--tokens", 300],
+        ["verify", quantized_folder, artifact_folder, "--weights-only"],
+        ["bench", checkpoint_folder, *few],
+        ["info", checkpoint_folder],
+    ):
+        assert command(*words, "--json", place / "report.json").status == 0, words
+
+
+def test_a_state_lies_in_no_input(
+    checkpoint_folder: Path, artifact_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mossquant.outputs._beside", reached)
+    monkeypatch.setattr("mossquant.eval.open.open_model", reached)
+    model = shutil.copytree(checkpoint_folder, place / "model")
+    artifact = shutil.copytree(artifact_folder, place / "artifact")
+    for source in (model, artifact):
+        for name in ("model.safetensors.index.json", "below/state"):
+            message = refused(place, "generate", source, "x", "--save-state", source / name)
+            assert "is, holds or lies in the input" in message
+    message = refused(place, "generate", artifact / "model.onnx", "x", "--save-state", artifact / "state")
+    assert "lies in a checkpoint or artifact" in message
+
+
 @pytest.mark.parametrize("verb", ["quantize", "export", "train"])
 def test_a_full_disk(verb: str, checkpoint_folder: Path, text: Path, place: Path) -> None:
     """The system's limit on the size of a file stands in for it: the error comes from the same place."""
@@ -296,6 +414,18 @@ def test_a_full_disk_under_a_state(checkpoint_folder: Path, place: Path) -> None
     assert "File too large; free space or choose another path" in found.err
     assert found.err.count("\n") == 1, found.err
     assert not list(place.iterdir())
+
+
+def test_an_input_that_may_not_be_read(checkpoint_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so that the system's answers are made up."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(checkpoint_folder))
+
+    monkeypatch.setattr("mossquant.eval.info.info", forbidden)
+    assert "free space or choose another path" in refused(place, "info", checkpoint_folder)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode == os.F_OK)
+    assert "cannot be read (Permission denied); give something that" in refused(place, "info", checkpoint_folder)
 
 
 def broken(*_: object, **__: object) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import onnx
 import pytest
 from commands import COMMAND, command, process
 
+import mossquant
 from mossquant.outputs import file_sha256
 from mossquant.targets.export import export_needs
 
@@ -134,6 +136,32 @@ def test_a_dry_run_of_an_export_says_what_the_export_takes(quantized_folder: Pat
     # What the export refuses, its dry run refuses; and without one a folder is needed.
     assert command("export", quantized_folder, "--target", "coreml", "--dry-run").status == 2
     assert "--dry-run" in command("export", quantized_folder).err
+
+
+def test_an_export_that_replaces_another_program_says_so(quantized_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command("export", quantized_folder, "--target", "onnx,executorch", "-o", out).status == 0
+    found = command("export", quantized_folder, "--target", "onnx", "-o", out, "--force")
+    assert found.status == 0
+    assert "the executorch program that was there is gone; --target onnx,executorch makes both" in found.err
+    assert not (out / "model.pte").exists()
+    assert "is gone" not in command("export", quantized_folder, "--target", "onnx", "-o", out, "--force").err
+
+
+def test_the_folder_of_the_source_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """Python looks first in the folder that it starts in: in a checkout that holds `mossquant/` alone."""
+    (tmp_path / "mossquant").mkdir()
+    shutil.copy(mossquant.__file__, tmp_path / "mossquant")
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", "import mossquant"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert "the folder of mossquant's source, not the installed package; run Python in another folder" in found.stderr
 
 
 def test_verify_runs_both_and_names_a_flipped_code(
@@ -264,6 +292,36 @@ def test_a_reader_that_goes_away(checkpoint_folder: Path, quantized_folder: Path
         assert running.returncode == status, complaint
         assert complaint == ("" if status == 0 else "gate failed: perplexity rose by more than -99%\n")
     assert json.loads((tmp_path / "info.json").read_text())["version"] == 1
+
+
+def test_a_reader_that_goes_away_from_a_text_whose_state_is_saved(checkpoint_folder: Path, tmp_path: Path) -> None:
+    words = ["--quiet", "generate", checkpoint_folder, "x", "--max-tokens", 8, "--save-state"]
+    assert command(*words, tmp_path / "whole").status == 0
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [*COMMAND, *map(str, words), tmp_path / "cut"], stdout=writing, stderr=subprocess.PIPE
+    ) as run:
+        os.close(writing)
+        os.close(reading)
+        assert run.stderr is not None
+        assert run.stderr.read() == b""
+    assert run.returncode == 0
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("width", ["²", "9" * 5000, "0", "", "-1"])
+def test_a_width_that_is_none(width: str, checkpoint_folder: Path) -> None:
+    words = [*COMMAND, "info", str(checkpoint_folder)]
+    for name in ("COLUMNS", "LINES"):
+        found = subprocess.run(words, capture_output=True, env={**os.environ, name: width}, check=False)
+        assert (found.returncode, found.stderr) == (0, b""), found.stderr
+
+
+def test_a_gate_names_per_cent(checkpoint_folder: Path, quantized_folder: Path, text: Path) -> None:
+    words = ["--quiet", "compare", checkpoint_folder, quantized_folder, "--text", text, "--max-ppl-increase"]
+    for gate in ("-99", "-99%"):
+        found = command(*words, gate)
+        assert (found.status, found.err) == (1, "gate failed: perplexity rose by more than -99%\n")
 
 
 def test_a_full_disk_under_stdout(checkpoint_folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mossquant import cli
 from mossquant.errors import InputError
 from mossquant.eval import demo as module
 from mossquant.eval.bench import BenchReport, Speed, Timing
@@ -68,7 +69,9 @@ def test_the_table_has_original_int8_and_int4_as_checkpoint_onnx_and_pte(
     assert "original, bf16" in text
     assert "—" in text
     assert max(map(len, text.splitlines())) <= 80
-    assert json.loads(json_bytes(report.to_json()))["version"] == 1
+    written = json_bytes(report.to_json())
+    assert json.loads(written)["version"] == 1
+    assert cli._REPORT.match(written), "a second --json would not replace it"
 
 
 def test_what_it_wrote_is_there_and_named_at_the_end(ran: tuple[Path, DemoReport, list[str]]) -> None:
@@ -91,6 +94,7 @@ def test_a_second_run_keeps_what_matches_and_makes_again_what_does_not(
     program = folder / "tiny-int4-app" / "model.onnx"
     whole = program.read_bytes()
     program.write_bytes(whole[:-1])
+    (folder / "notes.txt").write_text("mine")
     monkeypatch.setattr(module, "bench", _bench)
     said: list[str] = []
     again = demo(folder, tokens=300, threads=1, said=said.append)
@@ -98,6 +102,8 @@ def test_a_second_run_keeps_what_matches_and_makes_again_what_does_not(
     assert any("lowering" in line and "int4" in line for line in said)
     assert program.read_bytes() == whole
     assert again.comparison.to_json() == first.comparison.to_json()
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
 
 
 def test_it_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
@@ -109,3 +115,18 @@ def test_it_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         demo(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["table.svg", "notes.txt"])
+def test_it_writes_into_no_folder_of_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name} and nothing that the demo wrote"):
+        demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_it_does_not_write_into_a_checkpoint(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    before = sorted(path.name for path in (ran[0] / "tiny-int4").iterdir())
+    with pytest.raises(InputError, match="checkpoint or artifact"):
+        demo(ran[0] / "tiny-int4")
+    assert sorted(path.name for path in (ran[0] / "tiny-int4").iterdir()) == before

@@ -50,7 +50,7 @@ def test_refused(tmp_path: Path) -> None:
     folder(tmp_path / "two", "a.onnx", "b.onnx")
     (tmp_path / "weights.bin").write_bytes(b"\x80\x02")
     for name, message in (
-        ("none", "does not exist; give a checkpoint folder, an artifact, or the name tiny"),
+        ("none", "does not exist, and nothing is downloaded; give a checkpoint folder, an artifact, or the name tiny"),
         ("empty", "holds neither config.json nor a program"),
         ("two", r"holds 2 programs; give one of them: .*a\.onnx, .*b\.onnx"),
         ("weights.bin", r"is a file that mossquant does not know; give a folder, or a file that ends in \.onnx"),

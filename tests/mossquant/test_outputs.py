@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs appear whole or not at all, whatever happens on the way."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,15 +71,10 @@ def test_force_replaces(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text(OURS)
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "kept").write_text("kept")
-    for name in ("folder", "link"):
-        with new_folder(tmp_path / name, force=True) as partial:
-            (partial / "new").write_text("new")
-        assert names(tmp_path / name) == ["new"]
-    assert names(tmp_path) == ["folder", "link", "target"]
-    assert names(tmp_path / "target") == ["kept"], "a link is replaced, not what it points to"
+    with new_folder(tmp_path / "folder", force=True) as partial:
+        (partial / "new").write_text("new")
+    assert names(tmp_path / "folder") == ["new"]
+    assert names(tmp_path) == ["folder"]
     with new_file(tmp_path / "plain") as partial:
         partial.write_text("1")
     with new_file(tmp_path / "plain", force=True) as partial:
@@ -102,6 +99,72 @@ def test_force_leaves_a_file_and_another_tools_model_alone(tmp_path: Path) -> No
     with pytest.raises(InputError, match="did not write"), new_folder(tmp_path / "hf", force=True):
         raise AssertionError("must not be reached")
     assert (tmp_path / "notes.txt").read_text() == "notes"
+
+
+LISTED = {"config.json": {}, "recipe.yaml": {}}
+QUANTIZED = {"version": 1, "kind": "quantized checkpoint", "release": "1.0", "files": LISTED}
+ARTIFACT = {**QUANTIZED, "kind": "artifact"}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [{"version": 1}, {"version": 3, "kind": "extension"}, {**ARTIFACT, "files": []}, {"kind": "artifact"}, ["version"]],
+)
+def test_force_takes_no_manifest_of_someone_else_for_ours(tmp_path: Path, manifest: object) -> None:
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / "manifest.json", manifest)
+    with pytest.raises(InputError, match="is a folder that mossquant did not write"):
+        check_free(tmp_path / "out", force=True)
+
+
+@pytest.mark.parametrize("manifest", [None, QUANTIZED, ARTIFACT], ids=["checkpoint", "quantized", "artifact"])
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "photos", "model-1.safetensors"])
+def test_force_keeps_what_was_added_to_a_folder_of_ours(tmp_path: Path, manifest: object, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(OURS)
+    if manifest is None:
+        for file in ("model-00001.safetensors", "model.safetensors.index.json", "training.json", "tokenizer.json"):
+            (out / file).write_text("")
+    else:
+        write_json(out / "manifest.json", manifest)
+    check_free(out, force=True)
+    (out / name).mkdir() if name == "photos" else (out / name).write_text("mine")
+    with pytest.raises(InputError, match=f"out holds {re.escape(name)}, which mossquant did not write") as refused:
+        check_free(out, force=True)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="did not write"), new_folder(out, force=True):
+        pytest.fail("the block must not run")
+    assert (out / name).exists()
+
+
+def test_force_keeps_a_folder_that_has_the_name_of_a_file_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "out" / "recipe.yaml").mkdir(parents=True)
+    write_json(tmp_path / "out" / "manifest.json", QUANTIZED)
+    with pytest.raises(InputError, match=r"holds recipe\.yaml"):
+        check_free(tmp_path / "out", force=True)
+
+
+def test_no_file_is_written_into_a_folder_of_ours(tmp_path: Path) -> None:
+    for name, content in (("config.json", json.loads(OURS)), ("manifest.json", ARTIFACT)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / name, content)
+        for file in (name, "new"):
+            with pytest.raises(InputError, match="lies in a checkpoint or artifact"):
+                check_free(tmp_path / name / file, force=True, as_file=True)
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("target", ["folder", "file", "nowhere"])
+def test_a_link_is_not_replaced(tmp_path: Path, target: str, force: bool) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(target)
+    for new in (new_folder, new_file):
+        message = "link is a link, and no link is replaced"
+        with pytest.raises(InputError, match=message), new(tmp_path / "link", force=force):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize("output", ["model", "model/inside", "."])
@@ -139,13 +202,14 @@ def test_paths_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for path, force, message in (
         (tmp_path / "file", False, "exists already; .*--force"),
         (tmp_path / "folder", False, "exists already"),
-        (tmp_path / "dangling", False, "exists already"),
+        (tmp_path / "dangling", False, "is a link"),
         (tmp_path / "file" / "below", False, "is not a folder"),
         (tmp_path / "folder", True, "holds the working folder"),
         (Path(), True, "holds the working folder"),
         (Path("/"), True, "holds the working folder"),
         (tmp_path / ("n" * 300), False, "cannot be written"),
-        (tmp_path / "loop", True, "leads to itself"),
+        (tmp_path / "loop", True, "is a link"),
+        (tmp_path / "loop" / "below", True, "leads to itself"),
         (tmp_path / "fifo", True, "is a device, pipe or socket"),
         (Path("/dev/null"), True, "is a device, pipe or socket"),
         (Path("/dev/stdout"), True, "is a device, pipe or socket"),
@@ -214,6 +278,18 @@ def test_another_running_process_is_left_alone(tmp_path: Path) -> None:
         assert partial == ours
         assert names(partial) == []
     assert names(tmp_path) == [theirs.name, "out"]
+
+
+@pytest.mark.parametrize(
+    "suffix", ["backup", "²", "٣", "0", "007", "9999999999", "9" * 20, "123-notes", "123-old-old", ""]
+)
+def test_what_only_looks_like_a_leftover_is_kept(tmp_path: Path, suffix: str) -> None:
+    kept = tmp_path / f".out.partial-{suffix}"
+    kept.mkdir()
+    (kept / "mine").write_text("mine")
+    with new_folder(tmp_path / "out"):
+        pass
+    assert names(kept) == ["mine"]
 
 
 def test_what_looking_left_is_removed_too(tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def test_an_empty_vocabulary(tmp_path: Path) -> None:
 
 def test_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert Tokenizer.for_folder(tmp_path, 256).takes_any_bytes
-    with pytest.raises(InputError, match=r"vocabulary of 50280 is not byte-level.*import --tokenizer"):
+    with pytest.raises(InputError, match="vocabulary of 50280 is not byte-level"):
         Tokenizer.for_folder(tmp_path, 50280)
     library = Tokenizer.from_file(neox_like(tmp_path))
     # A model may have more entries than its tokenizer (public Mamba: 50280 and 50277), never fewer.
