@@ -248,8 +248,11 @@ def test_a_program_that_is_not_the_one_in_its_manifest(lowered: Lowered, tmp_pat
     (folder / "model.onnx").write_bytes(data)
     with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.onnx has another SHA-256"):
         OnnxRunner(folder)
-    (folder / "model.onnx").rename(folder / "alone.onnx")
-    OnnxRunner(folder / "alone.onnx")
+    (folder / "model.onnx").rename(folder / "other.onnx")
+    with pytest.raises(InputError, match=r"other\.onnx is not listed there"):
+        OnnxRunner(folder / "other.onnx")
+    (folder / "other.onnx").rename(tmp_path / "alone.onnx")
+    OnnxRunner(tmp_path / "alone.onnx")
 
 
 def test_external_weights_compute_the_same(lowered: Lowered, external: Path) -> None:
