@@ -545,11 +545,12 @@ def _json_free(path: Path | None, *inputs: str | Path | None, output: Path | Non
     Raises:
         InputError: it would, or cannot be written.
     """
-    from mossquant.outputs import check_free
+    from mossquant.outputs import check_foreign, check_free
 
     if path is None:
         return
     check_free(path, force=True, as_file=True, inputs=[_read_at(each) for each in inputs if each])
+    check_foreign(path)
     if path.is_file() and not _is_report(path):
         raise InputError(f"{path} exists already and is not a report, so it is not replaced; choose another path")
     if output is None:

@@ -22,7 +22,7 @@ from typing import Any
 from mossquant.errors import InputError
 from mossquant.jsonfile import LARGEST_SMALL, read_json
 
-__all__ = ["check_free", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
+__all__ = ["check_foreign", "check_free", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
 
 _PARTIAL = ".partial-"
 # What follows it: of a process; what stood at the output where the system cannot swap; what looking left.
@@ -55,8 +55,7 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
     Raises:
         InputError: something is at `path` and `force` is off; it is a link; it is a file where a folder is to be
             written or the other way round, or neither; it holds the working folder, an input, or files that are not
-            ours; it is a file that may replace another (`force`), in a checkpoint or an artifact; or the folder above
-            it is not a folder, not reachable or not writable.
+            ours; or the folder above it is not a folder, not reachable or not writable.
     """
     try:
         if path.absolute().parent == _DEVICES or (path.exists() and not (path.is_file() or path.is_dir())):
@@ -69,8 +68,6 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
             one, other = (Path(os.path.realpath(each)) for each in (path, source))
             if one.is_relative_to(other) or other.is_relative_to(one):
                 raise InputError(f"{path} is, holds or lies in the input {source}; choose another output path")
-        if as_file and force and _names_written(path.absolute().parent) is not None:
-            raise InputError(f"{path} lies in a checkpoint or artifact, which is left as it is; choose another path")
         if path.exists() and not force:
             raise InputError(f"{path} exists already; choose another output path or pass --force to replace it")
         if path.is_file() and not as_file:
@@ -175,6 +172,12 @@ def _object(path: Path) -> dict[str, Any]:
     except InputError:
         found = None
     return found if isinstance(found, dict) else {}
+
+
+def check_foreign(path: Path) -> None:
+    """Raise `InputError`: the folder of a file to be written is a checkpoint or an artifact, which stays as it is."""
+    if _names_written(path.absolute().parent) is not None:
+        raise InputError(f"{path} lies in a checkpoint or artifact, which is left as it is; choose another path")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from mossquant import outputs
 from mossquant.errors import InputError
-from mossquant.outputs import check_free, file_sha256, json_bytes, new_file, new_folder, write_json
+from mossquant.outputs import check_foreign, check_free, file_sha256, json_bytes, new_file, new_folder, write_json
 
 OURS = '{"version": 1, "model_type": "mossnet"}'
 
@@ -151,7 +151,8 @@ def test_no_file_is_written_into_a_folder_of_ours(tmp_path: Path) -> None:
         write_json(tmp_path / name / name, content)
         for file in (name, "new"):
             with pytest.raises(InputError, match="lies in a checkpoint or artifact"):
-                check_free(tmp_path / name / file, force=True, as_file=True)
+                check_foreign(tmp_path / name / file)
+    check_foreign(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("force", [True, False])
