@@ -2,10 +2,10 @@
 """Runs a .pte apart, before it is loaded here: a damaged program can bring the runtime down, and with it the process.
 
 The runtime checks the outer flatbuffer and believes what lies inside: offsets of planned memory, indices of values, the
-delegates' graphs. So every program is first run, as many tokens as it takes, in a process of its own. That process is
-one for all programs (it loads the libraries once) and forks for each of them; what happens to the fork is the answer.
-A program that passed is noted by its hash in the user's cache ($XDG_CACHE_HOME or ~/.cache, mossquant/ran) and not
-tried again.
+delegates' graphs. So every program is first run, few tokens and as many as it takes, in a process of its own. That
+process is one for all programs (it loads the libraries once) and forks for each of them; what happens to the fork is
+the answer. A program that passed is noted by its hash in the user's cache ($XDG_CACHE_HOME or ~/.cache, mossquant/ran)
+and not tried again.
 
     → {"path": …}        a line on the standard input
     ← {"error": null}    or what was wrong, one line on the standard output
@@ -41,6 +41,7 @@ EXTRA_BYTES = 1 << 30
 """Address space that a program may ask for, beyond four times its file: mapped, and packed for each method."""
 
 _POLL_SECONDS = 0.005
+_FEW = 3
 _AGAIN = "copy the artifact's folder again, or export again"
 
 
@@ -172,7 +173,7 @@ def _in_a_fork(path: str) -> str | None:
 
 
 def _run(path: str) -> None:
-    """Every method once, on as many tokens as it takes, from the table's first row to its last, and states of zeros."""
+    """Every method, on few tokens and on as many as it takes, from the table's first row to its last, and on zeros."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = used + EXTRA_BYTES + 4 * Path(path).stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -180,17 +181,17 @@ def _run(path: str) -> None:
     for name in METHODS:
         method = load_method(program, name)
         meta = method.method_meta()
-        shapes = [meta.input_tensor_meta(i).sizes() for i in range(meta.num_inputs())]
-        length, vocabulary = shapes[0][1], meta.output_tensor_meta(0).sizes()[-1]
-        tokens = torch.linspace(vocabulary - 1, 0, length, dtype=torch.float64).long()[None]
-        arrays = [tokens, *(torch.zeros(tuple(shape)) for shape in shapes[1:])]
-        logits, *states = method(arrays)
-        expected = [(1, length if name == "score" else 1), *(tuple(shape) for shape in shapes[1:])]
-        found = [tuple(logits.shape[:2]), *(tuple(state.shape) for state in states)]
-        if found != expected:
-            raise ValueError(f"{name} gives arrays of other shapes than it should")
-        if not all(bool(torch.isfinite(array).all()) for array in (logits, *states)):
-            raise ValueError(f"{name} gives values that are not finite")
+        (_, longest), *shapes = (meta.input_tensor_meta(i).sizes() for i in range(meta.num_inputs()))
+        vocabulary = meta.output_tensor_meta(0).sizes()[-1]
+        for length in sorted({min(_FEW, longest), longest}):
+            tokens = torch.linspace(vocabulary - 1, 0, length, dtype=torch.float64).long()[None]
+            logits, *states = method([tokens, *(torch.zeros(tuple(shape)) for shape in shapes)])
+            expected = [(1, length if name == "score" else 1), *map(tuple, shapes)]
+            found = [tuple(logits.shape[:2]), *(tuple(state.shape) for state in states)]
+            if found != expected:
+                raise ValueError(f"{name} gives arrays of other shapes than it should")
+            if not all(bool(torch.isfinite(array).all()) for array in (logits, *states)):
+                raise ValueError(f"{name} gives values that are not finite")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from mossquant.targets.executorch.metadata import read_metadata
 from mossquant.targets.executorch.packages import EXECUTORCH
 from mossquant.targets.executorch.program_file import ProgramFile
 from mossquant.targets.executorch.trial import try_apart
+from mossquant.targets.program import METHODS
 
 SEEDS = 600
 """Single bytes that are changed until one passes our checks and ends the runtime; about one in a hundred does."""
@@ -85,10 +86,10 @@ def test_a_program_that_ends_the_runtime(int4: Lowered, tmp_path: Path) -> None:
     runner(int4.tokens(1, 3), runner.initial_state(1))
 
 
-def test_every_method_is_tried_at_its_longest_and_with_the_first_and_last_row(
+def test_every_method_is_tried_short_and_long_with_the_first_and_last_row(
     int4: Lowered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, list[int]] = {}
+    given: dict[str, list[list[int]]] = {name: [] for name in METHODS}
     load = trial.load_method
 
     def spied(program: Any, name: str) -> Any:
@@ -98,7 +99,7 @@ def test_every_method_is_tried_at_its_longest_and_with_the_first_and_last_row(
             method_meta = method.method_meta
 
             def __call__(self, arrays: list[torch.Tensor]) -> Any:
-                given[name] = arrays[0][0].tolist()
+                given[name].append(arrays[0][0].tolist())
                 return method(arrays)
 
         return Spy()
@@ -106,9 +107,11 @@ def test_every_method_is_tried_at_its_longest_and_with_the_first_and_last_row(
     monkeypatch.setattr(trial, "load_method", spied)
     monkeypatch.setattr("resource.setrlimit", lambda *limit: None)
     trial._run(str(int4.program))
-    assert {name: len(tokens) for name, tokens in given.items()} == {"prefill": CHUNK, "score": CHUNK, "decode": 1}
-    assert given["decode"] == [int4.config.vocab_size - 1]
-    assert {given["score"][0], given["score"][-1]} == {0, int4.config.vocab_size - 1}
+    lengths = {name: [len(tokens) for tokens in calls] for name, calls in given.items()}
+    assert lengths == {"prefill": [3, CHUNK], "score": [3, CHUNK], "decode": [1]}
+    last = int4.config.vocab_size - 1
+    assert given["decode"] == [[last]]
+    assert all((tokens[0], tokens[-1]) == (last, 0) for tokens in given["prefill"] + given["score"])
 
 
 def test_a_table_of_one_row(int4: Lowered, tmp_path: Path) -> None:
