@@ -301,16 +301,12 @@ def _free_run_checks(
         if slope.interval is None:
             checks.append(Check(f"{name}: not measured, tokens are too few", float(values.size), None))
         else:
-            checks += [
-                Check(name, slope.per_10k, None),
-                Check("… 95 % interval, low end", slope.interval.low, limit),
-                Check("… high end", slope.interval.high, None),
-            ]
+            checks += [Check(name, slope.per_10k, None), *_interval(slope.interval, low_at_most=limit)]
     return checks, bound
 
 
-def _interval(interval: Interval | None) -> list[Check]:
-    """The interval of the figure before it, only reported; nothing where there is none."""
+def _interval(interval: Interval | None, *, low_at_most: float | None = None) -> list[Check]:
+    """The interval of the figure before it; nothing where there is none."""
     if interval is None:
         return []
-    return [Check("… 95 % interval, low end", interval.low, None), Check("… high end", interval.high, None)]
+    return [Check("… 95 % interval, low end", interval.low, low_at_most), Check("… high end", interval.high, None)]
