@@ -22,7 +22,7 @@ from mossquant.outputs import check_free, new_folder
 from mossquant.packing import pack
 from mossquant.plan import KEPT_DTYPES, Ledger, Plan, make_plan
 from mossquant.quantized_writer import COPIES, QuantizedWriter, container_bytes
-from mossquant.recipe import RECIPES, load_recipe
+from mossquant.recipe import load_recipe, recipe_files
 from mossquant.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 from mossquant.tokenizer_checks import check_tokenizer_size
@@ -68,7 +68,7 @@ def quantize(
     asked = load_recipe(recipe)
     folder, destination = locate(model).require("checkpoint", verb="quantize"), Path(output)
     if not dry_run:
-        check_free(destination, force=force, inputs=[folder, *([] if str(recipe) in RECIPES else [Path(recipe)])])
+        check_free(destination, force=force, inputs=[folder, *recipe_files(recipe)])
     checkpoint = Checkpoint.open(folder)
     if checkpoint.tokenizer_path is not None:
         check_tokenizer_size(checkpoint.tokenizer_path)

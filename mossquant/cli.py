@@ -212,9 +212,9 @@ def quantize(
     """
     from mossquant.calibration.quantize import quantize as run
     from mossquant.eval.tables import plan_tables
-    from mossquant.recipe import RECIPES
+    from mossquant.recipe import recipe_files
 
-    _json_free(json, model, *([] if recipe in RECIPES else [recipe]), output=output)
+    _json_free(json, model, *recipe_files(recipe), output=output)
     if output is None and not dry_run:
         raise InputError(_NO_OUTPUT)
     with _terminal.named_bar("quantizing") as shown:

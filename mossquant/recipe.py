@@ -45,6 +45,7 @@ __all__ = [
     "WeightRule",
     "first_match",
     "load_recipe",
+    "recipe_files",
 ]
 
 RECIPES = ("int8", "int4")
@@ -236,12 +237,15 @@ def load_recipe(recipe: str | Path) -> Recipe:
     Raises:
         InputError: neither a known name nor a readable recipe file.
     """
-    path = Path(recipe)
-    if str(recipe) in RECIPES:
-        return Recipe.named(str(recipe))
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        return Recipe.read(path)
+    for path in recipe_files(recipe):
+        if path.suffix in (".yaml", ".yml") or path.exists():
+            return Recipe.read(path)
     return Recipe.named(str(recipe))
+
+
+def recipe_files(recipe: str | Path) -> list[Path]:
+    """The file that is read for a recipe; none where it is a name, whatever lies in a file of that name."""
+    return [] if str(recipe) in RECIPES else [Path(recipe)]
 
 
 def first_match(rules: Sequence[Rule], *, role: str, name: str) -> int | None:
