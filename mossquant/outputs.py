@@ -53,10 +53,14 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
         inputs: what is read; an output that is one of them, or inside or around one, is refused.
 
     Raises:
-        InputError: something is at `path` and `force` is off; it is a link; it is a file where a folder is to be
-            written or the other way round, or neither; it holds the working folder, an input, or files that are not
-            ours; or the folder above it is not a folder, not reachable or not writable.
+        InputError: the name is not UTF-8; something is at `path` and `force` is off; it is a link; it is a file where
+            a folder is to be written or the other way round, or neither; it holds the working folder, an input, or
+            files that are not ours; or the folder above it is not a folder, not reachable or not writable.
     """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is not a name in UTF-8, which the runtimes need; choose another output") from None
     try:
         if path.absolute().parent == _DEVICES or (path.exists() and not (path.is_file() or path.is_dir())):
             raise InputError(f"{path} is a device, pipe or socket, so nothing is written there; choose another output")

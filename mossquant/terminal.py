@@ -9,6 +9,7 @@ verb goes on: what it writes is whole, and its exit status is its own.
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ __all__ = ["ReaderGone", "Terminal", "drop_stdout"]
 
 _PIPED_WIDTH = 10_000
 _STEPS_A_LINE = 100
+_SECONDS_A_LINE = 30
 
 
 class ReaderGone(Exception):
@@ -79,12 +81,20 @@ class Terminal:
 
     @contextmanager
     def named_bar(self, what: str) -> Iterator[Callable[[str, int, int], None]]:
-        """A progress bar, as a function of (name of what is being worked on, done, all)."""
+        """Progress, as a function of (name of what is being worked on, done, all): a bar on a terminal, a line now and
+        then elsewhere.
+        """
         with self._progress(transient=True) as progress:
             task = progress.add_task(what, total=None)
+            told = time.monotonic()
 
             def shown(name: str, done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total, description=f"{what} {name}".rstrip())
+                nonlocal told
+                text = f"{what} {name}".rstrip()
+                progress.update(task, completed=done, total=total, description=text)
+                if not self._err.is_terminal and time.monotonic() - told >= _SECONDS_A_LINE:
+                    told = time.monotonic()
+                    self.say(f"{text}: {done} of {total}")
 
             yield shown
 

@@ -14,7 +14,7 @@ from mossquant.quantized import QuantizedCheckpoint
 from mossquant.release import release
 from mossquant.space import check_space
 from mossquant.targets.artifact import MANIFEST, TOKENIZER, Artifact, read_artifact_manifest, write_artifact_manifest
-from mossquant.targets.registry import Prepared, Progress, get_exporters
+from mossquant.targets.registry import Exporter, Prepared, Progress, get_exporters
 from mossquant.targets.source import open_checkpoint
 from mossquant.tokenizer_checks import check_tokenizer_size
 
@@ -52,8 +52,8 @@ def export_needs(
     model: str | Path, *, target: str | Sequence[str] = "onnx", activations: Activations | None = None
 ) -> Needs:
     """What `export` would need; arguments and errors are those of `export`. Writes nothing."""
-    names = [target] if isinstance(target, str) else list(target)
-    source, prepared = _prepare(locate(model), names, activations, None)
+    found, located = _asked(model, target)
+    source, prepared = _prepare(located, found, activations, None)
     return _needs(source, prepared)
 
 
@@ -90,14 +90,12 @@ def export(
             for a full-precision checkpoint, an output that cannot be written, too little disk or memory: before any
             work.
     """
-    names = [target] if isinstance(target, str) else list(target)
-    get_exporters(names)
-    located, destination = locate(model), Path(output)
-    folder = located.require("checkpoint", "quantized checkpoint", verb="export")
-    check_free(destination, force=force, inputs=[folder])
-    source, prepared = _prepare(located, names, activations, progress)
+    found, located = _asked(model, target)
+    destination = Path(output)
+    check_free(destination, force=force, inputs=[located.path])
+    source, prepared = _prepare(located, found, activations, progress)
     needs = _needs(source, prepared)
-    dropped = _programs_there(destination) - set(names)
+    dropped = _programs_there(destination) - set(found)
     check_space(destination, disk_bytes=needs.disk_bytes, memory_bytes=needs.memory_bytes)
     with new_folder(destination, force=force) as partial:
         exported = {name: each.write(partial) for name, each in prepared.items()}
@@ -107,7 +105,7 @@ def export(
         manifest = write_artifact_manifest(partial, release=release(), programs=programs)
     notes = [note for one in exported.values() for note in one.notes]
     if dropped:
-        both = ",".join([*names, *sorted(dropped)])
+        both = ",".join([*found, *sorted(dropped)])
         notes.append(f"the {' and '.join(sorted(dropped))} program that was there is gone; --target {both} makes both")
     return Artifact(destination, manifest, tuple(notes))
 
@@ -120,12 +118,18 @@ def _programs_there(folder: Path) -> set[str]:
         return set()
 
 
+def _asked(model: str | Path, target: str | Sequence[str]) -> tuple[dict[str, Exporter], Located]:
+    """The exporters of known targets, and a model that can be lowered."""
+    found = get_exporters([target] if isinstance(target, str) else target)
+    located = locate(model)
+    located.require("checkpoint", "quantized checkpoint", verb="export")
+    return found, located
+
+
 def _prepare(
-    located: Located, names: Sequence[str], activations: Activations | None, progress: Progress | None
+    located: Located, found: dict[str, Exporter], activations: Activations | None, progress: Progress | None
 ) -> tuple[Checkpoint | QuantizedCheckpoint, dict[str, Prepared]]:
     """Check all that can be checked before any work."""
-    found = get_exporters(names)
-    located.require("checkpoint", "quantized checkpoint", verb="export")
     if located.kind == "checkpoint" and activations == "int8":
         raise InputError(
             f"{located.given} is not quantized, and int8 activations meet quantized weights only; "
@@ -135,9 +139,9 @@ def _prepare(
     source.seen_text()  # is taken along, and so must be readable
     if isinstance(source, QuantizedCheckpoint):
         # Formats that are overridden need not be any that the targets can take.
-        check(source.plan if activations is None else replace(source.plan, activations=()), names)
-    prepared = [prepare(source, activations=activations, progress=progress) for prepare in found]
-    return source, dict(zip(names, prepared, strict=True))
+        check(source.plan if activations is None else replace(source.plan, activations=()), found)
+    prepared = {name: each(source, activations=activations, progress=progress) for name, each in found.items()}
+    return source, prepared
 
 
 def _needs(source: Checkpoint | QuantizedCheckpoint, prepared: dict[str, Prepared]) -> Needs:

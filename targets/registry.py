@@ -84,8 +84,8 @@ def exporters() -> dict[str, Exporter]:
     return {name: _EXPORTERS[name] for name in CAPABILITIES if name in _EXPORTERS}
 
 
-def get_exporters(names: Sequence[str]) -> list[Exporter]:
-    """The exporters of some targets.
+def get_exporters(names: Sequence[str]) -> dict[str, Exporter]:
+    """The exporters of some targets, by name.
 
     Raises:
         InputError: no target, one named twice, or unknown ones; the known ones are listed.
@@ -101,4 +101,4 @@ def get_exporters(names: Sequence[str]) -> list[Exporter]:
     unknown = [repr(name[:40]) for name in names if name not in known]
     if unknown:
         raise InputError(f"unknown target {', '.join(unknown)}; known targets: {', '.join(known)}")
-    return [known[name] for name in names]
+    return {name: known[name] for name in names}

@@ -39,6 +39,14 @@ def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert names(tmp_path / "deep") == ["out.json"]
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_name_that_could_not_be_opened_again_is_refused(tmp_path: Path, as_file: bool) -> None:
+    path = tmp_path / os.fsdecode(b"\xff-out")
+    with pytest.raises(InputError, match="is not a name in UTF-8"):
+        check_free(path, as_file=as_file)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
     def fail(partial: Path) -> None:
