@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lowered import Lowered, Workshop
-from numpy.typing import NDArray
 
 from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
-from mossquant.runner import UsedStateError
 from mossquant.targets.executorch import ExecutorchRunner, packages
 from mossquant.targets.executorch import metadata as metadata_module
 from mossquant.targets.executorch.metadata import read_metadata
@@ -53,50 +51,6 @@ def test_threads_belong_to_the_process(int4: Lowered) -> None:
     ExecutorchRunner(int4.program, threads=1)
 
 
-def test_logits_and_states_belong_to_the_caller(int4: Lowered) -> None:
-    runner, tokens = int4.runner, int4.tokens(1, 9)
-    state = runner.initial_state(1)
-    logits, state = runner(tokens[:, :3], state)
-    kept, copied = logits.copy(), runner.copy(state)
-    arrays = runner.read(state)
-    before = {name: array.copy() for name, array in arrays.items()}
-    for time in range(3, 9):
-        _, state = runner(tokens[:, time : time + 1], state)
-    np.testing.assert_array_equal(logits, kept)
-    for name, array in runner.read(copied).items():
-        np.testing.assert_array_equal(array, before[name])
-        arrays[name][:] = 0
-        np.testing.assert_array_equal(runner.read(copied)[name], before[name])
-
-
-def test_a_state_is_consumed(int4: Lowered) -> None:
-    runner, tokens = int4.runner, int4.tokens(1, 3)
-    state = runner.initial_state(1)
-    _, after = runner(tokens, state)
-    for use in (lambda: runner(tokens, state), lambda: runner.copy(state), lambda: runner.read(state)):
-        with pytest.raises(UsedStateError, match="consumed by an earlier call"):
-            use()
-    runner(tokens, after)
-
-
-def test_a_refused_call_consumes_nothing(int4: Lowered) -> None:
-    runner, tokens = int4.runner, int4.tokens(1, 3)
-    state = runner.initial_state(1)
-    with pytest.raises(InputError, match="outside the vocabulary"):
-        runner(tokens + 1000, state)
-    runner(tokens, state)
-
-
-def test_a_copy_goes_its_own_way(int4: Lowered) -> None:
-    runner, tokens = int4.runner, int4.tokens(1, 9)
-    _, state = runner(tokens, runner.initial_state(1))
-    other = runner.copy(state)
-    expected, end = runner(tokens, state, logits="all")
-    runner(tokens, end)
-    found, _ = runner(tokens, other, logits="all")
-    np.testing.assert_array_equal(found, expected)
-
-
 @pytest.mark.parametrize("model", ["mamba", pytest.param("no window", marks=pytest.mark.slow)])
 def test_read_and_write(workshop: Workshop, model: str) -> None:
     lowered = workshop(model, "int4" if model == "no window" else None, target="executorch")
@@ -112,30 +66,6 @@ def test_read_and_write(workshop: Workshop, model: str) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_state_of_the_pytorch_model_can_be_carried_on(int4: Lowered) -> None:
-    runner, reference, tokens = int4.runner, int4.reference(), int4.tokens(1, 9)
-    _, state = reference(tokens, reference.initial_state(1))
-    arrays = reference.read(state)
-    for name, array in runner.read(runner.write(arrays)).items():
-        np.testing.assert_array_equal(array, arrays[name])
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (np.array([[0, 256]]), "token 256 is outside the vocabulary of 256"),
-        (np.array([[-1, 3]]), "token -1 is outside the vocabulary of 256"),
-        (np.zeros((1, 0), np.int64), "no tokens"),
-        (np.zeros((2, 3), np.int64), "batch 2 and the state has 1"),
-        (np.zeros(3, np.int64), r"give integers \[batch, time\]"),
-        (np.zeros((1, 3)), r"give integers \[batch, time\]"),
-    ],
-)
-def test_bad_tokens(int4: Lowered, tokens: NDArray[np.int64], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        int4.runner(tokens, int4.runner.initial_state(1))
-
-
 def test_one_stream_at_a_time(int4: Lowered) -> None:
     runner = int4.runner
     message = r"a \.pte runs one stream, and 2 were asked for; run them one after the other"
@@ -144,17 +74,6 @@ def test_one_stream_at_a_time(int4: Lowered) -> None:
     arrays = runner.read(runner.initial_state(1))
     with pytest.raises(InputError, match=message):
         runner.write({name: np.concatenate([array, array]) for name, array in arrays.items()})
-    with pytest.raises(InputError, match="a batch of 0"):
-        runner.initial_state(0)
-
-
-def test_bad_states(int4: Lowered) -> None:
-    runner = int4.runner
-    arrays = runner.read(runner.initial_state(1))
-    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm is missing"):
-        runner.write({name: array for name, array in arrays.items() if name != "layers.0.mixer.ssm"})
-    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm has shape"):
-        runner.write({**arrays, "layers.0.mixer.ssm": arrays["layers.0.mixer.conv"]})
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 5000, 0.5, 0.999])

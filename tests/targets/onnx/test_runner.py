@@ -9,11 +9,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from lowered import Lowered, Workshop
-from numpy.typing import NDArray
 
 from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
-from mossquant.runner import UsedStateError
 from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.onnx import runner as module
 from mossquant.targets.onnx import save as saving
@@ -54,16 +52,6 @@ def test_a_file_and_its_folder_are_the_same(lowered: Lowered) -> None:
     assert OnnxRunner(lowered.program, threads=1).info.files == lowered.runner.info.files
 
 
-@pytest.mark.parametrize(("batch", "time"), [(1, 1), (3, 1), (1, 7), (2, 7)])
-def test_last_is_the_last_of_all(lowered: Lowered, batch: int, time: int) -> None:
-    runner, tokens = lowered.runner, lowered.tokens(batch, time)
-    every, _ = runner(tokens, runner.initial_state(batch), logits="all")
-    last, _ = runner(tokens, runner.initial_state(batch), logits="last")
-    assert every.shape == (batch, time, lowered.config.vocab_size)
-    assert every.dtype == last.dtype == np.float32
-    np.testing.assert_allclose(last, every[:, -1:], rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 def test_pieces_give_what_one_run_gives(lowered: Lowered, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     runner, tokens = lowered.runner, lowered.tokens(batch, 23)
@@ -75,97 +63,6 @@ def test_pieces_give_what_one_run_gives(lowered: Lowered, monkeypatch: pytest.Mo
     np.testing.assert_allclose(last, whole[:, -1:], rtol=0, atol=1e-5)
     for name, array in runner.read(state).items():
         np.testing.assert_allclose(array, runner.read(end)[name], rtol=0, atol=1e-5)
-
-
-def test_logits_belong_to_the_caller(lowered: Lowered) -> None:
-    runner, tokens = lowered.runner, lowered.tokens(1, 3)
-    state = runner.initial_state(1)
-    first, state = runner(tokens[:, :1], state)
-    kept = first.copy()
-    for time in (1, 2):
-        _, state = runner(tokens[:, time : time + 1], state)
-    np.testing.assert_array_equal(first, kept)
-
-
-def test_a_state_is_consumed(lowered: Lowered) -> None:
-    runner, tokens = lowered.runner, lowered.tokens(1, 3)
-    state = runner.initial_state(1)
-    _, after = runner(tokens, state)
-    for use in (lambda: runner(tokens, state), lambda: runner.copy(state), lambda: runner.read(state)):
-        with pytest.raises(UsedStateError, match="consumed by an earlier call"):
-            use()
-    runner(tokens, after)
-
-
-def test_a_refused_call_consumes_nothing(lowered: Lowered) -> None:
-    runner, tokens = lowered.runner, lowered.tokens(1, 3)
-    state = runner.initial_state(1)
-    with pytest.raises(InputError, match="outside the vocabulary"):
-        runner(tokens + 1000, state)
-    runner(tokens, state)
-
-
-def test_a_copy_goes_its_own_way(lowered: Lowered) -> None:
-    runner, tokens = lowered.runner, lowered.tokens(2, 9)
-    _, state = runner(tokens, runner.initial_state(2))
-    other = runner.copy(state)
-    expected, end = runner(tokens, state, logits="all")
-    for time in range(3):
-        runner_tokens = tokens[:, time : time + 1]
-        _, end = runner(runner_tokens, end)
-    found, _ = runner(tokens, other, logits="all")
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_read_and_write(lowered: Lowered) -> None:
-    runner, tokens = lowered.runner, lowered.tokens(2, 9)
-    _, state = runner(tokens, runner.initial_state(2))
-    arrays = runner.read(state)
-    assert arrays["layers.1.mixer.ssm"].shape == (2, lowered.config.d_inner, lowered.config.state_size)
-    assert arrays["layers.1.mixer.conv"].shape == (2, lowered.config.d_inner, lowered.config.conv_kernel - 1)
-    written = runner.write(arrays)
-    kept = {name: array.copy() for name, array in arrays.items()}
-    expected, _ = runner(tokens, state)
-    found, _ = runner(tokens, written)
-    np.testing.assert_array_equal(found, expected)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(array, kept[name])
-
-
-def test_a_state_of_the_pytorch_model_can_be_carried_on(lowered: Lowered) -> None:
-    runner, reference, tokens = lowered.runner, lowered.reference(), lowered.tokens(1, 9)
-    _, state = reference(tokens, reference.initial_state(1))
-    arrays = reference.read(state)
-    for name, array in runner.read(runner.write(arrays)).items():
-        np.testing.assert_array_equal(array, arrays[name])
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (np.array([[0, 80]]), "token 80 is outside the vocabulary of 80"),
-        (np.array([[-1, 3]]), "token -1 is outside the vocabulary of 80"),
-        (np.zeros((1, 0), np.int64), "no tokens"),
-        (np.zeros((2, 3), np.int64), "batch 2 and the state has 1"),
-        (np.zeros(3, np.int64), r"give integers \[batch, time\]"),
-        (np.zeros((1, 3)), r"give integers \[batch, time\]"),
-    ],
-)
-def test_bad_tokens(lowered: Lowered, tokens: NDArray[np.int64], message: str) -> None:
-    runner = lowered.runner
-    with pytest.raises(InputError, match=message):
-        runner(tokens, runner.initial_state(1))
-
-
-def test_bad_states(lowered: Lowered) -> None:
-    runner = lowered.runner
-    arrays = runner.read(runner.initial_state(1))
-    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm is missing"):
-        runner.write({name: array for name, array in arrays.items() if name != "layers.0.mixer.ssm"})
-    with pytest.raises(InputError, match=r"layers\.0\.mixer\.ssm has shape"):
-        runner.write({**arrays, "layers.0.mixer.ssm": arrays["layers.0.mixer.conv"]})
-    with pytest.raises(InputError, match="a batch of 0"):
-        runner.initial_state(0)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 5000, 0.5, 0.999])

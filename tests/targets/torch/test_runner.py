@@ -7,14 +7,12 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from bounds import FORMS_FLOAT32, FORMS_FLOAT64
+from bounds import FORMS_FLOAT64
 from numpy.typing import NDArray
 from small import CONFIGS, SMALL, random_model, random_tokens, write_model
 
 from mossquant.errors import InputError
 from mossquant.forward import Forward
-from mossquant.model import state_specs
-from mossquant.runner import UsedStateError
 from mossquant.targets.torch import runner as module
 from mossquant.targets.torch.runner import TorchRunner
 
@@ -50,16 +48,6 @@ def test_info_says_what_it_is(folder: Path) -> None:
     assert set(info.files) == {"config.json", "model.safetensors"}
 
 
-def test_last_is_the_last_of_all(folder: Path) -> None:
-    runner = TorchRunner.open(folder)
-    every, _ = runner(_tokens(2, 9), runner.initial_state(2), logits="all")
-    last, _ = runner(_tokens(2, 9), runner.initial_state(2))
-    assert every.shape == (2, 9, SMALL.vocab_size)
-    assert every.dtype == np.float32
-    assert last.shape == (2, 1, SMALL.vocab_size)
-    np.testing.assert_allclose(last[:, 0], every[:, -1], rtol=0, atol=FORMS_FLOAT32)
-
-
 @pytest.mark.parametrize("wanted", ["all", "last"])
 def test_a_long_prefill_in_pieces_equals_one_piece(
     folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: Literal["all", "last"]
@@ -80,66 +68,6 @@ def test_prefill_then_steps_equals_one_prefill(folder: Path) -> None:
     for at in range(7, 12):
         step, state = runner(tokens[:, at : at + 1], state)
         np.testing.assert_allclose(step[:, 0], whole[:, at], rtol=0, atol=FORMS_FLOAT64)
-
-
-def test_a_consumed_state_is_refused_and_a_copy_is_not(folder: Path) -> None:
-    runner, tokens = TorchRunner.open(folder), _tokens(1, 4)
-    state = runner.initial_state()
-    kept = runner.copy(state)
-    first, _ = runner(tokens, state)
-    with pytest.raises(UsedStateError):
-        runner(tokens, state)
-    with pytest.raises(UsedStateError):
-        runner.read(state)
-    again, _ = runner(tokens, kept)
-    assert np.array_equal(first, again)
-
-
-def test_bad_tokens_leave_the_state_usable(folder: Path) -> None:
-    runner = TorchRunner.open(folder)
-    state = runner.initial_state(2)
-    for tokens, message in (
-        (np.full((2, 1), SMALL.vocab_size), "token 53 is outside the vocabulary of 53"),
-        (np.full((2, 1), -1), "token -1 is outside"),
-        (np.zeros((2, 0), np.int64), "no tokens"),
-        (np.zeros((1, 3), np.int64), "batch 1 and the state has 2"),
-        (np.zeros(3, np.int64), r"shape \[3\]"),
-        (np.zeros((2, 1)), "type float64"),
-    ):
-        with pytest.raises(InputError, match=message):
-            runner(tokens, state)  # type: ignore[arg-type]
-    runner(_tokens(2, 1), state)
-
-
-def test_read_and_write_are_inverse(folder: Path) -> None:
-    runner, tokens = TorchRunner.open(folder), _tokens(2, 6)
-    _, state = runner(tokens, runner.initial_state(2))
-    arrays = runner.read(state)
-    assert {name: value.shape for name, value in arrays.items()} == {
-        spec.name: (2, *spec.shape) for spec in state_specs(SMALL)
-    }
-    assert {value.dtype for value in arrays.values()} == {np.dtype(np.float32)}
-    written = runner.write(arrays)
-    for value in arrays.values():
-        value[:] = 0  # what was read and what was written are copies
-    expected, _ = runner(tokens, state)
-    found, _ = runner(tokens, written)
-    assert np.array_equal(found, expected)
-
-
-def test_write_names_every_wrong_array(folder: Path) -> None:
-    runner = TorchRunner.open(folder)
-    arrays = runner.read(runner.initial_state(2))
-    arrays["other"] = arrays.pop("layers.0.mixer.conv")
-    arrays["layers.0.mixer.ssm"] = arrays["layers.0.mixer.ssm"][:, :, :-1]
-    with pytest.raises(InputError) as caught:
-        runner.write(arrays)
-    for part in ("layers.0.mixer.conv is missing", "other is unexpected", "layers.0.mixer.ssm has shape [2, 40, 4]"):
-        assert part in str(caught.value)
-    arrays = runner.read(runner.initial_state(2))
-    arrays["layers.0.mixer.ssm"] = arrays["layers.0.mixer.ssm"][:1]
-    with pytest.raises(InputError, match="batches of 1, 2 are mixed"):
-        runner.write(arrays)
 
 
 def test_taps_show_routers_and_blocks(folder: Path) -> None:
@@ -187,8 +115,3 @@ def test_another_model_of_the_activations(folder: Path) -> None:
 def test_an_unquantized_checkpoint_plans_no_activations(folder: Path) -> None:
     with pytest.raises(InputError, match="has no planned activations"):
         TorchRunner.open(folder, activations="planned")
-
-
-def test_a_batch_of_none_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="batch of 0"):
-        TorchRunner.open(folder).initial_state(0)
