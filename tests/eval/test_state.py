@@ -13,7 +13,7 @@ from mossquant.calibration.quantize import quantize
 from mossquant.errors import InputError
 from mossquant.eval.generate import generate
 from mossquant.eval.open import open_runner
-from mossquant.runner import Runner
+from mossquant.runner import Floats, Runner, State
 from mossquant.state_file import SavedState, load_state, save_state
 from mossquant.targets.export import export
 from mossquant.text import Tokenizer
@@ -139,9 +139,20 @@ def test_another_runtime_of_the_same_model_goes_on(opened: Opener, one: str, oth
     found = target(more, restored.state, logits="all")[0]
     expected = target(more, read(target, tokens).state, logits="all")[0]
     forgotten = target(more, target.initial_state(1), logits="all")[0]
-    if (one, other) in SAME_ARITHMETIC or (other, one) in SAME_ARITHMETIC:
-        assert apart(found, expected) <= 2 * ONNX_INT8_MEDIAN * np.abs(expected).max()
     assert apart(found, expected) <= FORGOTTEN * apart(forgotten, expected)
+    if (one, other) in SAME_ARITHMETIC or (other, one) in SAME_ARITHMETIC:
+        here, there = single_steps(source, target, at.state, more)
+        assert apart(there, here) <= ONNX_INT8_MEDIAN * np.abs(here).max()
+
+
+def single_steps(source: Runner, target: Runner, state: State, tokens: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Logits of both, each step from the state of `source`: a rounding tie upsets its own position only."""
+    here, there = [], []
+    for token in tokens.T[:, None]:
+        there.append(target(token, target.write(source.read(state)))[0])
+        logits, state = source(token, state)
+        here.append(logits)
+    return np.concatenate(here, 1), np.concatenate(there, 1)
 
 
 def apart(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
