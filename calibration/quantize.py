@@ -21,7 +21,7 @@ from mossquant.locate import locate
 from mossquant.outputs import check_free, new_folder
 from mossquant.packing import pack
 from mossquant.plan import KEPT_DTYPES, Ledger, Plan, make_plan
-from mossquant.quantized_writer import COPIES, QuantizedWriter, container_bytes
+from mossquant.quantized_writer import QuantizedWriter, container_bytes
 from mossquant.recipe import load_recipe, recipe_files
 from mossquant.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
@@ -76,7 +76,7 @@ def quantize(
     check(plan, asked.targets)
     if dry_run:
         return plan
-    copied = sum((folder / name).stat().st_size for name in COPIES if (folder / name).is_file())
+    copied = sum(path.stat().st_size for path in checkpoint.beside)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan))
     total, done = sum(entry.count for entry in plan.tensors), 0
     with (

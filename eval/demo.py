@@ -37,7 +37,6 @@ TOKENS = 65_536
 _PROMPT = "import os\n\ndef read_lines(path):\n"
 _CONTINUED = 48
 _PICTURE = "table.svg"
-_MANIFEST = "manifest.json"
 # Few turns: the demo is to be quick, and `mossquant bench` is there for more.
 _REPEATS = 3
 
@@ -72,7 +71,7 @@ def demo(
     check_packages()
     checkpoints = {recipe: folder / f"{BUNDLED}-{recipe}" for recipe in RECIPES}
     folders = {"original": folder / f"{BUNDLED}-app", **{r: folder / f"{BUNDLED}-{r}-app" for r in RECIPES}}
-    _check_ours(folder, [*checkpoints.values(), *folders.values()])
+    _check_writable(folder, [*checkpoints.values(), *folders.values()])
     original = Checkpoint.open(asset_folder(BUNDLED))
     words = Tokenizer.for_folder(original.folder, original.config.vocab_size)
     held_out = len(words.encode(bundled_text("heldout").data))
@@ -118,13 +117,10 @@ def demo(
     return report
 
 
-def _check_ours(folder: Path, paths: list[Path]) -> None:
-    """What is replaced must have been written by us, and so must something in a folder that holds anything."""
-    foreign = [str(path) for path in paths if path.exists() and not (path / _MANIFEST).is_file()]
-    if foreign:
-        raise InputError.listing(
-            "the demo would replace what it did not write", foreign, "Choose another output folder, or move these away."
-        )
+def _check_writable(folder: Path, paths: list[Path]) -> None:
+    """Every path must be free, or be ours to replace; and so must something in a folder that holds anything."""
+    for path in paths:
+        check_free(path, force=True)
     seen = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
     if seen and not any(path.exists() for path in paths):
         raise InputError(

@@ -5,7 +5,7 @@ from mossquant.eval.bench import active_share
 from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
 from mossquant.locate import Located
 from mossquant.outputs import file_sha256
-from mossquant.targets.artifact import check_listed
+from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.executorch.metadata import open_program, weight_bytes
 
 __all__ = ["executorch_info"]
@@ -17,6 +17,7 @@ def executorch_info(located: Located) -> InfoReport:
     file, metadata, config = opened.file, opened.metadata, opened.config
     digest = file_sha256(located.path)
     check_listed(located.path, {located.path.name: digest}, model=metadata.model_dump())
+    check_tokenizer(located.path, metadata.tokenizer_sha256)
     memory = max(method.planned_bytes for method in file.methods.values())
     tokenizer = metadata.tokenizer_sha256
     return InfoReport(

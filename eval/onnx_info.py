@@ -6,7 +6,7 @@ import onnx
 from mossquant.eval.bench import active_share
 from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
 from mossquant.locate import Located
-from mossquant.targets.artifact import check_listed
+from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.onnx.metadata import Opened, file_hashes, initializers, read_metadata
 from mossquant.targets.onnx.program import open_program
 from mossquant.targets.onnx.weights import SCALE
@@ -21,6 +21,7 @@ def onnx_info(located: Located) -> InfoReport:
     metadata = read_metadata(located.path)
     hashes = file_hashes(located.path, metadata)
     check_listed(located.path, hashes, model=metadata.model_dump())
+    check_tokenizer(located.path, metadata.tokenizer_sha256)
     opened = open_program(located.path)
     config = opened.config
     return InfoReport(

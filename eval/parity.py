@@ -250,7 +250,7 @@ def _one_step_checks(
             Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float(different.mean()), None),
             Check("one step: … that rounding does not explain", float(unexplained.mean()), ONE_STEP_UNEXPLAINED_SHARE),
             Check(f"one step: share of positions with KL above {ONE_STEP_LARGE_KL:g}", float(large.mean()), None),
-            *_interval(share_interval(int(large.sum()), len(large))),
+            *_interval(f"one step: share above {ONE_STEP_LARGE_KL:g}", share_interval(int(large.sum()), len(large))),
         ]
     return [
         *checks,
@@ -285,13 +285,13 @@ def _free_run_checks(
         Check("free run: mean KL", mean, bound),
         Check("free run: mean KL of the reference to itself with other rounding", float(rounding.mean()), None),
         Check("what quantized activations themselves cost: mean KL", float(cost.mean()), None),
-        *_interval(windows.interval(cost)),
+        *_interval("what quantized activations cost", windows.interval(cost)),
     ]
     if cost.mean() > 0:  # a model may be one that no activation changes
         share = mean / float(cost.mean())
         checks += [
             Check("free run: mean KL as a share of that cost", share, None),
-            *_interval(windows.ratio_interval(found.kl, cost)),
+            *_interval("free run: share of that cost", windows.ratio_interval(found.kl, cost)),
         ]
     for name, values, limit in (
         ("free run: growth of KL per 10,000 tokens", found.kl, None),
@@ -301,12 +301,15 @@ def _free_run_checks(
         if slope.interval is None:
             checks.append(Check(f"{name}: not measured, tokens are too few", float(values.size), None))
         else:
-            checks += [Check(name, slope.per_10k, None), *_interval(slope.interval, low_at_most=limit)]
+            checks += [Check(name, slope.per_10k, None), *_interval(name, slope.interval, low_at_most=limit)]
     return checks, bound
 
 
-def _interval(interval: Interval | None, *, low_at_most: float | None = None) -> list[Check]:
-    """The interval of the figure before it; nothing where there is none."""
+def _interval(name: str, interval: Interval | None, *, low_at_most: float | None = None) -> list[Check]:
+    """The interval of a figure; nothing where there is none."""
     if interval is None:
         return []
-    return [Check("… 95 % interval, low end", interval.low, low_at_most), Check("… high end", interval.high, None)]
+    return [
+        Check(f"{name}: 95 % interval from", interval.low, low_at_most),
+        Check(f"{name}: 95 % interval to", interval.high, None),
+    ]

@@ -50,7 +50,7 @@ def share_interval(found: int, of: int) -> Interval:
     """
     share, z = found / of, _Z**2 / of
     centre, half = share + z / 2, _Z * math.sqrt(share * (1 - share) / of + z / (4 * of))
-    return Interval((centre - half) / (1 + z), (centre + half) / (1 + z))
+    return Interval(max(0.0, (centre - half) / (1 + z)), min(1.0, (centre + half) / (1 + z)))
 
 
 class Windows:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mossquant.eval.verify import verify
     from mossquant.importing import import_mamba
     from mossquant.state_file import load_state, save_state
-    from mossquant.targets.export import export
+    from mossquant.targets.export import export, export_needs
     from mossquant.training import train
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "compare",
     "demo",
     "export",
+    "export_needs",
     "generate",
     "import_mamba",
     "info",
@@ -46,6 +47,7 @@ _WHERE = {
     "compare": "mossquant.eval.compare",
     "demo": "mossquant.eval.demo",
     "export": "mossquant.targets.export",
+    "export_needs": "mossquant.targets.export",
     "generate": "mossquant.eval.generate",
     "import_mamba": "mossquant.importing",
     "info": "mossquant.eval.info",

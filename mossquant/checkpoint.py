@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mossquant.config import MossNetConfig, read_config_json
 from mossquant.errors import InputError
+from mossquant.inputfile import is_there
 from mossquant.jsonfile import LARGEST_SMALL, read_json
 from mossquant.model import MossNet, parameter_count, tensor_specs
 from mossquant.outputs import file_sha256, write_json
@@ -26,6 +27,7 @@ __all__ = ["DTYPE_NAMES", "Checkpoint", "load_model", "seen_text", "write_checkp
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TOKENIZER, _TRAINING = "tokenizer.json", "training.json"
 _BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -55,13 +57,15 @@ class Checkpoint:
             check_values: also read every value once, and refuse NaN and infinities.
 
         Raises:
-            InputError: unreadable files; missing or unexpected tensors, wrong shapes or dtypes, NaN or infinite
-                values: all offenders at once, each by name. Also a quantized checkpoint.
+            InputError: unreadable files, or what is no file in their place; missing or unexpected tensors, wrong shapes
+                or dtypes, NaN or infinite values: all offenders at once, each by name. Also a quantized checkpoint.
         """
         values = read_config_json(folder)
         if "quantization_config" in values:
             raise InputError(f"{folder} is quantized already; give the full-precision checkpoint that it was made from")
         config = MossNetConfig.from_json(values, where=str(folder / "config.json"))
+        for name in (_TOKENIZER, _TRAINING):
+            is_there(folder / name)  # what is there by half is refused before any work, not left out
         torch_dtype = values.get("torch_dtype", "float32")
         files = TensorFiles(folder)
         specs = {spec.name: spec for spec in tensor_specs(config)}
@@ -89,8 +93,13 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> Path | None:
         """The `tokenizer.json`, if there is one."""
-        path = self.folder / "tokenizer.json"
-        return path if path.is_file() else None
+        path = self.folder / _TOKENIZER
+        return path if is_there(path) else None
+
+    @property
+    def beside(self) -> tuple[Path, ...]:
+        """Files beside the weights that are taken along with them: tokenizer and training, where there are any."""
+        return tuple(path for path in (self.folder / _TOKENIZER, self.folder / _TRAINING) if is_there(path))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored, read from the mapped file."""
@@ -136,8 +145,8 @@ def seen_text(folder: Path) -> tuple[str, ...]:
     Raises:
         InputError: the file is there but cannot be understood.
     """
-    path = folder / "training.json"
-    if not path.is_file():
+    path = folder / _TRAINING
+    if not is_there(path):
         return ()
     values = read_json(path, largest=LARGEST_SMALL, advice="copy the checkpoint folder again")
     if isinstance(values, dict) and values.get("version", 1) != 1:
@@ -180,7 +189,7 @@ def write_checkpoint(
         for spec in specs:
             writer.add(spec.name, tensor(spec).to(dtype))
     if training is not None:
-        write_json(folder / "training.json", dict(training))
+        write_json(folder / _TRAINING, dict(training))
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> MossNet:

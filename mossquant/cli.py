@@ -545,14 +545,13 @@ def _json_free(path: Path | None, *inputs: str | Path | None, output: Path | Non
     Raises:
         InputError: it would, or cannot be written.
     """
-    from mossquant.outputs import check_foreign, check_free
+    from mossquant.outputs import check_free, check_outside
 
     if path is None:
         return
     check_free(path, force=True, as_file=True, inputs=[_read_at(each) for each in inputs if each])
-    check_foreign(path)
-    if path.is_file() and not _is_report(path):
-        raise InputError(f"{path} exists already and is not a report, so it is not replaced; choose another path")
+    check_outside(path)
+    _check_report(path)
     if output is None:
         return
     one, other = (Path(os.path.realpath(each)) for each in (path, output))
@@ -560,6 +559,8 @@ def _json_free(path: Path | None, *inputs: str | Path | None, output: Path | Non
         raise InputError(f"{path} was given both for the output and for --json; choose another path for one of them")
     if one.is_relative_to(other):
         raise InputError(f"{path} lies in the output {output}; choose another path for --json")
+    if other.is_relative_to(one):
+        raise InputError(f"the output {output} lies in {path}, which is to be a file; choose another path for --json")
 
 
 def _read_at(given: str | Path) -> Path:
@@ -569,9 +570,12 @@ def _read_at(given: str | Path) -> Path:
     return asset_folder(BUNDLED) if given == BUNDLED else Path(given)
 
 
-def _is_report(path: Path) -> bool:
-    with path.open("rb") as file:
-        return _REPORT.match(file.read(_REPORT_HEAD)) is not None
+def _check_report(path: Path) -> None:
+    """Raise `InputError`: what is there is not a report."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if _REPORT.match(file.read(_REPORT_HEAD)) is None:
+                raise InputError(f"{path} exists already and is not a report, so it is not replaced; choose another")
 
 
 def _write_json(path: Path | None, report: _Reported) -> None:
@@ -580,6 +584,7 @@ def _write_json(path: Path | None, report: _Reported) -> None:
     if path is not None:
         with new_file(path, force=True) as partial:
             partial.write_bytes(json_bytes(report.to_json()))
+            _check_report(path)  # something else may have appeared meanwhile
 
 
 def _percent(text: str) -> float:

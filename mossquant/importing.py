@@ -23,6 +23,7 @@ from torch import Tensor
 from mossquant.checkpoint import DTYPE_NAMES, Checkpoint, write_checkpoint
 from mossquant.config import MossNetConfig, read_config_json
 from mossquant.errors import InputError
+from mossquant.inputfile import is_there
 from mossquant.locate import locate
 from mossquant.mamba_configs import SourceConfig, read_source_config
 from mossquant.model import parameter_count, tensor_specs
@@ -141,7 +142,7 @@ def import_mamba(
         write_checkpoint(partial, read.config, tensor, dtype=stored)
         if words is not None:
             shutil.copyfile(words, partial / "tokenizer.json")
-        if mossnet is not None and (folder / "training.json").is_file():
+        if mossnet is not None and is_there(folder / "training.json"):
             shutil.copyfile(folder / "training.json", partial / "training.json")
     return Imported(output, read.layout, read.config, DTYPE_NAMES[stored], parameter_count(read.config), tuple(notes))
 
@@ -149,7 +150,7 @@ def import_mamba(
 def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None:
     """The `tokenizer.json` to take along, checked against the model; None where there is none."""
     path = given if given is not None else folder / "tokenizer.json"
-    if given is None and not path.is_file():
+    if given is None and not is_there(path):
         return None
     entries = Tokenizer.from_file(path).vocab_size
     if entries > vocab_size:

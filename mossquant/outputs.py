@@ -7,6 +7,7 @@ A process killed at any point leaves nothing at the output path, or what was the
 """
 
 import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -22,7 +23,7 @@ from typing import Any
 from mossquant.errors import InputError
 from mossquant.jsonfile import LARGEST_SMALL, read_json
 
-__all__ = ["check_foreign", "check_free", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
+__all__ = ["check_free", "check_outside", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
 
 _PARTIAL = ".partial-"
 # What follows it: of a process; what stood at the output where the system cannot swap; what looking left.
@@ -40,7 +41,9 @@ _DEVICES = Path("/dev")
 
 # Of renameat2(2), which Python has no name for.
 _AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+# What it says where the system or the file system cannot.
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs: Sequence[Path] = ()) -> None:
@@ -59,9 +62,6 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
     """
     try:
         str(path.absolute()).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{path} is not a name in UTF-8, which the runtimes need; choose another output") from None
-    try:
         if path.absolute().parent == _DEVICES or (path.exists() and not (path.is_file() or path.is_dir())):
             raise InputError(f"{path} is a device, pipe or socket, so nothing is written there; choose another output")
         if path.is_symlink():
@@ -83,6 +83,8 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
         above = path.absolute().parent
         while not above.exists() and above != above.parent:
             above = above.parent
+    except UnicodeEncodeError:
+        raise InputError(f"{path} is not a name in UTF-8, which the runtimes need; choose another output") from None
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another output path") from None
     except RuntimeError:  # what resolve() makes of a link that leads to itself
@@ -111,7 +113,7 @@ def new_folder(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) 
             _flush(entry)
         _flush(partial)
         check_free(path, force=force)  # something may have appeared meanwhile
-        _put(partial, path)
+        _put(partial, path.absolute(), force=force)
 
 
 @contextmanager
@@ -122,7 +124,10 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         yield partial
         _flush(partial)
         check_free(path, force=force, as_file=True)
-        partial.replace(path.absolute())
+        if force:
+            partial.replace(path.absolute())
+        else:
+            _put_beside_nothing(partial, path.absolute())
         _flush(partial.parent)
 
 
@@ -148,8 +153,10 @@ def _check_ours(folder: Path) -> None:
     if not entries:
         return
     written = _names_written(folder)
-    if written is None:
-        raise InputError(f"{folder} is a folder that mossquant did not write, so it is not replaced; choose another")
+    damaged = (folder / _MANIFEST).exists() and (written is None or _MANIFEST not in written)
+    if written is None or damaged:
+        why = f"did not write, or its {_MANIFEST} is damaged" if damaged else "did not write"
+        raise InputError(f"{folder} is a folder that mossquant {why}, so it is not replaced; choose another")
     for entry in entries:
         if entry.name not in written or entry.is_dir():
             raise InputError(
@@ -178,7 +185,7 @@ def _object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def check_foreign(path: Path) -> None:
+def check_outside(path: Path) -> None:
     """Raise `InputError`: the folder of a file to be written is a checkpoint or an artifact, which stays as it is."""
     if _names_written(path.absolute().parent) is not None:
         raise InputError(f"{path} lies in a checkpoint or artifact, which is left as it is; choose another path")
@@ -224,24 +231,49 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _put(partial: Path, path: Path) -> None:
-    """Rename a folder to its destination. What was there is removed once the new folder is in its place."""
-    path = path.absolute()
-    if not (path.exists() or path.is_symlink()):
-        partial.rename(path)
-    elif not _exchange(partial, path):
-        old = partial.with_name(partial.name + "-old")
-        path.rename(old)
-        partial.rename(path)
+def _put(partial: Path, path: Path, *, force: bool) -> None:
+    """Rename a folder to its destination. What was there is removed once the new folder is in its place, and only if
+    it still holds nothing but what we wrote.
+    """
+    if not force or not os.path.lexists(path):
+        _put_beside_nothing(partial, path)
+    else:
+        old = partial
+        if not _renamed(partial, path, _RENAME_EXCHANGE):
+            old = partial.with_name(partial.name + "-old")
+            path.rename(old)
+            partial.rename(path)
+        try:
+            _check_ours(old)
+        except InputError:
+            _remove(path)
+            old.rename(path)
+            raise InputError(f"{path} was written to meanwhile, so it is not replaced; choose another path") from None
         _remove(old)
     _flush(path.parent)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where the system or the file system cannot."""
-    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    names = os.fsencode(one), os.fsencode(other)
-    return call is not None and call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+def _put_beside_nothing(partial: Path, path: Path) -> None:
+    """Rename to where nothing may be, whoever wrote there a moment ago."""
+    try:
+        if not _renamed(partial, path, _RENAME_NOREPLACE):
+            partial.rename(path)
+    except FileExistsError:
+        raise InputError(f"{path} appeared meanwhile, so it is not replaced; choose another output path") from None
+
+
+def _renamed(one: Path, other: Path, how: int) -> bool:
+    """Rename, or swap, two paths in one step; False where the system or the file system cannot. Raises `OSError`."""
+    library = ctypes.CDLL(None, use_errno=True)
+    call = getattr(library, "renameat2", None) if sys.platform == "linux" else None
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), how) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in _UNKNOWN:
+        return False
+    raise OSError(error, os.strerror(error), str(other))
 
 
 def _remove(path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from mossquant.config import MossNetConfig, read_config_json
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat, QuantizedTensor, get_format
+from mossquant.inputfile import is_there
 from mossquant.jsonfile import LARGEST, read_json
 from mossquant.manifest import Manifest, file_offenders, read_manifest
 from mossquant.model import tensor_specs
@@ -127,7 +128,7 @@ class QuantizedCheckpoint:
     def tokenizer_path(self) -> Path | None:
         """The `tokenizer.json`, if there is one."""
         path = self.folder / "tokenizer.json"
-        return path if path.is_file() else None
+        return path if is_there(path) else None
 
     @property
     def parent(self) -> dict[str, Any]:

@@ -18,10 +18,7 @@ from mossquant.recipe import Recipe
 from mossquant.release import release
 from mossquant.tensorfiles import TensorWriter
 
-__all__ = ["COPIES", "QuantizedWriter", "container_bytes"]
-
-COPIES = ("tokenizer.json", "training.json")
-"""Files copied from the checkpoint, where it has them."""
+__all__ = ["QuantizedWriter", "container_bytes"]
 
 _SHAPE_BYTES = 16
 _HEADER_BYTES = 200
@@ -93,9 +90,8 @@ class QuantizedWriter:
         write_json(folder / "config.json", config)
         (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8", newline="")
         write_json(folder / "ledger.json", self.ledger.to_json())
-        for name in COPIES:
-            if (checkpoint.folder / name).is_file():
-                (folder / name).write_bytes((checkpoint.folder / name).read_bytes())
+        for path in checkpoint.beside:
+            (folder / path.name).write_bytes(path.read_bytes())
         files = {
             path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())
         }

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from mossquant.errors import InputError
 from mossquant.jsonfile import parse_json
 from mossquant.manifest import Sha256, parse_stored
-from mossquant.outputs import check_foreign, check_free, new_file
+from mossquant.outputs import check_free, check_outside, new_file
 from mossquant.release import release
 from mossquant.runner import Arrays, Floats, Runner, State
 from mossquant.tensorfiles import save_tensors
@@ -148,7 +148,7 @@ def check_state_free(path: str | Path, *, force: bool = False, inputs: Sequence[
     """
     path = Path(path)
     check_free(path, force=force, as_file=True, inputs=inputs)
-    check_foreign(path)
+    check_outside(path)
     if path.is_file():
         try:
             _open(path)

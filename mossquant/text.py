@@ -18,6 +18,7 @@ from mossquant.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, Tokens, d
 
 __all__ = [
     "END_OF_TEXT",
+    "LARGEST_TEXT",
     "StreamDecoder",
     "Text",
     "Tokenizer",
@@ -42,7 +43,11 @@ class Text:
         return cls(name, data, hashlib.sha256(data).hexdigest())
 
 
-def read_text(path: Path, *, as_bytes: bool = False, largest: int | None = None) -> Text:
+LARGEST_TEXT = 1 << 28
+"""Most bytes of a file of text: it is held whole, and so are its tokens."""
+
+
+def read_text(path: Path, *, as_bytes: bool = False, largest: int = LARGEST_TEXT) -> Text:
     """Read a text file.
 
     Args:
@@ -55,14 +60,14 @@ def read_text(path: Path, *, as_bytes: bool = False, largest: int | None = None)
             is needed.
     """
     try:
-        data = first_bytes(path, -1 if largest is None else largest + 1)
+        data = first_bytes(path, largest + 1)
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, and a text file is needed: give the file") from None
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such text file: check the path") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a readable text file") from None
-    if largest is not None and len(data) > largest:
+    if len(data) > largest:
         raise InputError(f"{path} is larger than {largest >> 20} MB: give a shorter text")
     if not data:
         raise InputError(f"{path} is empty: give a file with text in it")

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mossquant.errors import InputError
-from mossquant.inputfile import first_bytes
+from mossquant.inputfile import first_bytes, is_there
 from mossquant.outputs import new_file
 from mossquant.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
 
@@ -117,15 +117,17 @@ class Tokenizer:
             InputError: there is neither, or the tokenizer has more entries than the model.
         """
         path = folder / "tokenizer.json"
-        if not path.exists():
+        if not is_there(path):
             if vocab_size == _BYTES:
                 return cls.byte_level()
-            added = "a tokenizer is added (mossquant import --tokenizer FILE)"
-            if not (folder / "config.json").exists():  # an artifact, which import does not take
-                added = "the tokenizer.json of the checkpoint that it was exported from is copied there"
+            added = "import it with one (mossquant import --tokenizer FILE)"
+            if (folder / "manifest.json").exists():  # of ours, with hashes: nothing can be added
+                added = "import the original with one (mossquant import --tokenizer FILE), then quantize and export it"
+            elif not (folder / "config.json").exists():  # a program by itself
+                added = "copy the one that it was exported with there"
             raise InputError(
-                f"{folder} has no tokenizer.json, and a vocabulary of {vocab_size} is not byte-level: "
-                f"the model takes token ids only until {added}"
+                f"{folder} has no tokenizer.json, and a vocabulary of {vocab_size} is not byte-level, "
+                f"so the model takes token ids only: {added}"
             )
         tokenizer = cls.from_file(path)
         if tokenizer.vocab_size > vocab_size:

@@ -76,8 +76,7 @@ def parse_yaml(text: str, *, where: str) -> tuple[Value, Lines]:
     """
     lines: Lines = {}
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        node = _composed(text, where)
         value = None if node is None else _value(node, (), lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -86,9 +85,15 @@ def parse_yaml(text: str, *, where: str) -> tuple[Value, Lines]:
         raise InputError(f"{where}{at}: {problem}; mend the file") from None
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML ({' '.join(str(error).split())[:120]}); mend the file") from None
+    return value, lines
+
+
+def _composed(text: str, where: str) -> yaml.Node | None:
+    try:
+        found: yaml.Node | None = _Loader(text).get_single_node()
     except (ValueError, OverflowError):  # of the library: "\U00110000", a version of thousands of digits
         raise InputError(f"{where} is not YAML (a character or number in it is out of range); mend the file") from None
-    return value, lines
+    return found
 
 
 def _value(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> Value:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mossquant.errors import InputError
+from mossquant.inputfile import is_there
 from mossquant.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.outputs import file_sha256, write_json
 from mossquant.tokenizer_checks import check_tokenizer_size
@@ -152,7 +153,7 @@ def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str,
             program.
     """
     path = program.with_name(MANIFEST)
-    if not path.is_file():
+    if not is_there(path):
         return
     manifest = read_artifact_manifest(path)
     listed = manifest.files
@@ -178,7 +179,7 @@ def check_tokenizer(program: Path, expected: str | None) -> None:
         InputError: it is another one, or too large for one, or the program has none.
     """
     tokenizer = program.with_name(TOKENIZER)
-    if not tokenizer.is_file():
+    if not is_there(tokenizer):
         return
     if expected is None:
         raise InputError(

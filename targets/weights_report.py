@@ -67,6 +67,7 @@ class WeightsReport:
             "weights": self.weights,
             "passed": self.passed,
             "differences": list(self.differences),
+            "lowered_from_another": self.another,
         }
 
 

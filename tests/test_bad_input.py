@@ -621,17 +621,63 @@ def test_a_program_that_is_no_file(
 
 def test_pipes_for_files(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
     """Nobody writes to them, so that reading would wait without end."""
-    model = shutil.copytree(checkpoint_folder, tmp_path / "model")
-    for path in (model / "tokenizer.json", tmp_path / "recipe.yaml"):
-        os.mkfifo(path)
+    os.mkfifo(tmp_path / "recipe.yaml")
     for words in (
         ["quantize", checkpoint_folder, "--dry-run", "-r", tmp_path / "recipe.yaml"],
         ["generate", checkpoint_folder, "--prompt-file", tmp_path / "recipe.yaml"],
         ["generate", checkpoint_folder, "--prompt-file", "/dev/zero"],
         ["perplexity", checkpoint_folder, "--text", tmp_path / "recipe.yaml"],
-        ["generate", model, "x"],
     ):
         assert "cannot be read (it is a device, pipe or socket)" in refused(place, *words), words
+
+
+HALF_THERE: dict[str, Callable[[Path], None]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a dangling link": lambda path: path.symlink_to("../blobs/0123"),
+}
+"""What may stand in the place of a file that may be left out; the last is a model's cache that was copied by half."""
+
+
+@pytest.mark.parametrize("what", HALF_THERE)
+@pytest.mark.parametrize("name", ["tokenizer.json", "training.json", "manifest.json"])
+def test_what_may_be_left_out_is_a_file_or_not_there(
+    what: str, name: str, checkpoint_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
+) -> None:
+    """To go on without it would drop a tokenizer, the texts that were seen, or every hash, and say nothing."""
+    source = artifact_folder if name == "manifest.json" else checkpoint_folder
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    (model / name).unlink(missing_ok=True)
+    HALF_THERE[what](model / name)
+    message = "is a link that leads nowhere" if what == "a dangling link" else "is no file"
+    verbs = [*reading(model, checkpoint_folder, text, place / "out")]
+    if source == artifact_folder:
+        verbs = [words for words in verbs if words[0] != "export"]
+    else:
+        verbs += making(model, place / "out")
+    for words in verbs:
+        assert f"{name} {message}; put the file there, or take it away" in refused(place, *words), words
+
+
+def test_an_artifact_whose_tokenizer_is_there_by_half(
+    artifact_folder: Path, text: Path, tmp_path: Path, place: Path
+) -> None:
+    model = Path(shutil.copytree(artifact_folder, tmp_path / "model"))
+    (model / "tokenizer.json").symlink_to("elsewhere")
+    for words in (["info", model], ["perplexity", model, "--text", text]):
+        assert "tokenizer.json is a link that leads nowhere" in refused(place, *words)
+
+
+def test_a_text_of_twenty_gigabytes(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
+    text = tmp_path / "text"
+    with text.open("wb") as file:
+        file.truncate(20 << 30)
+    for words in (
+        ["perplexity", checkpoint_folder, "--text", text],
+        ["train", "--preset", "tiny", "--text", text, "-o", place / "out"],
+    ):
+        assert "text is larger than 256 MB: give a shorter text" in refused(place, *words), words
 
 
 def test_a_tokenizer_of_twenty_gigabytes(
@@ -670,16 +716,21 @@ def test_names_that_the_runtimes_cannot_take(
     (tmp_path / "artifact" / "\udcff.pte").write_bytes(b"")
     assert "is not a name in UTF-8" in refused(place, "generate", tmp_path / "artifact", "x")
     state = tmp_path / "\udcff"
-    state.write_bytes(b"x" * 100)
-    assert "is not a" in refused(place, "generate", checkpoint_folder, "x", "--load-state", state)
+    state.write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert "is not a name in UTF-8; rename it" in refused(
+        place, "generate", checkpoint_folder, "x", "--load-state", state
+    )
 
 
 def test_an_artifact_without_its_tokenizer(tmp_path: Path) -> None:
-    """The advice is one that can be followed: `import` takes no artifact."""
-    with pytest.raises(InputError, match="checkpoint that it was exported from is copied there"):
+    """The advice is one that can be followed: `import` takes no artifact, and what has hashes takes no more files."""
+    with pytest.raises(InputError, match="token ids only: copy the one that it was exported with there"):
         Tokenizer.for_folder(tmp_path, 4096)
     (tmp_path / "config.json").touch()
-    with pytest.raises(InputError, match="import --tokenizer FILE"):
+    with pytest.raises(InputError, match=r"token ids only: import it with one \(mossquant import --tokenizer FILE\)"):
+        Tokenizer.for_folder(tmp_path, 4096)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(InputError, match=r"import the original with one .*, then quantize and export it"):
         Tokenizer.for_folder(tmp_path, 4096)
 
 

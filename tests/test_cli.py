@@ -123,7 +123,7 @@ def test_a_report_replaces_a_report_only(checkpoint_folder: Path, tmp_path: Path
 
 
 def test_a_dry_run_says_what_an_export_takes_and_an_export_what_it_leaves_out(
-    quantized_folder: Path, tmp_path: Path
+    quantized_folder: Path, artifact_folder: Path, pte_folder: Path, tmp_path: Path
 ) -> None:
     words = ["export", quantized_folder, "--target", "onnx,executorch", "-o", tmp_path / "out"]
     told = command(*words, "--dry-run")
@@ -133,12 +133,14 @@ def test_a_dry_run_says_what_an_export_takes_and_an_export_what_it_leaves_out(
     for name, figures in {**needs.targets, "all": (needs.disk_bytes, needs.memory_bytes)}.items():
         line = next(line for line in told.out.splitlines() if line.startswith(name))
         assert line.split()[-2:] == [f"{figure / 1e6:.2f}" for figure in figures]
-    assert command(*words).status == 0
-    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= needs.disk_bytes
+    for name, folder in (("onnx", artifact_folder), ("executorch", pte_folder)):
+        taken = sum(path.stat().st_size for path in folder.iterdir())
+        assert taken <= needs.targets[name][0] + needs.beside_bytes
     # What the export refuses, its dry run refuses; and without one a folder is needed.
     assert command("export", quantized_folder, "--target", "coreml", "--dry-run").status == 2
     assert "--dry-run" in command("export", quantized_folder).err
-    # With one target in the place of both the other program is gone, and that is said.
+    # With one target in the place of another the other program is gone, and that is said.
+    shutil.copytree(pte_folder, tmp_path / "out")
     again = ["export", quantized_folder, "-o", tmp_path / "out", "--force"]
     found = command(*again)
     assert found.status == 0
@@ -265,14 +267,18 @@ def test_the_command_to_try_next_can_be_pasted(checkpoint_folder: Path, tmp_path
 
 def test_names_that_are_not_text(checkpoint_folder: Path, tmp_path: Path) -> None:
     """A file name of any bytes, and a terminal that cannot show everything."""
-    out = os.fsencode(tmp_path) + b"/\xff\x1b[31m"
-    words = [os.fsencode(word) for word in [*COMMAND, "quantize", str(checkpoint_folder), "-o"]]
-    found = subprocess.run(
-        [*words, out], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False
+    words = [*COMMAND, "quantize", str(checkpoint_folder), "-o"]
+    made, refused = (
+        subprocess.run(
+            [*words, tmp_path / name], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False
+        )
+        for name in ("\u00fc\x1b[31m", "\udcff\x1b[31m")
     )
-    assert (found.returncode, found.stderr) == (0, b"")
-    assert b"\x1b" not in found.stdout
-    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff\x1b[31m"]  # noqa: PTH208 (the name is bytes)
+    assert (made.returncode, made.stderr) == (0, b"")
+    assert (refused.returncode, refused.stderr.count(b"\n")) == (2, 1)
+    assert b"is not a name in UTF-8" in refused.stderr
+    assert b"\x1b" not in made.stdout + refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["\u00fc\x1b[31m"]
 
 
 def test_a_reader_that_goes_away(checkpoint_folder: Path, quantized_folder: Path, text: Path, tmp_path: Path) -> None:

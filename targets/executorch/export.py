@@ -6,6 +6,7 @@ from pathlib import Path
 from mossquant.capabilities import Activations, get_target
 from mossquant.checkpoint import Checkpoint
 from mossquant.config import MossNetConfig
+from mossquant.errors import InputError
 from mossquant.model import state_specs
 from mossquant.outputs import file_sha256
 from mossquant.quantized import QuantizedCheckpoint
@@ -52,9 +53,12 @@ def export_executorch(
         said = {"activations": activations_of(tensors, linears), "max_chunk": CHUNK}
         metadata = Metadata.model_validate(common_metadata(source) | said)
         lower(tensors, specs, metadata.model_dump(), folder / PROGRAM, progress)
-        file = ProgramFile(folder / PROGRAM)
-        check_linears(file, tensors, specs)
-        try_apart(file.path, file_sha256(file.path))
+        try:
+            file = ProgramFile(folder / PROGRAM)
+            check_linears(file, tensors, specs)
+            try_apart(file.path, file_sha256(file.path))
+        except InputError as error:  # a fault of the lowering, not of the user
+            raise RuntimeError(f"what was lowered cannot be used: {error}") from error
         operators: dict[str, set[str]] = {}
         for method in file.methods.values():
             for name in method.operators:

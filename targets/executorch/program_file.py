@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mossquant.errors import InputError
 from mossquant.jsonfile import LARGEST_SMALL, parse_json
 from mossquant.targets.executorch.delegate import Delegate, array, read_delegate, sizes
-from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
+from mossquant.targets.executorch.flatbuffer import Budget, DamagedError, Table, root
 
 __all__ = ["CONSTANTS", "METADATA", "WEIGHTS", "PlanMethod", "ProgramFile"]
 
@@ -37,8 +37,8 @@ _TYPES = {0: "u1", 1: "i1", 3: "<i4", 4: "<i8", 6: "<f4", 11: "?"}  # ScalarType
 _MOST_PLANS = 8
 _MOST_GRAPH_BYTES = 1 << 26
 """Of all that is no weight: three methods of 24 blocks have 2 MB."""
-_CONSTANTS_REPEATED = 16
-"""Bytes of a method's constants, of which equal ones are stored once, as a multiple of the file's."""
+_REPEATED = 64
+"""Bytes of a method's weights as a multiple of the file's: equal ones, as those of equal blocks, are stored once."""
 _AGAIN = "copy the artifact's folder again, or export again"
 
 
@@ -82,6 +82,7 @@ class ProgramFile:
         except ValueError:
             raise InputError(f"{path} is empty; {_AGAIN}") from None
         self._delegates: dict[int, Delegate] = {}
+        self._budget = Budget()
         with self._reading():
             self._open()
 
@@ -97,7 +98,7 @@ class ProgramFile:
             raise DamagedError(f"its methods have {self.program_bytes >> 20} MB")
         if not 48 <= self.program_bytes <= self._base <= len(data) or self._base + segment_bytes != len(data):
             raise DamagedError(f"it has {len(data)} bytes and its header says {self._base + segment_bytes}")
-        self._program = root(data[: self.program_bytes], b"ET12")
+        self._program = root(data[: self.program_bytes], b"ET12", self._budget)
         self._segments = [
             self._part(segment.number(0, "<u8"), segment.number(1, "<u8")) for segment in self._program.tables(4)
         ]
@@ -161,7 +162,9 @@ class ProgramFile:
         values = list(plan.tables(2))
 
         def ports(slot: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-            return tuple(_port(values, int(index)) for index in plan.numbers(slot, "<i4"))
+            indices = plan.numbers(slot, "<i4")
+            self._budget.spend(len(indices))
+            return tuple(_port(values, int(index)) for index in indices)
 
         for value in values:
             kind, tensor = value.union(1)
@@ -169,12 +172,13 @@ class ProgramFile:
             if kind == _TENSOR and tensor is not None and (index := tensor.number(5)):
                 constants.append(self._constant(tensor, index))
         delegates = tuple(self._delegate(delegate) for delegate in plan.tables(7))
-        linears = [linear for delegate in delegates for linear in delegate.linears]
-        if sum(linear.stored_bytes for linear in linears) > len(self._data):
-            raise DamagedError("a method has more weights than the file has bytes")
-        small = [*constants, *(one for delegate in delegates for one in delegate.constants)]
-        if sum(one.nbytes for one in small) > _CONSTANTS_REPEATED * len(self._data):
-            raise DamagedError("a method has more constants than the file has bytes")
+        stored = sum(linear.stored_bytes for delegate in delegates for linear in delegate.linears)
+        stored += sum(one.nbytes for one in constants)
+        stored += sum(one.nbytes for delegate in delegates for one in delegate.constants)
+        if stored > _REPEATED * len(self._data):
+            raise DamagedError(
+                f"a method has {stored // len(self._data)} times the weights that the file has bytes for"
+            )
         return PlanMethod(
             name=plan.string(0),
             inputs=ports(3),
@@ -197,8 +201,10 @@ class ProgramFile:
             raise DamagedError("a delegate is not XNNPACK's")
         index = reference.number(1)
         if index not in self._delegates:  # methods share many
-            self._delegates[index] = read_delegate(self._segment(index), self._named)
-        return self._delegates[index]
+            self._delegates[index] = read_delegate(self._segment(index), self._named, self._budget)
+        found = self._delegates[index]
+        self._budget.spend(len(found.linears) + len(found.constants))
+        return found
 
     def _segment(self, index: int) -> memoryview:
         if index >= len(self._segments):

@@ -36,7 +36,7 @@ from mossquant.targets.program import METHODS
 __all__ = ["try_apart"]
 
 SECONDS = 120.0
-"""How long a call of each method may take; a program that runs longer does not end."""
+"""How long loading a program and all calls may take; one that runs longer does not end."""
 EXTRA_BYTES = 1 << 30
 """Address space that a program may ask for, beyond four times its file: mapped, and packed for each method."""
 

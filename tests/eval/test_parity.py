@@ -16,7 +16,7 @@ from mossquant.calibration.quantize import quantize
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.noise import with_noise
 from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
-from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity_of
+from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity, parity_of
 from mossquant.eval.parity_measures import forms, growth
 from mossquant.quantized import QuantizedCheckpoint
 from mossquant.runner import Arrays, Floats, LogitsWanted, Runner, State, Tokens
@@ -99,6 +99,21 @@ class Noisy(Wrapped):
         return (found + 1e-6 * noise).astype(np.float32), state
 
 
+class Growing(Wrapped):
+    """Is the further off the longer it has run."""
+
+    def __init__(self, inner: TorchRunner) -> None:
+        super().__init__(inner)
+        self.seen = 0
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        found, state = self.inner(tokens, state, logits=logits)
+        at = self.seen + np.arange(tokens.shape[1])[-found.shape[1] :]
+        self.seen += tokens.size
+        noise = np.random.default_rng(self.seen).standard_normal(found.shape)
+        return (found + 1e-5 * at[:, None] * noise).astype(np.float32), state
+
+
 @pytest.mark.parametrize("activations", ["planned", "fp32"])
 def test_the_same_arithmetic_passes(folder: Path, tokens: Tokens, activations: str) -> None:
     artifact = Noisy(TorchRunner.open(folder, activations=activations, form="sequential"))
@@ -148,6 +163,28 @@ def test_a_state_that_is_not_carried_fails_the_free_run_and_the_forms(folder: Pa
     assert {"free run", "one step", "token by token against one call", "split against one call"} <= failed
 
 
+def test_a_divergence_that_grows_fails(folder: Path, tokens: Tokens) -> None:
+    checks = _check(folder, tokens, Growing(TorchRunner.open(folder, activations="planned")))
+    failed = [check.name for check in checks if not check.passed]
+    assert "free run: growth beyond that of other rounding: 95 % interval from" in failed
+
+
+def test_figures_lie_within_their_intervals(folder: Path, tokens: Tokens) -> None:
+    checks = _check(folder, tokens, TorchRunner.open(folder, activations="planned", form="sequential"))
+    found = {check.name: check for check in checks}
+    for figure, name in (
+        ("one step: share of positions with KL above 0.0001", "one step: share above 0.0001"),
+        ("what quantized activations themselves cost: mean KL", "what quantized activations cost"),
+        ("free run: mean KL as a share of that cost", "free run: share of that cost"),
+        ("free run: growth of KL per 10,000 tokens", "free run: growth of KL per 10,000 tokens"),
+    ):
+        low, high = found[f"{name}: 95 % interval from"], found[f"{name}: 95 % interval to"]
+        assert low.value <= found[figure].value <= high.value
+        assert low.value < high.value
+        assert low.bound is high.bound is None
+    assert found["free run: growth beyond that of other rounding: 95 % interval from"].bound == 0
+
+
 def test_a_state_array_that_is_not_written_fails_one_step(folder: Path, tokens: Tokens) -> None:
     artifact = SwappedStates(TorchRunner.open(folder, activations="planned"))
     assert _failed(_check(folder, tokens, artifact)) == {"one step"}
@@ -178,6 +215,13 @@ def test_as_many_positions_are_reported_as_compared(folder: Path, length: int, a
     compared = compared_positions(length, asked)
     assert len(one_step(reference, reference, tokens, positions=asked).kl) == compared
     assert min(asked, length - length % 8) <= compared < asked + 8
+
+
+def test_the_report_counts_what_was_compared(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(207)))
+    report = parity(folder, folder, text=tmp_path / "text", positions=206, stream=10_000, threads=1)
+    assert report.positions == report.to_json()["positions"] == compared_positions(206, 206) < 206
+    assert report.stream == 206, "the first token is predicted by none"
 
 
 def test_a_model_that_no_activation_changes(tokens: Tokens, tmp_path: Path) -> None:

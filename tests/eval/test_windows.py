@@ -73,7 +73,8 @@ def test_the_interval_of_a_ratio_is_paired() -> None:
 def test_the_interval_of_a_share_holds_it_about_as_often_as_it_says() -> None:
     # For 0 of n the bounds are 0 and z²/(n + z²).
     none = share_interval(0, 100)
-    assert none.low == pytest.approx(0, abs=1e-12)
+    assert none.low == 0
+    assert (share_interval(0, 2003).low, share_interval(100, 100).high) == (0, 1), "of rounding, no share is beyond"
     assert none.high == pytest.approx(1.959964**2 / (100 + 1.959964**2))
     drawn = np.random.default_rng(4).binomial(2000, 0.02, 2000)
     held = sum(found.low <= 0.02 <= found.high for found in (share_interval(int(n), 2000) for n in drawn))

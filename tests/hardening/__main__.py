@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases one after the other in this process: `PYTHONPATH=tests python -m hardening 0:2400`, or a seed alone.
+"""Runs cases one after the other in this process; a seed alone, or FIRST:END.
+
+    PYTHONSAFEPATH=1 PYTHONPATH=tests python -m hardening 0:2400
 
 Prints every case that fails, and at the end counts by kind of file. What is under way is written to `--log` before it
 begins, so that a native crash names its case too.

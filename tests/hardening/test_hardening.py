@@ -2,7 +2,7 @@
 """Damaged files give a clear error or a correct result: hundreds in one process, and some through the command line.
 
 The cases run in a process of their own, one for all, so that a native crash is a failing test with the case's name. A
-case is reproduced by its seed: `PYTHONPATH=tests python -m hardening SEED`.
+case is reproduced by its seed: `PYTHONSAFEPATH=1 PYTHONPATH=tests python -m hardening SEED`.
 """
 
 import json

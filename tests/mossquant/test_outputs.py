@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mossquant import outputs
 from mossquant.errors import InputError
-from mossquant.outputs import check_foreign, check_free, file_sha256, json_bytes, new_file, new_folder, write_json
+from mossquant.outputs import check_free, check_outside, file_sha256, json_bytes, new_file, new_folder, write_json
 
 OURS = '{"version": 1, "model_type": "mossnet"}'
 
@@ -37,6 +38,58 @@ def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
         assert names(tmp_path / "deep") == [partial.name]
     assert (tmp_path / "deep" / "out.json").read_bytes() == '{\n "é": [\n  1\n ]\n}\n'.encode()
     assert names(tmp_path / "deep") == ["out.json"]
+
+
+def _appear(monkeypatch: pytest.MonkeyPatch, write: Callable[[], object]) -> None:
+    """Somebody writes in the moment between the last look at the output and its renaming."""
+    renamed = outputs._renamed
+
+    def late(one: Path, other: Path, how: int) -> bool:
+        write()
+        return renamed(one, other, how)
+
+    monkeypatch.setattr(outputs, "_renamed", late)
+
+
+def test_what_appears_at_the_last_moment_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    _appear(monkeypatch, lambda: (folder.mkdir(exist_ok=True), file.write_text("mine")))
+    with pytest.raises(InputError, match="folder appeared meanwhile"), new_folder(folder) as partial:
+        (partial / "a").write_text("a")
+    with pytest.raises(InputError, match="file exists already"), new_file(file) as partial:
+        partial.write_text("a")
+    file.unlink()
+    with pytest.raises(InputError, match="file appeared meanwhile"), new_file(file) as partial:
+        partial.write_text("a")
+    assert names(folder) == []
+    assert file.read_text() == "mine"
+    assert names(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "where the system cannot swap"])
+def test_what_is_added_at_the_last_moment_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text(OURS)
+    if not swap:
+        monkeypatch.setattr(outputs, "_renamed", lambda one, other, how: False)
+    _appear(monkeypatch, lambda: (folder / "notes.txt").write_text("mine"))
+    with pytest.raises(InputError, match="was written to meanwhile"), new_folder(folder, force=True) as partial:
+        (partial / "config.json").write_text("{}")
+    assert (folder / "config.json").read_text() == OURS
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_damaged_manifest_is_not_called_somebody_elses(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name, text in (("config.json", OURS), ("ledger.json", "{}"), ("manifest.json", '{"version": 1, "ki')):
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=r"did not write, or its manifest\.json is damaged, so it is not replaced"):
+        check_free(folder, force=True)
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -76,7 +129,7 @@ def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "where the system cannot swap"])
 def test_force_replaces(tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not swap:
-        monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(outputs, "_renamed", lambda one, other, how: False)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text(OURS)
     with new_folder(tmp_path / "folder", force=True) as partial:
@@ -159,8 +212,8 @@ def test_no_file_is_written_into_a_folder_of_ours(tmp_path: Path) -> None:
         write_json(tmp_path / name / name, content)
         for file in (name, "new"):
             with pytest.raises(InputError, match="lies in a checkpoint or artifact"):
-                check_foreign(tmp_path / name / file)
-    check_foreign(tmp_path / "elsewhere")
+                check_outside(tmp_path / name / file)
+    check_outside(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("force", [True, False])

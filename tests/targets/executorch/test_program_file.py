@@ -3,6 +3,7 @@
 
 import re
 import struct
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,16 @@ from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
 from mossquant.errors import InputError
+from mossquant.locate import locate
 from mossquant.model import state_specs
 from mossquant.quantized import QuantizedCheckpoint
-from mossquant.targets.executorch.delegate import Delegate, read_delegate
-from mossquant.targets.executorch.flatbuffer import DamagedError, root
+from mossquant.targets.executorch import program_file
+from mossquant.targets.executorch.delegate import Delegate, Linear, read_delegate
+from mossquant.targets.executorch.flatbuffer import Budget, DamagedError, root
 from mossquant.targets.executorch.lower import CHUNK
 from mossquant.targets.executorch.metadata import open_program, read_metadata, weight_bytes
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
+from mossquant.targets.executorch.verify import verify
 from mossquant.targets.export import export
 from mossquant.targets.program import METHODS
 
@@ -84,31 +88,102 @@ def test_a_vector_holds_a_table_once_and_names_are_short() -> None:
         data += struct.pack("<iI", 36 - 8, 52 - 40) + struct.pack("<iI", 44 - 8, 52 - 48)
         return data + struct.pack("<I", length) + b"n" * length
 
-    assert [table.string(0) for table in root(memoryview(buffer(44, 256)), b"TEST").tables(0)] == ["n" * 256] * 2
+    assert [table.string(0) for table in root(memoryview(buffer(44, 256)), b"TEST", Budget()).tables(0)] == [
+        "n" * 256
+    ] * 2
     with pytest.raises(DamagedError, match="holds one table twice"):
-        list(root(memoryview(buffer(36, 5)), b"TEST").tables(0))
+        list(root(memoryview(buffer(36, 5)), b"TEST", Budget()).tables(0))
     with pytest.raises(DamagedError, match="a name has 257 bytes"):
-        next(root(memoryview(buffer(44, 257)), b"TEST").tables(0)).string(0)
+        next(root(memoryview(buffer(44, 257)), b"TEST", Budget()).tables(0)).string(0)
 
 
 def test_a_method_holds_no_more_than_the_file(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights, or constants, named again and again."""
+    """The same weights, or constants, named again and again; equal blocks are fine."""
+
+    def equal(found: Delegate) -> Delegate:
+        return replace(found, linears=found.linears * 20)
 
     def linears(found: Delegate) -> Delegate:
         return replace(found, linears=found.linears * 1000)
 
     def constants(found: Delegate) -> Delegate:
-        return replace(found, constants=(np.zeros(1 << 14, np.float32),) * 1000)
+        return replace(found, constants=(np.zeros(1 << 18, np.float32),) * 1000)
 
-    for change, message in ((linears, "more weights than"), (constants, "more constants than")):
-
-        def repeated(*args: object, change: Callable[[Delegate], Delegate] = change) -> Delegate:
-            return change(read_delegate(*args))  # type: ignore[arg-type]
-
+    with monkeypatch.context() as patch:
+        _change_delegates(patch, equal)
+        assert ProgramFile(int4.program).methods.keys() == set(METHODS)
+    for change in (linears, constants):
         with monkeypatch.context() as patch:
-            patch.setattr("mossquant.targets.executorch.program_file.read_delegate", repeated)
-            with pytest.raises(InputError, match=message):
+            _change_delegates(patch, change)
+            with pytest.raises(InputError, match=r"a method has \d+ times the weights that the file has bytes for"):
                 _ = ProgramFile(int4.program).methods
+
+
+def test_weights_of_no_bytes_are_counted_too(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delegates that share one payload, each with all of its linears."""
+
+    def empty(found: Delegate) -> Delegate:
+        none = np.empty(0, np.float32)
+        return replace(found, linears=(Linear(None, 0, False, (0, 0), memoryview(b""), none),) * 50_000)
+
+    _change_delegates(monkeypatch, empty)
+    with pytest.raises(InputError, match=r"its parts have more than 262,144 entries together"):
+        _ = ProgramFile(int4.program).methods
+
+
+def _change_delegates(patch: pytest.MonkeyPatch, change: Callable[[Delegate], Delegate]) -> None:
+    def changed(*args: object) -> Delegate:
+        return change(read_delegate(*args))  # type: ignore[arg-type]
+
+    patch.setattr(program_file, "read_delegate", changed)
+
+
+def test_what_is_read_of_a_file_is_counted(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry, of its methods and of its delegates' graphs; a file that was lowered needs few of them."""
+    given: list[int] = []
+
+    class Counted(Budget):
+        def spend(self, count: int) -> None:
+            given.append(count)
+            super().spend(count)
+
+    monkeypatch.setattr(program_file, "Budget", Counted)
+    methods = ProgramFile(int4.program).methods
+    linears = sum(len(part.linears) for method in methods.values() for part in method.delegates)
+    assert linears < sum(given) < 1500 * int4.config.num_hidden_layers + 1000
+    monkeypatch.setattr(program_file, "Budget", lambda: Budget(sum(given) - 1))
+    with pytest.raises(InputError, match=f"its parts have more than {sum(given) - 1:,} entries together"):
+        _ = ProgramFile(int4.program).methods
+
+
+def test_a_vector_that_is_too_long_costs_nothing() -> None:
+    """Its length is known before anything is made of it."""
+    count = 1 << 24
+    vtable = struct.pack("<HHH", 6, 8, 4)
+    data = struct.pack("<I4s", 16, b"TEST") + vtable.ljust(8, b"\0") + struct.pack("<iI", 8, 4)
+    data += struct.pack("<I", count) + struct.pack("<I", 4) * count
+    tracemalloc.start()
+    with pytest.raises(DamagedError, match="more than 262,144 entries"):
+        next(root(memoryview(data), b"TEST", Budget()).tables(0))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_equal_blocks_are_stored_once_and_read_as_many(tmp_path: Path) -> None:
+    """A model that was made deeper by repeating a block: its linears are more than the file's bytes."""
+    config = replace(SMALL, num_hidden_layers=4, num_ssm_experts=1, num_mlp_experts=0, mlp_intermediate_size=0)
+    model = random_model(config, dtype=torch.float32)
+    for block in model.layers[1:]:
+        block.load_state_dict(model.layers[0].state_dict())
+    source = write_model(tmp_path / "model", model, dtype=torch.bfloat16)
+    quantize(source, tmp_path / "int4", recipe="int4")
+    artifact = export(tmp_path / "int4", tmp_path / "out", target="executorch")
+    report = verify(tmp_path / "int4", locate(artifact.folder))
+    assert report.passed
+    weights = ProgramFile(artifact.program("executorch"))
+    linears = sum(one.stored_bytes for part in weights.methods["decode"].delegates for one in part.linears)
+    assert linears > 2 * weights.sections[WEIGHTS]
 
 
 @pytest.mark.parametrize(
@@ -237,12 +312,12 @@ def _flatbuffer() -> bytes:
 
 
 def _everything(data: memoryview) -> tuple[int, str, list[int]]:
-    table = root(data, b"TEST")
+    table = root(data, b"TEST", Budget())
     return table.number(0), table.string(1), table.numbers(2).tolist()
 
 
 def test_a_flatbuffer_by_hand() -> None:
-    table = root(memoryview(_flatbuffer()), b"TEST")
+    table = root(memoryview(_flatbuffer()), b"TEST", Budget())
     assert _everything(memoryview(_flatbuffer())) == (7, "abc", [4, 5])
     assert (table.number(9, default=3), table.string(9), list(table.tables(9)), table.table(9)) == (3, "", [], None)
 

@@ -19,7 +19,7 @@ from mossquant.errors import InputError
 from mossquant.outputs import file_sha256
 from mossquant.release import release
 from mossquant.targets.executorch import ExecutorchRunner, trial
-from mossquant.targets.executorch.flatbuffer import root
+from mossquant.targets.executorch.flatbuffer import Budget, root
 from mossquant.targets.executorch.lower import CHUNK
 from mossquant.targets.executorch.metadata import read_metadata
 from mossquant.targets.executorch.packages import EXECUTORCH
@@ -118,7 +118,7 @@ def test_a_table_of_one_row(int4: Lowered, tmp_path: Path) -> None:
     """The runtime would look behind it."""
     data, path, rows = bytearray(int4.program.read_bytes()), tmp_path / "model.pte", int4.config.vocab_size
     changed = 0
-    for plan in root(memoryview(bytes(data)), b"ET12").tables(1):
+    for plan in root(memoryview(bytes(data)), b"ET12", Budget()).tables(1):
         for value in plan.tables(2):
             kind, tensor = value.union(1)
             sizes = tensor.numbers(2, "<i4") if kind == 5 and tensor is not None else np.empty(0)
