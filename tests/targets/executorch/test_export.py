@@ -54,6 +54,19 @@ def test_both_targets_in_one_folder(workshop: Workshop, tmp_path: Path) -> None:
     assert seen[-1][1:] == (5, 5)
 
 
+def test_a_program_that_cannot_be_read_back_is_our_fault(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user gave a good checkpoint, and is not told to copy a folder again."""
+    source = workshop.checkpoint("mamba")
+    monkeypatch.setattr(
+        exporting, "lower", lambda tensors, specs, metadata, path, progress: path.write_bytes(bytes(99))
+    )
+    with pytest.raises(RuntimeError, match=r"what was lowered cannot be used: .* is not a \.pte that can be read"):
+        export(source, tmp_path / "out", target="executorch")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_metadata(int4: Lowered) -> None:
     source, metadata = QuantizedCheckpoint.open(int4.checkpoint), read_metadata(ProgramFile(int4.program))
     assert (metadata.version, metadata.target, metadata.weights) == (1, "executorch", "int4")
