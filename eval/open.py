@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mossquant.errors import InputError
+from mossquant.inputfile import is_there
 from mossquant.locate import BUNDLED, Located, asset_folder, locate
 from mossquant.outputs import file_sha256
 from mossquant.runner import Runner
@@ -33,7 +34,10 @@ class OpenModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises `InputError` where it takes token ids only."""
+        """The model's tokenizer. Raises `InputError` where it takes token ids only, or its tokenizer is not there."""
+        if self.runner.info.tokenizer_sha256 is not None and not is_there(self.folder / "tokenizer.json"):
+            name = self.located.path.name
+            raise InputError(f"{self.folder} has no tokenizer.json, and {name} was exported with one: copy it there")
         return Tokenizer.for_folder(self.folder, self.runner.info.vocab_size)
 
     @property

@@ -37,7 +37,8 @@ app = typer.Typer(
 _QUIET, _DEBUG = "--quiet", "--debug"
 _GATE_FAILED, _BAD_INPUT, _UNFORESEEN, _STOPPED = 1, 2, 70, 130
 # Errors of the system that are the user's to mend, not ours: a full disk, a file-size limit, a forbidden folder.
-_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENAMETOOLONG)
 
 _MOST_THREADS = 1024
 _MOST_TOKENS = 1 << 24
@@ -396,7 +397,13 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="text to continue; - reads stdin")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="read the prompt from a file")] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=0, help="most tokens to add; 0 with --save-state only reads the prompt")
+        int,
+        typer.Option(
+            "--max-tokens",
+            min=0,
+            max=_MOST_TOKENS,
+            help="most tokens to add; 0 with --save-state only reads the prompt",
+        ),
     ] = 128,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="draw from the likeliest tokens of this total")] = 1.0,
@@ -500,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = error.filename
         if name and os.access(name, os.F_OK) and not os.access(name, os.R_OK):
             return _refuse(f"{name} cannot be read ({error.strerror}); give something that you may read")
-        if error.errno in _SYSTEM:
+        if error.errno in _FULL + _FORBIDDEN:
             return _refuse(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another path")
         return _unforeseen(error, debug)
     except KeyboardInterrupt:

@@ -21,8 +21,8 @@ def first_bytes(path: Path, count: int) -> bytes:
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
         raise OSError(errno.EINVAL, "it is a device, pipe or socket", str(path))
     with path.open("rb") as file:
-        # Room for `count` bytes is taken first, whatever there is.
-        return file.read(count) if found.st_size >= count else file.read()
+        # What has no size, as the system's own files, is as good as empty: reading it may never end.
+        return file.read(min(count, found.st_size))
 
 
 def is_there(path: Path) -> bool:

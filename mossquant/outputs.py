@@ -66,6 +66,8 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
             raise InputError(f"{path} is a device, pipe or socket, so nothing is written there; choose another output")
         if path.is_symlink():
             raise InputError(f"{path} is a link, and no link is replaced; choose another output path or remove it")
+        if os.path.ismount(path):
+            raise InputError(f"{path} is a mount point, which cannot be replaced; choose an output inside it")
         if path.is_dir() and as_file:
             raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
         for source in inputs:
@@ -81,7 +83,7 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
         if path.is_dir():
             _check_ours(path)
         above = path.absolute().parent
-        while not above.exists() and above != above.parent:
+        while not os.path.lexists(above) and above != above.parent:
             above = above.parent
     except UnicodeEncodeError:
         raise InputError(f"{path} is not a name in UTF-8, which the runtimes need; choose another output") from None
@@ -120,6 +122,7 @@ def new_folder(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) 
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a path to write to, in the same folder; it becomes `path` when the block ends without an exception."""
     check_free(path, force=force, as_file=True)
+    force = force and os.path.lexists(path)  # what appears later was not meant
     with _beside(path) as partial:
         yield partial
         _flush(partial)

@@ -44,6 +44,8 @@ class RunnerInfo:
         config: the model's config as JSON.
         source_files: file name → SHA-256 of the checkpoint that this is, or was lowered from.
         seen_text: SHA-256 of texts that the model was trained or calibrated on.
+        tokenizer_sha256: of the `tokenizer.json` that a program was exported with; None where there was none, and for a
+            checkpoint, whose own is beside it.
     """
 
     path: str
@@ -61,6 +63,7 @@ class RunnerInfo:
     max_chunk: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     seen_text: tuple[str, ...] = ()
+    tokenizer_sha256: str | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mossquant.errors import InputError
+from mossquant.inputfile import is_there
 from mossquant.jsonfile import LARGEST, read_json
 from mossquant.outputs import write_json
 
@@ -71,7 +72,7 @@ class TensorFiles:
         self.folder = folder
         listed = _weight_map(folder)
         shards = [_FILE] if listed is None else sorted(set(listed.values()))
-        self.files = sorted([*shards, _INDEX] if (folder / _INDEX).is_file() else shards)
+        self.files = sorted([*shards, _INDEX] if is_there(folder / _INDEX) else shards)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._open: dict[str, Any] = {}
@@ -222,11 +223,12 @@ def _shard_name(number: int) -> str:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name → shard, as the index says; None where there is one file without an index."""
     index = folder / _INDEX
-    if not index.is_file():
-        if not (folder / _FILE).is_file():
+    indexed, single = is_there(index), is_there(folder / _FILE)
+    if not indexed:
+        if not single:
             raise InputError(f"{folder} holds no {_FILE} and no {_INDEX}; copy the whole checkpoint folder again")
         return None
-    if (folder / _FILE).is_file():
+    if single:
         raise InputError(f"{folder} holds both {_FILE} and {_INDEX}; remove the one that is not meant")
     content = read_json(index, largest=LARGEST, advice="copy it again")
     try:

@@ -19,6 +19,7 @@ from mossquant.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, Tokens, d
 __all__ = [
     "END_OF_TEXT",
     "LARGEST_TEXT",
+    "LARGEST_TRAINING_TEXT",
     "StreamDecoder",
     "Text",
     "Tokenizer",
@@ -43,8 +44,10 @@ class Text:
         return cls(name, data, hashlib.sha256(data).hexdigest())
 
 
-LARGEST_TEXT = 1 << 28
-"""Most bytes of a file of text: it is held whole, and so are its tokens."""
+LARGEST_TEXT = 1 << 23
+"""Most bytes of a file to measure on. It is encoded whole, so that no seam changes a token: 110 bytes a byte."""
+LARGEST_TRAINING_TEXT = 1 << 28
+"""Most bytes of a file to train on: it is encoded in pieces."""
 
 
 def read_text(path: Path, *, as_bytes: bool = False, largest: int = LARGEST_TEXT) -> Text:

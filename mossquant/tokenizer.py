@@ -121,10 +121,8 @@ class Tokenizer:
             if vocab_size == _BYTES:
                 return cls.byte_level()
             added = "import it with one (mossquant import --tokenizer FILE)"
-            if (folder / "manifest.json").exists():  # of ours, with hashes: nothing can be added
+            if (folder / "manifest.json").exists() or not (folder / "config.json").exists():  # nothing can be added
                 added = "import the original with one (mossquant import --tokenizer FILE), then quantize and export it"
-            elif not (folder / "config.json").exists():  # a program by itself
-                added = "copy the one that it was exported with there"
             raise InputError(
                 f"{folder} has no tokenizer.json, and a vocabulary of {vocab_size} is not byte-level, "
                 f"so the model takes token ids only: {added}"

@@ -3,7 +3,6 @@
 
 import hashlib
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,10 +17,11 @@ from safetensors.numpy import load_file
 from mossquant.checkpoint import DTYPE_NAMES, write_checkpoint
 from mossquant.config import MossNetConfig, preset
 from mossquant.errors import InputError
-from mossquant.outputs import check_free, new_file, new_folder
+from mossquant.inputfile import is_there
+from mossquant.outputs import check_free, check_outside, new_file, new_folder
 from mossquant.stdlib_text import training_text
 from mossquant.tensorfiles import save_tensors
-from mossquant.text import Text, Tokenizer, read_text, train_tokenizer
+from mossquant.text import LARGEST_TRAINING_TEXT, Text, Tokenizer, read_text, train_tokenizer
 from mossquant.tokenizer import Tokens
 from mossquant.trainer import Progress, Schedule, Trainer
 
@@ -31,6 +31,7 @@ STDLIB = "python-stdlib"
 """Name of the bundled model's training text: the running interpreter's standard library, less what is held out."""
 
 _BYTE_VOCABULARY = 256
+_SNAPSHOT = "snapshot.safetensors"
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ def train(
     folder = work or output.with_name(f"{output.name}.training")
     if folder.absolute().is_relative_to(output.absolute()):
         raise InputError(f"the work folder {folder} would lie in the output {output}; choose another one with --work")
-    snapshot = folder / "snapshot.safetensors"
+    snapshot = folder / _SNAPSHOT
     with _work_folder(folder):
         encoder, config, words = _tokenizer(tokenizer, documents, texts, config, folder, say)
         tokens = _tokens(encoder, documents, texts, folder, say)
         trainer = Trainer(config, tokens, schedule, device=device)
-        if snapshot.exists():
+        if is_there(snapshot):
             trainer.restore(snapshot)
             say(f"going on from step {trainer.step} of {schedule.steps}")
     trainer.run(snapshot=snapshot, every=snapshot_every, shown=shown)
@@ -139,16 +140,21 @@ def train(
 @contextmanager
 def _work_folder(folder: Path) -> Iterator[None]:
     """Make the work folder. It stays, also when the block is stopped; but not where the block refuses its input."""
+    check_outside(folder / _SNAPSHOT)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
+    except OSError:
         raise InputError(f"{folder} is not a folder, nor can it be one; choose another one with --work") from None
     try:
         yield
     except InputError:
-        if made:
-            shutil.rmtree(made[-1])
+        if made:  # what others wrote there meanwhile is theirs
+            for path in [*folder.glob("tokenizer-*.json"), *folder.glob("tokens-*.safetensors")]:
+                path.unlink()
+        for each in made:
+            if not any(each.iterdir()):
+                each.rmdir()
         raise
 
 
@@ -162,7 +168,7 @@ def _documents(text: Sequence[str], *, as_bytes: bool) -> tuple[list[bytes], lis
             documents += modules
             texts.append(Text.of(STDLIB, b"".join(data + b"\n" for data in modules)))
         else:
-            read = read_text(Path(item), as_bytes=as_bytes)
+            read = read_text(Path(item), as_bytes=as_bytes, largest=LARGEST_TRAINING_TEXT)
             documents.append(read.data)
             texts.append(replace(read, name=Path(item).name))
     return documents, texts
@@ -186,7 +192,7 @@ def _tokenizer(
         return Tokenizer.byte_level(), replace(config, vocab_size=_BYTE_VOCABULARY), None
     key = _key(str(config.vocab_size), *(item.sha256 for item in texts))
     path = folder / f"tokenizer-{key}.json"
-    if path.exists():
+    if is_there(path):
         return Tokenizer.from_file(path), config, path
     say(f"training a tokenizer of {config.vocab_size} entries")
     return train_tokenizer((data.decode() for data in documents), config.vocab_size, path), config, path
@@ -196,7 +202,7 @@ def _tokens(
     encoder: Tokenizer, documents: list[bytes], texts: list[Text], folder: Path, say: Callable[[str], None]
 ) -> Tokens:
     path = folder / f"tokens-{_key(encoder.sha256 or 'bytes', *(item.sha256 for item in texts))}.safetensors"
-    if not path.exists():
+    if not is_there(path):
         say("encoding the text")
         with new_file(path) as partial:
             save_tensors({"tokens": torch.from_numpy(encoder.encode_documents(documents).astype(np.int32))}, partial)

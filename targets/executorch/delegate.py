@@ -140,6 +140,8 @@ def _linear(value: Table, params: tuple[int, Table | None], data: list[memoryvie
     if len(dims) != 2 or not 0 < index < len(data):
         raise DamagedError("a linear has no constant matrix")
     rows, columns = map(int, dims)
+    if rows == 0 or columns == 0:
+        raise DamagedError("a linear has no weights")
     stored, (how, table) = data[index], params
     bits = {_FP32: None, _QCINT8: 8, _QBINT4: 4}.get(kind, 0)
     if bits != 0 and len(stored) * 8 < rows * columns * (bits or 32):
@@ -152,7 +154,7 @@ def _linear(value: Table, params: tuple[int, Table | None], data: list[memoryvie
         group, scales = table.number(2, "<i4"), _scales(table, 4, data, "<u2")
     else:
         raise DamagedError("a linear has weights of a kind that mossquant does not write")
-    if rows == 0 or scales.size % rows or (bits == 8 and scales.size != rows):
+    if scales.size % rows or (bits == 8 and scales.size != rows):
         raise DamagedError("a linear has scales that do not fit its rows")
     return Linear(bits, group, rounds_input, (rows, columns), stored, scales)
 
@@ -178,6 +180,8 @@ def array(data: memoryview, offset: int, kind: str, given: NDArray[Any]) -> NDAr
     """An array of a numpy type in a part of the file. Raises `DamagedError`: it ends behind it."""
     shape = sizes(given)
     count = math.prod(shape)
+    if count == 0:
+        raise DamagedError("a constant has no values")
     if offset + count * np.dtype(kind).itemsize > len(data):
         raise DamagedError("a constant is cut short")
     return np.frombuffer(data, kind, count, offset).reshape(shape)

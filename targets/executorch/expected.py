@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mossquant.targets.source import Source, decoded
 from mossquant.tensors import TensorSpec
 
-__all__ = ["Expected", "expected_constants", "expected_linears"]
+__all__ = ["Expected", "Held", "expected_constants", "expected_linears"]
 
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) was computed where the program was made, to within a rounding or two of any other exp."""
@@ -33,6 +33,23 @@ _LINEARS = (
 _SUMMED = ("ssm.expert.dt_proj", "mlp.expert.w2")
 
 
+class Held(Protocol):
+    """An array with its scales, wherever it lies; `kind` is what may be exchanged for one another."""
+
+    @property
+    def bits(self) -> int | None: ...
+    @property
+    def rounds(self) -> bool: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def kind(self) -> tuple[object, ...]: ...
+    @property
+    def codes(self) -> NDArray[Any]: ...
+    @property
+    def scales(self) -> NDArray[np.float32]: ...
+
+
 @dataclass(frozen=True)
 class Expected:
     """An array that a method must hold: what it is called, and codes with scales, or values.
@@ -49,10 +66,14 @@ class Expected:
     tolerance: float = 0.0
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
     def kind(self) -> tuple[object, ...]:
         return (self.bits, self.group, self.rounds, self.codes.dtype, self.codes.shape)
 
-    def holds(self, other: "Expected") -> bool:
+    def holds(self, other: Held) -> bool:
         """Whether the other one is the same, bit for bit or up to the tolerance."""
         if self.kind != other.kind:
             return False

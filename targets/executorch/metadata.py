@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a .pte of ours says about itself: JSON that its method `mossquant` returns, read here without running it."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
 from mossquant.model import state_specs
-from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.packages import EXECUTORCH
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, PlanMethod, ProgramFile
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed
@@ -109,13 +110,14 @@ def weight_bytes(opened: Opened) -> int:
     if not opened.config.tie_word_embeddings:
         return total
     linears = [linear for part in decode.delegates for linear in part.linears]
-    rows = [one for one in decode.constants if one.ndim == 2 and one.shape[0] == opened.config.vocab_size]
-    return total - sum(one.nbytes for one in rows if _of_table(one, linears))
+    rows_of = opened.config.vocab_size
+    rows = [one for one in decode.constants if one.ndim == 2 and one.shape[0] == rows_of]
+    # The look-up's copy of scales or values is the head's too.
+    heads = (linear for linear in linears if linear.shape[0] == rows_of)
+    of_head = {_digest(linear.scales if linear.bits else linear.codes) for linear in heads}
+    # No other tensor than the table is held in codes outside the delegates.
+    return total - sum(one.nbytes for one in rows if one.dtype.kind in "iu" or _digest(one) in of_head)
 
 
-def _of_table(constant: NDArray[Any], linears: list[Linear]) -> bool:
-    """Whether a constant is the look-up's copy of codes, scales or values that the head has too."""
-    if constant.dtype.kind in "iu":
-        return True  # no other tensor is held in codes outside the delegates
-    other = ((linear.scales if linear.bits else linear.codes) for linear in linears)
-    return any(one.shape == constant.shape and one.tobytes() == constant.tobytes() for one in other)
+def _digest(array: NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+    return array.shape, hashlib.sha256(np.ascontiguousarray(array).data).digest()

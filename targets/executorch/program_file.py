@@ -155,7 +155,10 @@ class ProgramFile:
                 WEIGHTS: sum(len(data) for data in self._named.values()),
                 CONSTANTS: len(self._constants),
             }
-            return sections | {"alignment": len(self._data) - sum(sections.values())}
+            rest = len(self._data) - sum(sections.values())
+            if rest < 0:
+                raise DamagedError("its sections overlap")
+            return sections | {"alignment": rest}
 
     def _method(self, plan: Table) -> PlanMethod:
         constants = []

@@ -82,6 +82,7 @@ class ExecutorchRunner:
             max_batch=get_target("executorch").limits.max_batch,
             files={self._path.name: self._sha256},
             seen_text=tuple(metadata.seen_text),
+            tokenizer_sha256=metadata.tokenizer_sha256,
         )
 
     @property

@@ -10,11 +10,15 @@ router has the shape of a kept matrix of its block, the program's order is not o
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mossquant.errors import InputError
 from mossquant.locate import Located, locate
 from mossquant.targets.executorch.delegate import Linear
-from mossquant.targets.executorch.expected import Expected, expected_constants, expected_linears
+from mossquant.targets.executorch.expected import Expected, Held, expected_constants, expected_linears
 from mossquant.targets.executorch.metadata import open_program
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
@@ -24,8 +28,11 @@ from mossquant.tensors import TensorSpec
 
 __all__ = ["check_linears", "verify"]
 
+_Array = TypeVar("_Array", bound=Held)
 _SCALARS = 16
 """Constants of so few values belong to shapes and formulas, not to tensors."""
+_MOST_TIMES = 4
+"""With more linears of a kind than so many times those expected, none is looked for among them."""
 
 
 def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> WeightsReport:
@@ -89,13 +96,13 @@ def _kind(bits: int | None) -> str:
     return "fp32" if bits is None else f"{bits}-bit"
 
 
-def _title(one: Expected) -> str:
+def _title(one: Held) -> str:
     rounded = "" if one.rounds == (one.bits is not None) else f", its input {'' if one.rounds else 'not '}rounded"
-    return f"{_kind(one.bits)} {list(one.codes.shape)}{rounded}"
+    return f"{_kind(one.bits)} {list(one.shape)}{rounded}"
 
 
 def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expected]) -> Iterator[str]:
-    found = [_found(linear) for part in method.delegates for linear in part.linears]
+    found = [_InFile(linear) for part in method.delegates for linear in part.linears]
     yield from _match(linears, found)
     plain = [c for part in method.delegates for c in part.constants] + list(method.constants)
     large = [Expected("", value) for value in plain if value.size > _SCALARS]
@@ -105,17 +112,40 @@ def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expect
     yield from _match([one for one in constants if one.codes.size <= _SCALARS], small, all_of_them=False)
 
 
-def _found(linear: Linear) -> Expected:
-    return Expected("", linear.codes, linear.scales, linear.bits, linear.group, rounds=linear.rounds_input)
+class _InFile:
+    """A linear of the file, which is unpacked when it is looked at and not kept: many may share their bytes."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+        self.bits, self.rounds, self.shape = linear.bits, linear.rounds_input, linear.shape
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """As of what is expected."""
+        dtype = np.dtype(np.float32 if self.bits is None else np.int8)
+        return (self.bits, self._linear.group, self.rounds, dtype, self.shape)
+
+    @property
+    def codes(self) -> NDArray[Any]:
+        """int8 or fp32 [N, K]."""
+        return self._linear.codes
+
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """fp32 [N, groups]."""
+        return self._linear.scales
 
 
-def _match(expected: list[Expected], found: list[Expected], *, all_of_them: bool = True) -> Iterator[str]:
+def _match(expected: list[Expected], found: Sequence[Held], *, all_of_them: bool = True) -> Iterator[str]:
     """Hold what is expected against what is found, kind by kind, and say how they differ."""
     left, wanted = _by_kind(found), _by_kind(expected)
     for kind, group in wanted.items():
         here = left.pop(kind, [])
+        pairs: list[tuple[Expected, Held | None]]
         if all_of_them and len(here) == len(group):
-            pairs: list[tuple[Expected, Expected | None]] = list(zip(group, here, strict=True))
+            pairs = list(zip(group, here, strict=True))
+        elif all_of_them and len(here) > _MOST_TIMES * len(group):  # each with each would have no end
+            pairs, left[kind] = [(one, None) for one in group], here
         else:
             pairs, left[kind] = _paired(group, here)
         for one, other in pairs:
@@ -124,20 +154,18 @@ def _match(expected: list[Expected], found: list[Expected], *, all_of_them: bool
             elif not one.holds(other):
                 yield f"{one.name}: {_difference(one, other, group)}"
     if all_of_them:
-        for one in (one for group in left.values() for one in group):
-            yield f"{_title(one)} is in the file and belongs to no tensor"
+        for more in (more for here in left.values() for more in here):
+            yield f"{_title(more)} is in the file and belongs to no tensor"
 
 
-def _by_kind(arrays: list[Expected]) -> dict[tuple[object, ...], list[Expected]]:
-    found: dict[tuple[object, ...], list[Expected]] = {}
+def _by_kind(arrays: Sequence[_Array]) -> dict[tuple[object, ...], list[_Array]]:
+    found: dict[tuple[object, ...], list[_Array]] = {}
     for one in arrays:
         found.setdefault(one.kind, []).append(one)
     return found
 
 
-def _paired(
-    group: list[Expected], here: list[Expected]
-) -> tuple[list[tuple[Expected, Expected | None]], list[Expected]]:
+def _paired(group: list[Expected], here: list[Held]) -> tuple[list[tuple[Expected, Held | None]], list[Held]]:
     """Where their number differs: each with the same one, or the most alike; and what is left."""
     left, pairs = list(here), []
     for one in group:
@@ -150,7 +178,7 @@ def _paired(
     return pairs, left
 
 
-def _difference(one: Expected, other: Expected, group: list[Expected]) -> str:
+def _difference(one: Expected, other: Held, group: list[Expected]) -> str:
     exchanged = next((expected.name for expected in group if expected.holds(other)), None)
     if exchanged is not None:
         return f"{exchanged} is in its place"

@@ -87,6 +87,7 @@ class OnnxRunner:
             source_files=metadata.source_files,
             files=self._files,
             seen_text=tuple(metadata.seen_text),
+            tokenizer_sha256=metadata.tokenizer_sha256,
         )
 
     @property

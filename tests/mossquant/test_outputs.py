@@ -83,6 +83,27 @@ def test_what_is_added_at_the_last_moment_is_not_lost(
     assert names(tmp_path) == ["folder"]
 
 
+def test_a_file_that_appears_is_not_replaced_by_force_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To replace was asked for when nothing was there."""
+    file = tmp_path / "file"
+    _appear(monkeypatch, lambda: file.write_text("mine"))
+    with pytest.raises(InputError, match="file appeared meanwhile"), new_file(file, force=True) as partial:
+        partial.write_text("a")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_folder_below_a_link_that_leads_nowhere(tmp_path: Path, as_file: bool) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"link is not a folder, so .*link/deep/out cannot be written"):
+        check_free(tmp_path / "link" / "deep" / "out", as_file=as_file)
+
+
+def test_a_mount_point_is_not_replaced() -> None:
+    with pytest.raises(InputError, match="/proc is a mount point"):
+        check_free(Path("/proc"), force=True)
+
+
 def test_a_damaged_manifest_is_not_called_somebody_elses(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

@@ -2,6 +2,8 @@
 """`train` from text files to a checkpoint: the same bytes whether or not it was killed on the way."""
 
 import hashlib
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,34 @@ def test_a_damaged_work_folder_is_said_and_left_as_it_is(text: str, tmp_path: Pa
         file.write_bytes(data)
     train("tiny", [text], tmp_path / "again", schedule=SCHEDULE, work=work)
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
+
+
+def test_what_others_write_beside_a_work_folder_stays(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("ab " * 4000)
+    with pytest.raises(InputError):
+        train(
+            "tiny",
+            [str(path)],
+            tmp_path / "out",
+            schedule=SCHEDULE,
+            work=tmp_path / "deep" / "work",
+            said=lambda line: (tmp_path / "deep" / "precious").write_text("mine"),
+        )
+    assert [each.name for each in (tmp_path / "deep").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("name", ["snapshot.safetensors", "work"])
+def test_a_work_folder_that_is_none(text: str, tmp_path: Path, name: str, checkpoint_folder: Path) -> None:
+    """A pipe in the place of a snapshot would be waited for, and a checkpoint is no place to work in."""
+    work = tmp_path / "work"
+    if name == "work":
+        work = Path(shutil.copytree(checkpoint_folder, work))
+    else:
+        work.mkdir()
+        os.mkfifo(work / name)
+    with pytest.raises(InputError, match=r"is no file; put the file there|lies in a checkpoint or artifact"):
+        train("tiny", [text], tmp_path / "out", schedule=SCHEDULE, work=work)
 
 
 def test_a_work_folder_that_was_made_in_vain_is_removed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """Reading back: it passes on what was exported, and names the first difference of what was changed."""
 
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +313,24 @@ def test_a_linear_that_does_not_round_its_input(int4: Lowered, monkeypatch: pyte
     assert not report.passed
     assert re.search(r"in the file as 4-bit \[\d+, \d+\](?!,)", report.summary)
     assert any("its input not rounded is in the file and belongs to no tensor" in line for line in report.differences)
+
+
+def test_linears_that_share_their_bytes_are_unpacked_one_at_a_time(
+    int4: Lowered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repeated(*args: object) -> Delegate:
+        found = read_delegate(*args)  # type: ignore[arg-type]
+        return replace(found, linears=found.linears * 50)
+
+    verify(int4.checkpoint, int4.artifact)
+    monkeypatch.setattr("mossquant.targets.executorch.program_file.read_delegate", repeated)
+    tracemalloc.start()
+    report = verify(int4.checkpoint, int4.artifact)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not report.passed
+    # 50 × 200,000 codes would be 10 MB; a number is what the checkpoint's own take.
+    assert peak < 6e6
 
 
 def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:

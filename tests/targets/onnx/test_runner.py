@@ -11,6 +11,7 @@ import pytest
 from lowered import Lowered, Workshop
 
 from mossquant.errors import InputError
+from mossquant.eval.open import open_model
 from mossquant.outputs import file_sha256
 from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.onnx import runner as module
@@ -189,7 +190,12 @@ def test_a_tokenizer_of_another_model(workshop: Workshop, tmp_path: Path) -> Non
     checkpoint = Path(shutil.copytree(workshop.checkpoint("experts"), tmp_path / "model"))
     (checkpoint / "tokenizer.json").write_text("{}")
     artifact = export(checkpoint, tmp_path / "artifact")
-    assert OnnxRunner(artifact.folder).metadata.tokenizer_sha256 == file_sha256(checkpoint / "tokenizer.json")
+    opened = open_model(artifact.folder)
+    assert opened.runner.info.tokenizer_sha256 == file_sha256(checkpoint / "tokenizer.json")
+    (artifact.folder / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (artifact.folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"model\.onnx was exported with one: copy it there"):
+        _ = open_model(artifact.folder).tokenizer
     (artifact.folder / "tokenizer.json").write_text("[]")
     with pytest.raises(InputError, match=r"is not the tokenizer of model\.onnx"):
         OnnxRunner(artifact.folder)
