@@ -66,8 +66,6 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
             raise InputError(f"{path} is a device, pipe or socket, so nothing is written there; choose another output")
         if path.is_symlink():
             raise InputError(f"{path} is a link, and no link is replaced; choose another output path or remove it")
-        if os.path.ismount(path):
-            raise InputError(f"{path} is a mount point, which cannot be replaced; choose an output inside it")
         if path.is_dir() and as_file:
             raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
         for source in inputs:
@@ -80,6 +78,8 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
             raise InputError(f"{path} is a file, and a folder is to be written; choose another output path")
         if Path.cwd().resolve().is_relative_to(path.resolve()):
             raise InputError(f"{path} holds the working folder, so it is not replaced; choose another output path")
+        if os.path.ismount(path):
+            raise InputError(f"{path} is a mount point, which cannot be replaced; choose another output path")
         if path.is_dir():
             _check_ours(path)
         above = path.absolute().parent
