@@ -82,6 +82,8 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
             raise InputError(f"{path} is a mount point, which cannot be replaced; choose another output path")
         if path.is_dir():
             _check_ours(path)
+            if not os.access(path, os.W_OK | os.X_OK):  # it could be put aside, and not removed
+                raise InputError(f"{path} belongs to somebody else, so it is not replaced; choose another output path")
         above = path.absolute().parent
         while not os.path.lexists(above) and above != above.parent:
             above = above.parent

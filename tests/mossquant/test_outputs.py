@@ -99,6 +99,14 @@ def test_a_folder_below_a_link_that_leads_nowhere(tmp_path: Path, as_file: bool)
         check_free(tmp_path / "link" / "deep" / "out", as_file=as_file)
 
 
+def test_a_folder_that_could_not_be_removed_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(OURS)
+    check_free(tmp_path, force=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match="belongs to somebody else, so it is not replaced"):
+        check_free(tmp_path, force=True)
+
+
 def test_a_mount_point_is_not_replaced() -> None:
     with pytest.raises(InputError, match="/proc is a mount point"):
         check_free(Path("/proc"), force=True)
