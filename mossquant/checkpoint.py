@@ -64,8 +64,7 @@ class Checkpoint:
         if "quantization_config" in values:
             raise InputError(f"{folder} is quantized already; give the full-precision checkpoint that it was made from")
         config = MossNetConfig.from_json(values, where=str(folder / "config.json"))
-        for name in (_TOKENIZER, _TRAINING):
-            is_there(folder / name)  # what is there by half is refused before any work, not left out
+        _beside(folder)  # what is there by half is refused before any work, not left out
         torch_dtype = values.get("torch_dtype", "float32")
         files = TensorFiles(folder)
         specs = {spec.name: spec for spec in tensor_specs(config)}
@@ -99,7 +98,7 @@ class Checkpoint:
     @property
     def beside(self) -> tuple[Path, ...]:
         """Files beside the weights that are taken along with them: tokenizer and training, where there are any."""
-        return tuple(path for path in (self.folder / _TOKENIZER, self.folder / _TRAINING) if is_there(path))
+        return _beside(self.folder)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored, read from the mapped file."""
@@ -137,6 +136,10 @@ def _structure_offenders(specs: Mapping[str, TensorSpec], files: TensorFiles, st
                 f"{name} has dtype {str(dtype).removeprefix('torch.')}, needs {DTYPE_NAMES[stored]} or float32"
             )
     return offenders
+
+
+def _beside(folder: Path) -> tuple[Path, ...]:
+    return tuple(path for path in (folder / _TOKENIZER, folder / _TRAINING) if is_there(path))
 
 
 def seen_text(folder: Path) -> tuple[str, ...]:

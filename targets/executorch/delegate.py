@@ -51,6 +51,12 @@ class Linear:
         return rows * columns * (self.bits or 32) // 8 + self.stored_scales.nbytes
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """What it has in common with linears that may stand in its place."""
+        dtype = np.dtype(np.float32 if self.bits is None else np.int8)
+        return (self.bits, self.group, self.rounds_input, dtype, self.shape)
+
+    @property
     def scales(self) -> NDArray[np.float32]:
         """fp32 [N, groups]; empty where the weight is fp32."""
         found = self.stored_scales

@@ -39,7 +39,7 @@ class Held(Protocol):
     @property
     def bits(self) -> int | None: ...
     @property
-    def rounds(self) -> bool: ...
+    def rounds_input(self) -> bool: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
@@ -54,7 +54,7 @@ class Held(Protocol):
 class Expected:
     """An array that a method must hold: what it is called, and codes with scales, or values.
 
-    `rounds` says whether the input that it meets is rounded to int8 at run time.
+    `rounds_input` says whether the input that it meets is rounded to int8 at run time.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Expected:
     scales: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     bits: int | None = None
     group: int = 0
-    rounds: bool = False
+    rounds_input: bool = False
     tolerance: float = 0.0
 
     @property
@@ -71,7 +71,7 @@ class Expected:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        return (self.bits, self.group, self.rounds, self.codes.dtype, self.codes.shape)
+        return (self.bits, self.group, self.rounds_input, self.codes.dtype, self.codes.shape)
 
     def holds(self, other: Held) -> bool:
         """Whether the other one is the same, bit for bit or up to the tolerance."""
@@ -121,7 +121,7 @@ def _matrix(source: Source, names: Sequence[str], axis: int) -> Expected:
     columns = tensors[0].columns if found.group_size is None else None
     codes = torch.cat([tensor.codes[:, :columns] for tensor in tensors], axis).numpy()
     scales = torch.cat([tensor.scales.float() for tensor in tensors], axis).numpy()
-    return Expected(_title(names), codes, scales, found.bits, found.group_size or 0, rounds=True)
+    return Expected(_title(names), codes, scales, found.bits, found.group_size or 0, rounds_input=True)
 
 
 def _tables(source: Source, specs: Sequence[TensorSpec]) -> Iterator[Expected]:

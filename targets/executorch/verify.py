@@ -10,14 +10,10 @@ router has the shape of a kept matrix of its block, the program's order is not o
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeVar
 
 from mossquant.errors import InputError
 from mossquant.locate import Located, locate
-from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.expected import Expected, Held, expected_constants, expected_linears
 from mossquant.targets.executorch.metadata import open_program
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
@@ -97,43 +93,20 @@ def _kind(bits: int | None) -> str:
 
 
 def _title(one: Held) -> str:
-    rounded = "" if one.rounds == (one.bits is not None) else f", its input {'' if one.rounds else 'not '}rounded"
+    unusual = one.rounds_input != (one.bits is not None)
+    rounded = f", its input {'' if one.rounds_input else 'not '}rounded" if unusual else ""
     return f"{_kind(one.bits)} {list(one.shape)}{rounded}"
 
 
 def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expected]) -> Iterator[str]:
-    found = [_InFile(linear) for part in method.delegates for linear in part.linears]
-    yield from _match(linears, found)
+    # Those of the file are unpacked when they are looked at, and not kept: many may share their bytes.
+    yield from _match(linears, [linear for part in method.delegates for linear in part.linears])
     plain = [c for part in method.delegates for c in part.constants] + list(method.constants)
     large = [Expected("", value) for value in plain if value.size > _SCALARS]
     small = [Expected("", value) for value in plain if value.size <= _SCALARS]
     # A small tensor may be as short as a number of a formula; what is left over of those is not an offender.
     yield from _match([one for one in constants if one.codes.size > _SCALARS], large)
     yield from _match([one for one in constants if one.codes.size <= _SCALARS], small, all_of_them=False)
-
-
-class _InFile:
-    """A linear of the file, which is unpacked when it is looked at and not kept: many may share their bytes."""
-
-    def __init__(self, linear: Linear) -> None:
-        self._linear = linear
-        self.bits, self.rounds, self.shape = linear.bits, linear.rounds_input, linear.shape
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """As of what is expected."""
-        dtype = np.dtype(np.float32 if self.bits is None else np.int8)
-        return (self.bits, self._linear.group, self.rounds, dtype, self.shape)
-
-    @property
-    def codes(self) -> NDArray[Any]:
-        """int8 or fp32 [N, K]."""
-        return self._linear.codes
-
-    @property
-    def scales(self) -> NDArray[np.float32]:
-        """fp32 [N, groups]."""
-        return self._linear.scales
 
 
 def _match(expected: list[Expected], found: Sequence[Held], *, all_of_them: bool = True) -> Iterator[str]:
