@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from mossquant import compare, export, quantize
+from mossquant.checkpoint.locate import asset_folder
 from mossquant.eval.compare import ComparisonReport, PairedDifference, paired_difference
 from mossquant.eval.machine import machine
-from mossquant.locate import asset_folder
 from mossquant.release import release
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "accuracy.md"

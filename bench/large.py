@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint import write_checkpoint
-from mossquant.config import MossNetConfig, preset
+from mossquant.checkpoint.checkpoint import write_checkpoint
 from mossquant.eval.machine import machine
-from mossquant.model import parameter_count, tensor_specs
-from mossquant.tensors import TensorSpec
+from mossquant.model.config import MossNetConfig, preset
+from mossquant.model.mossnet import parameter_count, tensor_specs
+from mossquant.model.tensors import TensorSpec
 
 DTYPE = torch.bfloat16
 SLACK_BYTES = 300 * 10**6
@@ -40,7 +40,7 @@ SAMPLE_SECONDS = 0.002
 IMPORTS = """
 import os, sys
 import torch
-import mossquant.calibration.quantize, mossquant.eval.info, mossquant.targets.export, mossquant.targets.onnx.verify
+import mossquant.calibration.quantize, mossquant.eval.info, mossquant.targets.export, mossquant.targets.onnx.read_back
 import mossquant.eval.onnx_info, mossquant.targets.registry
 mossquant.targets.registry.exporters()
 torch.set_num_threads(int(sys.argv[1]))
@@ -49,7 +49,7 @@ STEPS = {
     "quantize": "mossquant.calibration.quantize.quantize(sys.argv[2], sys.argv[3], recipe=sys.argv[4])",
     "info": "mossquant.eval.info.info(sys.argv[2])",
     "export": "mossquant.targets.export.export(sys.argv[2], sys.argv[3])",
-    "verify": "assert mossquant.targets.onnx.verify.verify(sys.argv[2], sys.argv[3]).passed",
+    "verify": "assert mossquant.targets.onnx.read_back.verify(sys.argv[2], sys.argv[3]).passed",
 }
 HANDSHAKE = "print(flush=True); sys.stdin.readline()\n"
 

@@ -20,9 +20,9 @@ import torch
 import transformers
 
 from mossquant import bench, export, generate, import_mamba, quantize, verify
+from mossquant.checkpoint.locate import asset_folder
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval.open import open_model
-from mossquant.locate import asset_folder
-from mossquant.quantized import QuantizedCheckpoint
 from mossquant.targets.artifact import Artifact
 
 SIZE = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280, "state_size": 16}

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint import Checkpoint, load_model
-from mossquant.forward import Forward, Reroute
-from mossquant.locate import asset_folder
-from mossquant.model import MossNet, parameter_count
-from mossquant.outputs import file_sha256
+from mossquant.checkpoint.checkpoint import Checkpoint, load_model
+from mossquant.checkpoint.locate import asset_folder
+from mossquant.files.outputs import file_sha256
+from mossquant.model.forward import Forward, Reroute
+from mossquant.model.mossnet import MossNet, parameter_count
+from mossquant.model.routing import Routing
 from mossquant.release import release
-from mossquant.routing import Routing
-from mossquant.text import Tokenizer, bundled_text
+from mossquant.text.text import Tokenizer, bundled_text
 
 OUTPUT = Path(__file__).resolve().parent.parent / "mossquant" / "assets" / "tiny" / "README.md"
 CHUNK = 512

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from mossquant.calibration.quantize import quantize
-from mossquant.checkpoint import write_checkpoint
-from mossquant.config import PRESETS, MossNetConfig
-from mossquant.model import MossNet
+from mossquant.checkpoint.checkpoint import write_checkpoint
+from mossquant.model.config import PRESETS, MossNetConfig
+from mossquant.model.mossnet import MossNet
 from mossquant.targets.export import export
 from mossquant.targets.onnx import OnnxRunner
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from mossquant import bench, export, quantize
-from mossquant.capabilities import get_target
-from mossquant.checkpoint import write_checkpoint
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.checkpoint import write_checkpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval.bench import BenchReport
-from mossquant.forward import Forward
-from mossquant.model import MossNet
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.model.config import MossNetConfig
+from mossquant.model.forward import Forward
+from mossquant.model.mossnet import MossNet
+from mossquant.plan.capabilities import get_target
 from mossquant.release import release
 from mossquant.targets.executorch.lower import lower_module
 from mossquant.targets.executorch.matrices import XnnpackMatrices

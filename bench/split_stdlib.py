@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mossquant.stdlib_text import (  # noqa: E402
+from mossquant.text.stdlib_text import (  # noqa: E402
     digest_of_modules,
     join_modules,
     read_modules,

@@ -26,7 +26,7 @@ from mossquant.runner import Runner, Tokens
 from mossquant.state_file import SavedState, load_state, save_state
 from mossquant.targets.export import export
 from mossquant.targets.registry import exporters
-from mossquant.text import Tokenizer, bundled_text
+from mossquant.text.text import Tokenizer, bundled_text
 
 Found = TypeVar("Found")
 NEXT = np.array([[0]], np.int64)

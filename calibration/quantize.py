@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from mossquant.calibration.nearest import SOLVERS, Solver, fixed_sum
-from mossquant.capabilities import check
-from mossquant.checkpoint import Checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.packing import pack
+from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
+from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
+from mossquant.files.outputs import check_free, new_folder
+from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import NumberFormat, get_format
-from mossquant.locate import locate
-from mossquant.outputs import check_free, new_folder
-from mossquant.packing import pack
-from mossquant.plan import KEPT_DTYPES, Ledger, Plan, make_plan
-from mossquant.quantized_writer import QuantizedWriter, container_bytes
-from mossquant.recipe import load_recipe, recipe_files
-from mossquant.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
-from mossquant.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
-from mossquant.tokenizer_checks import check_tokenizer_size
+from mossquant.plan.capabilities import check
+from mossquant.plan.plan import KEPT_DTYPES, Ledger, Plan, make_plan
+from mossquant.plan.recipe import load_recipe, recipe_files
+from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = ["Progress", "disk_bytes", "memory_bytes", "quantize"]
 
@@ -53,7 +53,7 @@ def quantize(
     Args:
         model: a checkpoint folder, or the name "tiny".
         output: folder to write; nothing may be there, unless `force`.
-        recipe: a recipe's name ("int8", "int4") or a YAML file (`mossquant.recipe`).
+        recipe: a recipe's name ("int8", "int4") or a YAML file (`mossquant.plan.recipe`).
         force: replace what is at `output`.
         dry_run: make and check the plan, write nothing.
         progress: called after each tensor.

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine
 from mossquant.eval.scores import Progress
-from mossquant.locate import locate
-from mossquant.model import tensor_specs
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import tensor_specs
 
 __all__ = ["BenchReport", "Speed", "Timing", "active_share", "bench"]
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from mossquant.checkpoint.locate import Located, locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import peak_rss_mb
 from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance
-from mossquant.locate import Located, locate
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.runner import Runner
 
 __all__ = ["main"]

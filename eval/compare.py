@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.open import open_model
 from mossquant.eval.passage import Passage, held_out_passage
 from mossquant.eval.scores import Progress, Scores, score
 from mossquant.eval.windows import RESAMPLES, WINDOW, Interval, Windows
-from mossquant.locate import locate
 from mossquant.runner import RunnerInfo
-from mossquant.text import Text
+from mossquant.text.text import Text
 
 __all__ = ["Baseline", "Candidate", "ComparisonReport", "PairedDifference", "compare", "paired_difference", "report_of"]
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a .pte is, and what each byte of it is for. The file is read, not run."""
 
+from mossquant.checkpoint.locate import Located
 from mossquant.eval.bench import active_share
 from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
-from mossquant.locate import Located
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.executorch.metadata import open_program, weight_bytes
 

@@ -24,7 +24,7 @@ from mossquant.errors import InputError
 from mossquant.eval.scores import advance, not_finite
 from mossquant.runner import Floats, Runner, Tokens
 from mossquant.state_file import SavedState
-from mossquant.text import Tokenizer
+from mossquant.text.text import Tokenizer
 
 __all__ = ["Generation", "StopReason", "generate", "sample"]
 

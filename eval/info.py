@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mossquant.checkpoint import DTYPE_NAMES, Checkpoint
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.checkpoint import DTYPE_NAMES, Checkpoint
+from mossquant.checkpoint.locate import Located, locate
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval.bench import active_share
-from mossquant.locate import Located, locate
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.model.config import MossNetConfig
 
 __all__ = ["FileRow", "InfoReport", "SectionRow", "WeightsRow", "info", "short_hashes"]
 

@@ -21,7 +21,7 @@ from mossquant.divergence import Predictions
 from mossquant.eval.noise import with_noise
 from mossquant.runner import Arrays, Floats, Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
-from mossquant.text import streams
+from mossquant.text.text import streams
 
 __all__ = ["EXPLAINED_KL", "OneStep", "compared_positions", "one_step"]
 

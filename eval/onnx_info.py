@@ -3,12 +3,12 @@
 
 import onnx
 
+from mossquant.checkpoint.locate import Located
 from mossquant.eval.bench import active_share
 from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
-from mossquant.locate import Located
 from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.onnx.metadata import Opened, file_hashes, initializers, read_metadata
-from mossquant.targets.onnx.program import open_program
+from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.weights import SCALE
 
 __all__ = ["onnx_info", "sections"]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mossquant.checkpoint.locate import BUNDLED, Located, asset_folder, locate
 from mossquant.errors import InputError
-from mossquant.inputfile import is_there
-from mossquant.locate import BUNDLED, Located, asset_folder, locate
-from mossquant.outputs import file_sha256
+from mossquant.files.inputs import is_there
+from mossquant.files.outputs import file_sha256
 from mossquant.runner import Runner
-from mossquant.text import Tokenizer
+from mossquant.text.text import Tokenizer
 
 __all__ = ["OpenModel", "open_model", "open_runner"]
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.noise import with_noise
@@ -28,10 +29,9 @@ from mossquant.eval.parity_measures import continuation, forms, growth
 from mossquant.eval.passage import held_out_passage
 from mossquant.eval.scores import score
 from mossquant.eval.windows import Interval, Windows, share_interval
-from mossquant.locate import locate
 from mossquant.runner import Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
-from mossquant.text import Text
+from mossquant.text.text import Text
 
 __all__ = ["STAGES", "Check", "ParityReport", "parity", "parity_of"]
 

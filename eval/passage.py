@@ -13,7 +13,7 @@ from pathlib import Path
 from mossquant.errors import InputError
 from mossquant.eval.open import OpenModel
 from mossquant.runner import Tokens
-from mossquant.text import Text, bundled_text, read_text, streams
+from mossquant.text.text import Text, bundled_text, read_text, streams
 
 __all__ = ["Passage", "held_out_passage"]
 

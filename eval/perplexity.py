@@ -17,7 +17,7 @@ from mossquant.eval.open import open_model
 from mossquant.eval.passage import held_out_passage
 from mossquant.eval.scores import Progress, score
 from mossquant.eval.windows import WINDOW, Windows
-from mossquant.text import Text
+from mossquant.text.text import Text
 
 __all__ = ["PerplexityReport", "perplexity"]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.parity import STAGES, ParityReport, parity
 from mossquant.eval.scores import Progress
-from mossquant.locate import locate
 from mossquant.targets.weights_report import WeightsReport
-from mossquant.text import Text
+from mossquant.text.text import Text
 
 __all__ = ["ArtifactVerdict", "VerifyReport", "verify"]
 
@@ -158,10 +158,10 @@ def verify(
 def _read_back(quantized: str | Path, artifact: str | Path) -> WeightsReport:
     located = locate(artifact)
     if located.kind == "executorch":
-        from mossquant.targets.executorch.verify import verify as verify_executorch
+        from mossquant.targets.executorch.read_back import verify as verify_executorch
 
         return verify_executorch(quantized, located)
-    from mossquant.targets.onnx.verify import verify as verify_onnx
+    from mossquant.targets.onnx.read_back import verify as verify_onnx
 
     return verify_onnx(quantized, located)
 

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from mossquant.calibration.quantize import quantize
     from mossquant.eval.bench import bench
     from mossquant.eval.compare import compare
-    from mossquant.eval.demo import demo
     from mossquant.eval.generate import generate
     from mossquant.eval.info import info
     from mossquant.eval.open import open_runner
     from mossquant.eval.perplexity import perplexity
+    from mossquant.eval.report.demo import demo
     from mossquant.eval.verify import verify
-    from mossquant.importing import import_mamba
+    from mossquant.importing.mamba import import_mamba
     from mossquant.state_file import load_state, save_state
     from mossquant.targets.export import export, export_needs
-    from mossquant.training import train
+    from mossquant.training.train import train
 
 __all__ = [
     "bench",
@@ -45,18 +45,18 @@ __all__ = [
 _WHERE = {
     "bench": "mossquant.eval.bench",
     "compare": "mossquant.eval.compare",
-    "demo": "mossquant.eval.demo",
+    "demo": "mossquant.eval.report.demo",
     "export": "mossquant.targets.export",
     "export_needs": "mossquant.targets.export",
     "generate": "mossquant.eval.generate",
-    "import_mamba": "mossquant.importing",
+    "import_mamba": "mossquant.importing.mamba",
     "info": "mossquant.eval.info",
     "load_state": "mossquant.state_file",
     "open_runner": "mossquant.eval.open",
     "perplexity": "mossquant.eval.perplexity",
     "quantize": "mossquant.calibration.quantize",
     "save_state": "mossquant.state_file",
-    "train": "mossquant.training",
+    "train": "mossquant.training.train",
     "verify": "mossquant.eval.verify",
 }
 

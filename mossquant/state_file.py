@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
+from mossquant.checkpoint.manifest import Sha256, parse_stored
+from mossquant.checkpoint.tensorfiles import save_tensors
 from mossquant.errors import InputError
-from mossquant.jsonfile import parse_json
-from mossquant.manifest import Sha256, parse_stored
-from mossquant.outputs import check_free, check_outside, new_file
+from mossquant.files.json import parse_json
+from mossquant.files.outputs import check_free, check_outside, new_file
 from mossquant.release import release
 from mossquant.runner import Arrays, Floats, Runner, State
-from mossquant.tensorfiles import save_tensors
-from mossquant.text import Tokenizer
+from mossquant.text.text import Tokenizer
 
 __all__ = ["SavedState", "check_state_free", "load_state", "save_state"]
 

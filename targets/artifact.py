@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mossquant.checkpoint.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.errors import InputError
-from mossquant.inputfile import is_there
-from mossquant.manifest import FileName, FileRecord, read_stored, record_offenders
-from mossquant.outputs import file_sha256, write_json
-from mossquant.tokenizer_checks import check_tokenizer_size
+from mossquant.files.inputs import is_there
+from mossquant.files.outputs import file_sha256, write_json
+from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = [
     "Artifact",

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mossquant.capabilities import Activations, check
-from mossquant.checkpoint import Checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.locate import Located, locate
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.locate import Located, locate
-from mossquant.outputs import check_free, new_folder
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.files.outputs import check_free, new_folder
+from mossquant.files.space import check_space
+from mossquant.plan.capabilities import Activations, check
 from mossquant.release import release
-from mossquant.space import check_space
 from mossquant.targets.artifact import MANIFEST, TOKENIZER, Artifact, read_artifact_manifest, write_artifact_manifest
 from mossquant.targets.registry import Exporter, Prepared, Progress, get_exporters
 from mossquant.targets.source import open_checkpoint
-from mossquant.tokenizer_checks import check_tokenizer_size
+from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = ["Needs", "export", "export_needs"]
 

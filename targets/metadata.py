@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mossquant.checkpoint import Checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.manifest import FileName, Sha256
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.jsonfile import parse_json
-from mossquant.manifest import FileName, Sha256
-from mossquant.outputs import file_sha256
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.files.json import parse_json
+from mossquant.files.outputs import file_sha256
 from mossquant.release import release
 from mossquant.targets.source import Source
 

@@ -5,8 +5,8 @@
     score(tokens [1, T], *states)   → logits [1, T, V], *states                            T ≥ 2, dynamic
     decode(tokens [1, 1], *states)  → logits [1, 1, V], *states
 
-States come and go in the order of `mossquant.model.state_specs`, each [1, …]. All experts are computed (no branch, no
-gather): w1, w3 and x_proj of all experts stacked along the outputs, gates multiplied into what they give, w2 and
+States come and go in the order of `state_specs`, each [1, …]. All experts are computed (no branch, no gather):
+w1, w3 and x_proj of all experts stacked along the outputs, gates multiplied into what they give, w2 and
 dt_proj summed over the experts. The gate of an expert that was not chosen is 0.
 
 What a matrix becomes is the target's: it provides `Matrices`. How the recurrence runs over a chunk is, too: a `Scan`.
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mossquant.config import MossNetConfig
-from mossquant.tensors import TensorSpec
+from mossquant.model.config import MossNetConfig
+from mossquant.model.tensors import TensorSpec
 
 __all__ = ["METHODS", "Matrices", "Method", "MethodName", "Model", "Scan"]
 
@@ -91,7 +91,7 @@ def _of_role(specs: Iterable[TensorSpec], role: str) -> list[str]:
 
 
 class _Mixer(nn.Module):
-    """`mossquant.mixer`."""
+    """`mossquant.model.mixer`."""
 
     A: Tensor
     D: Tensor
@@ -155,7 +155,7 @@ class _Mixer(nn.Module):
 
 
 class _Mlp(nn.Module):
-    """`mossquant.mlp`."""
+    """`mossquant.model.mlp`."""
 
     def __init__(self, matrices: Matrices, config: MossNetConfig, specs: Sequence[TensorSpec]) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Model(nn.Module):
 
     Args:
         config: the model's shape.
-        specs: its tensors, `mossquant.model.tensor_specs`.
+        specs: its tensors, `mossquant.model.mossnet.tensor_specs`.
         matrices: what the target makes of them.
     """
 

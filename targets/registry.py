@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from mossquant.capabilities import CAPABILITIES, Activations
-from mossquant.checkpoint import Checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.plan.capabilities import CAPABILITIES, Activations
 from mossquant.targets.artifact import ProgramRecord
 
 __all__ = ["Exported", "Exporter", "Prepared", "Progress", "exporter", "exporters", "get_exporters"]
@@ -57,7 +57,7 @@ class Exporter(Protocol):
         activations: Activations | None,
         progress: Progress | None,
     ) -> Prepared:
-        """Prepare to lower a checkpoint that the target can hold (`mossquant.capabilities`).
+        """Prepare to lower a checkpoint that the target can hold (`mossquant.plan.capabilities`).
 
         Raises:
             InputError: a package is missing, or the target does not have these activations.

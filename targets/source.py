@@ -6,14 +6,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mossquant.capabilities import Activations, Target, get_target
-from mossquant.checkpoint import Checkpoint
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.formats import NumberFormat, QuantizedTensor, get_format
-from mossquant.locate import Located
-from mossquant.plan import KEPT_DTYPES
-from mossquant.quantized import QuantizedCheckpoint
-from mossquant.tensors import TensorSpec
+from mossquant.model.config import MossNetConfig
+from mossquant.model.tensors import TensorSpec
+from mossquant.plan.capabilities import Activations, Target, get_target
+from mossquant.plan.plan import KEPT_DTYPES
 
 __all__ = ["CheckpointSource", "QuantizedSource", "Source", "decoded", "open_checkpoint", "source_of"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mossquant.checkpoint import Checkpoint
-from mossquant.quantized import QuantizedCheckpoint
-from mossquant.space import row_blocks
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.files.space import row_blocks
 
 __all__ = ["WeightsReport", "first_difference"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mossquant import cli
+from mossquant.cli import main as cli
 
 __all__ = [
     "COMMAND",

@@ -9,7 +9,7 @@ import torch
 from small import random_model, write_model
 
 from mossquant.calibration.quantize import quantize
-from mossquant.config import MossNetConfig
+from mossquant.model.config import MossNetConfig
 from mossquant.targets.export import export
 
 torch.set_num_threads(1)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from small import CONFIGS, random_model, random_tokens, write_model
 
 from mossquant.calibration.quantize import quantize
-from mossquant.capabilities import Activations
-from mossquant.config import MossNetConfig
 from mossquant.eval.open import open_runner
+from mossquant.model.config import MossNetConfig
+from mossquant.plan.capabilities import Activations
 from mossquant.runner import Runner
 from mossquant.targets.export import export
 from mossquant.targets.torch.runner import TorchRunner

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mossquant.space import trim_heap
+from mossquant.files.space import trim_heap
 
 __all__ = ["anonymous_bytes", "grown"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mossquant.checkpoint import write_checkpoint
-from mossquant.config import MossNetConfig
-from mossquant.model import MossNet, tensor_specs
+from mossquant.checkpoint.checkpoint import write_checkpoint
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import MossNet, tensor_specs
 
 __all__ = ["CONFIGS", "SMALL", "difference", "random_model", "random_tokens", "write_model"]
 

@@ -21,7 +21,7 @@ from commands import COMMAND, command, forked, tree
 from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 
 Words = Callable[[Path], list[object]]
 

@@ -16,12 +16,12 @@ from memory import grown
 from small import random_model, write_model
 
 from mossquant.calibration.quantize import memory_bytes, quantize
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval.info import info
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.model.config import MossNetConfig
 from mossquant.targets.export import export, export_needs
 from mossquant.targets.onnx import save
-from mossquant.targets.onnx.verify import verify
+from mossquant.targets.onnx.read_back import verify
 
 ROOT = Path(__file__).parents[1]
 MANY = MossNetConfig(vocab_size=256, hidden_size=256, num_hidden_layers=40, time_step_rank=16)
@@ -44,7 +44,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How tensor files are written; sizes that would take a large model are made small."""
     if request.param == "shards":
-        for module in ("mossquant.tensorfiles", "mossquant.calibration.quantize"):
+        for module in ("mossquant.checkpoint.tensorfiles", "mossquant.calibration.quantize"):
             monkeypatch.setattr(f"{module}.ONE_FILE_BYTES", 1 << 20)
             monkeypatch.setattr(f"{module}.SHARD_BYTES", 1 << 20)
     return str(request.param)
@@ -90,8 +90,8 @@ def test_a_large_tensor_is_looked_at_in_pieces(
 
 
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mossquant.tensorfiles.ONE_FILE_BYTES", 10_000)
-    monkeypatch.setattr("mossquant.tensorfiles.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("mossquant.checkpoint.tensorfiles.ONE_FILE_BYTES", 10_000)
+    monkeypatch.setattr("mossquant.checkpoint.tensorfiles.SHARD_BYTES", 20_000)
     monkeypatch.setattr(save, "EXTERNAL_ABOVE", 10_000)
 
 
@@ -124,9 +124,9 @@ def test_a_disk_that_fills_up_is_one_line(
     verb: str, checkpoint_folder: Path, quantized_folder: Path, place: Path
 ) -> None:
     code = (
-        "import sys; import mossquant.tensorfiles as files; import mossquant.targets.onnx.save as save; "
+        "import sys; import mossquant.checkpoint.tensorfiles as files; import mossquant.targets.onnx.save as save; "
         "files.ONE_FILE_BYTES = files.SHARD_BYTES = save.EXTERNAL_ABOVE = 10_000; "
-        "from mossquant.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from mossquant.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     source = checkpoint_folder if verb == "quantize" else quantized_folder
     found = subprocess.run(
@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_is_one_line(
 def test_too_little_memory_is_said_before_work(
     verb: str, checkpoint_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mossquant.space._available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("mossquant.files.space._available_memory", lambda: 1_000_000)
     said = refused(place, verb, checkpoint_folder, "-o", place / "out")
     assert "MB of memory, and 1.0 MB are available" in said
 

@@ -21,8 +21,10 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"mossquant", "kernels"},
     "eval": {"mossquant", "kernels", "calibration", "targets"},
 }
+# The rooms of the folder mossquant: each may import those before it; what lies beside them may import all but the last.
+ROOMS = ("errors", "release", "files", "model", "formats", "text", "plan", "checkpoint", "importing", "training")
 # The command line and the lazy public functions lie above all, and load what they need when they need it.
-TOP = {"mossquant/__init__.py", "mossquant/__main__.py", "mossquant/cli.py"}
+TOP = ("mossquant/__init__.py", "mossquant/__main__.py", "mossquant/cli/")
 FOLDERS = (*ALLOWED, "tests", "bench", "examples", "docs")
 INSTALLED_INSIDE = set(ALLOWED) - {"mossquant"}
 
@@ -37,7 +39,7 @@ def files(*suffixes: str) -> list[Path]:
 
 
 def package_of(module: str) -> str:
-    """The folder that a module of ours lies in: mossquant.eval.compare → eval, mossquant.config → mossquant."""
+    """The folder that a module of ours lies in: mossquant.eval.compare → eval, mossquant.model.config → mossquant."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in INSTALLED_INSIDE else "mossquant"
 
@@ -82,20 +84,28 @@ def wrong_arrows(where: str, source: str) -> list[str]:
             wrong.append(f"{where}:{line} imports {module}; installed it is mossquant.{module}")
         elif top in ("tests", "bench") and top != folder:
             wrong.append(f"{where}:{line} imports {module}, which is not installed")
-        elif top != "mossquant" or folder not in ALLOWED or where in TOP:
+        elif top != "mossquant" or folder not in ALLOWED or where.startswith(TOP):
             continue
-        elif module in ("mossquant.cli", "mossquant.__main__"):
+        elif re.match(r"mossquant\.(cli|__main__)\b", module):
             wrong.append(f"{where}:{line} imports {module}, which lies above {folder}")
         elif package_of(module) not in ALLOWED[folder] | {folder}:
             wrong.append(f"{where}:{line} imports {module}, and {folder} may not import {package_of(module)}")
         elif module.count(".") == 1 and package_of(module) == "mossquant" and not is_module(module):
             wrong.append(f"{where}:{line} imports {module}, a public function that lies above {folder}")
-    if where in TOP:
+        elif package_of(module) == "mossquant" and room_of(module) > room_of(where.replace("/", ".")):
+            wrong.append(f"{where}:{line} imports {module}, which lies in a room above its own")
+    if where.startswith(TOP):
         for statement in at_import(tree):
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 early = [module for _, module in imports(statement, where) if package_of(module) in INSTALLED_INSIDE]
                 wrong += [f"{where}:{statement.lineno} imports {module} outside its functions" for module in early]
     return wrong
+
+
+def room_of(module: str) -> int:
+    """Place of a module's room among `ROOMS`; what lies beside them, and the other folders, come after all."""
+    room = (*module.split("."), ROOMS[0])[1]
+    return ROOMS.index(room) if module.startswith("mossquant") and room in ROOMS else len(ROOMS)
 
 
 def is_module(name: str) -> bool:
@@ -145,15 +155,19 @@ def test_every_file_opens_with_its_licence() -> None:
 ARROWS = [
     ("kernels/scan/autograd.py", "from mossquant.kernels import _native", False),
     ("kernels/scan/autograd.py", "from mossquant.errors import InputError", True),
-    ("mossquant/scan.py", "from mossquant.kernels.scan import selective_scan", False),
-    ("mossquant/plan.py", "from mossquant.targets.registry import exporters", True),
-    ("mossquant/plan.py", "def f():\n    import mossquant.eval.compare", True),
-    ("mossquant/plan.py", "from mossquant import eval", True),
-    ("mossquant/plan.py", "from mossquant import errors", False),
-    ("mossquant/plan.py", "from mossquant import quantize", True),
-    ("mossquant/plan.py", "from .eval import compare", True),
-    ("mossquant/plan.py", "from . import errors", False),
-    ("mossquant/plan.py", "import_module('mossquant.calibration.nearest')", True),
+    ("mossquant/model/scan.py", "from mossquant.kernels.scan import selective_scan", False),
+    ("mossquant/plan/plan.py", "from mossquant.targets.registry import exporters", True),
+    ("mossquant/plan/plan.py", "def f():\n    import mossquant.eval.compare", True),
+    ("mossquant/plan/plan.py", "from mossquant import eval", True),
+    ("mossquant/plan/plan.py", "from mossquant import errors", False),
+    ("mossquant/plan/plan.py", "from mossquant import quantize", True),
+    ("mossquant/plan/plan.py", "from ..eval import compare", True),
+    ("mossquant/plan/plan.py", "from .. import errors", False),
+    ("mossquant/plan/plan.py", "from mossquant.model.mossnet import tensor_specs", False),
+    ("mossquant/plan/plan.py", "from mossquant.checkpoint.checkpoint import Checkpoint", True),
+    ("mossquant/plan/plan.py", "from mossquant.runner import Runner", True),
+    ("mossquant/state_file.py", "from mossquant.checkpoint.manifest import Sha256", False),
+    ("mossquant/plan/plan.py", "import_module('mossquant.calibration.nearest')", True),
     ("mossquant/formats/int4.py", "from ..calibration import nearest", True),
     ("calibration/quantize.py", "from mossquant.targets import artifact", True),
     ("calibration/quantize.py", "from mossquant.calibration.nearest import SOLVERS", False),
@@ -161,16 +175,16 @@ ARROWS = [
     ("calibration/quantize.py", "from ..eval import windows", True),
     ("targets/onnx/lower.py", "from mossquant.calibration.nearest import SOLVERS", True),
     ("targets/onnx/lower.py", "from mossquant.eval.windows import windows", True),
-    ("targets/onnx/lower.py", "from mossquant.plan import Plan", False),
-    ("eval/demo.py", "from mossquant.calibration.quantize import quantize", False),
-    ("eval/demo.py", "from mossquant.targets.export import export", False),
-    ("eval/demo.py", "from mossquant.cli import app", True),
-    ("eval/demo.py", "import calibration", True),
-    ("mossquant/cli.py", "def f():\n    from mossquant.eval.demo import demo", False),
-    ("mossquant/cli.py", "from mossquant.eval.demo import demo", True),
-    ("mossquant/cli.py", "try:\n    import mossquant.targets\nexcept ImportError:\n    pass", True),
-    ("mossquant/cli.py", "if TYPE_CHECKING:\n    from mossquant.eval.demo import demo", False),
-    ("tests/eval/test_demo.py", "from mossquant.eval.demo import demo", False),
+    ("targets/onnx/lower.py", "from mossquant.plan.plan import Plan", False),
+    ("eval/report/demo.py", "from mossquant.calibration.quantize import quantize", False),
+    ("eval/report/demo.py", "from mossquant.targets.export import export", False),
+    ("eval/report/demo.py", "from mossquant.cli.main import app", True),
+    ("eval/report/demo.py", "import calibration", True),
+    ("mossquant/cli/main.py", "def f():\n    from mossquant.eval.report.demo import demo", False),
+    ("mossquant/cli/main.py", "from mossquant.eval.report.demo import demo", True),
+    ("mossquant/cli/main.py", "try:\n    import mossquant.targets\nexcept ImportError:\n    pass", True),
+    ("mossquant/cli/main.py", "if TYPE_CHECKING:\n    from mossquant.eval.report.demo import demo", False),
+    ("tests/eval/test_demo.py", "from mossquant.eval.report.demo import demo", False),
     ("tests/eval/test_demo.py", "from eval.demo import demo", True),
     ("tests/eval/test_demo.py", "from .bounds import X", False),
     ("bench/peers.py", "import targets.onnx", True),

@@ -38,7 +38,7 @@ def test_the_wheel_works_without_the_source_tree(tmp_path: Path) -> None:
     run = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import mossquant"
         "; assert mossquant.__file__.startswith(sys.path[0])"
-        "; from mossquant.cli import main; sys.exit(main())"
+        "; from mossquant.cli.main import main; sys.exit(main())"
     )
 
     def mossquant(*arguments: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mossquant.model.tensors import TensorSpec
 from mossquant.targets.source import Source, decoded
-from mossquant.tensors import TensorSpec
 
 __all__ = ["Expected", "Held", "expected_constants", "expected_linears"]
 

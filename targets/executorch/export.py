@@ -3,25 +3,25 @@
 
 from pathlib import Path
 
-from mossquant.capabilities import Activations, get_target
-from mossquant.checkpoint import Checkpoint
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.model import state_specs
-from mossquant.outputs import file_sha256
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.files.outputs import file_sha256
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import state_specs
+from mossquant.model.tensors import TensorSpec
+from mossquant.plan.capabilities import Activations, get_target
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
 from mossquant.targets.executorch.metadata import Metadata
 from mossquant.targets.executorch.packages import EXECUTORCH, check_packages
 from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.read_back import check_linears
 from mossquant.targets.executorch.trial import try_apart
-from mossquant.targets.executorch.verify import check_linears
 from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.program import METHODS, MethodName
 from mossquant.targets.registry import Exported, Prepared, Progress, exporter
 from mossquant.targets.source import Source, source_of
-from mossquant.tensors import TensorSpec
 
 __all__ = ["PROGRAM", "export_executorch"]
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mossquant.capabilities import get_target
-from mossquant.config import MossNetConfig
-from mossquant.model import state_specs
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import state_specs
+from mossquant.model.tensors import TensorSpec
+from mossquant.plan.capabilities import get_target
 from mossquant.targets.executorch.matrices import XnnpackMatrices
 from mossquant.targets.executorch.packages import check_packages, quiet
 from mossquant.targets.executorch.program_file import METADATA
 from mossquant.targets.executorch.scan import loop, step
 from mossquant.targets.program import METHODS, Method, Model
 from mossquant.targets.source import Source
-from mossquant.tensors import TensorSpec
 
 __all__ = ["CHUNK", "lower", "lower_module"]
 
@@ -40,7 +40,7 @@ def lower(
 
     Args:
         source: the tensors.
-        specs: what they are, `mossquant.model.tensor_specs` of the config.
+        specs: what they are, `mossquant.model.mossnet.tensor_specs` of the config.
         metadata: what the program is to say about itself.
         path: file to write.
         on_stage: called after each stage with its name, its number and how many there are.

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
-from mossquant.model import state_specs
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import state_specs
 from mossquant.targets.executorch.packages import EXECUTORCH
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, PlanMethod, ProgramFile
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed

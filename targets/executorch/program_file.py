@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossquant.errors import InputError
-from mossquant.jsonfile import LARGEST_SMALL, parse_json
+from mossquant.files.json import LARGEST_SMALL, parse_json
 from mossquant.targets.executorch.delegate import Delegate, array, read_delegate, sizes
 from mossquant.targets.executorch.flatbuffer import Budget, DamagedError, Table, root
 

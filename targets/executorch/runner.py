@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.capabilities import get_target
+from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
-from mossquant.locate import locate
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
+from mossquant.plan.capabilities import get_target
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
 from mossquant.targets.artifact import check_listed, check_tokenizer

@@ -6,9 +6,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mossquant.capabilities import Activations
-from mossquant.checkpoint import Checkpoint
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.plan.capabilities import Activations
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
 from mossquant.targets.onnx.graph import OPSETS

@@ -9,7 +9,8 @@ onnxruntime's own operators, and one graph holds every batch and length, none of
 
 import onnx_ir as ir
 
-from mossquant.model import state_specs
+from mossquant.model.mossnet import state_specs
+from mossquant.model.tensors import TensorSpec
 from mossquant.targets.onnx.graph import IR_VERSION, Graph, Value
 from mossquant.targets.onnx.mixer import lower_mixer
 from mossquant.targets.onnx.mlp import lower_mlp
@@ -17,7 +18,6 @@ from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 from mossquant.targets.onnx.shapes import Shapes
 from mossquant.targets.onnx.weights import Progress, Weights
 from mossquant.targets.source import Source
-from mossquant.tensors import TensorSpec
 
 __all__ = ["lower"]
 
@@ -27,7 +27,7 @@ def lower(source: Source, specs: list[TensorSpec], progress: Progress | None = N
 
     Args:
         source: the tensors.
-        specs: what they are, `mossquant.model.tensor_specs` of the config.
+        specs: what they are, `mossquant.model.mossnet.tensor_specs` of the config.
         progress: called when a weight is read, which is when the model is written.
     """
     config = source.config

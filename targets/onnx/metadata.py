@@ -8,11 +8,11 @@ from typing import BinaryIO, Literal
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.manifest import FileName, FileRecord
 from mossquant.errors import InputError
-from mossquant.jsonfile import LARGEST_SMALL
-from mossquant.manifest import FileName, FileRecord
-from mossquant.outputs import file_sha256
+from mossquant.files.json import LARGEST_SMALL
+from mossquant.files.outputs import file_sha256
+from mossquant.model.config import MossNetConfig
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed
 
 __all__ = [

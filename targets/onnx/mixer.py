@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lowers the Mamba-1 mixer with SSM experts (`mossquant.mixer`) to ONNX.
+"""Lowers the Mamba-1 mixer with SSM experts (`mossquant.model.mixer`) to ONNX.
 
 All SSM experts are computed, stacked: one matmul for every x_proj (experts along the outputs), gates on what it gives,
 one matmul for every dt_proj (experts along the inputs, each padded to whole blocks so that no block belongs to two).
@@ -13,12 +13,12 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from mossquant.mixer import Mixer
+from mossquant.model.mixer import Mixer
+from mossquant.model.tensors import TensorSpec
 from mossquant.targets.onnx.graph import MICROSOFT, Attribute, Graph, Value
 from mossquant.targets.onnx.routing import route
 from mossquant.targets.onnx.shapes import Shapes
 from mossquant.targets.onnx.weights import Weights
-from mossquant.tensors import TensorSpec
 
 __all__ = ["lower_mixer", "softplus"]
 

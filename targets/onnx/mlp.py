@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lowers the SwiGLU experts (`mossquant.mlp`) to ONNX: one `If` per expert, with its weights in the branch.
+"""Lowers the SwiGLU experts (`mossquant.model.mlp`) to ONNX: one `If` per expert, with its weights in the branch.
 
 A branch gathers the rows that chose its expert, runs w1, w3 and w2 on them and adds the gated result to the residual
 stream; where no row of the call chose the expert, nothing of it is computed. Letters as in `mossquant.model`.
@@ -7,11 +7,11 @@ stream; where no row of the call chose the expert, nothing of it is computed. Le
 
 import onnx_ir as ir
 
+from mossquant.model.tensors import TensorSpec
 from mossquant.targets.onnx.graph import Graph, Value
 from mossquant.targets.onnx.routing import route
 from mossquant.targets.onnx.shapes import Shapes
 from mossquant.targets.onnx.weights import Weights
-from mossquant.tensors import TensorSpec
 
 __all__ = ["lower_mlp"]
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mossquant.files.space import row_blocks
 from mossquant.formats import NumberFormat, QuantizedTensor
-from mossquant.space import row_blocks
 
 __all__ = ["DTYPES", "blocks_of", "packed_codes", "packed_matrix", "padded_codes", "to_numpy"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lowers top-k routing (`mossquant.routing`) to ONNX, in fp32."""
+"""Lowers top-k routing (`mossquant.model.routing`) to ONNX, in fp32."""
 
 from mossquant.targets.onnx.graph import Graph, Value
 from mossquant.targets.onnx.shapes import Shapes

@@ -16,16 +16,16 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from mossquant.config import MossNetConfig
+from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
-from mossquant.locate import locate
-from mossquant.model import state_specs
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import state_specs
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
 from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.onnx.metadata import Metadata, file_hashes, read_metadata
+from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
-from mossquant.targets.onnx.program import open_program
 from mossquant.targets.onnx.structure import check_weights
 
 __all__ = ["OnnxRunner"]

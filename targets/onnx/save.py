@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.targets.onnx.metadata import DataFile
 
 __all__ = ["DATA", "EXTERNAL_ABOVE", "disk_bytes", "external", "memory_bytes", "save_data", "save_program"]

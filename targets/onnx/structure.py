@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
-from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS, NumberFormat, QuantizedTensor
-from mossquant.model import parameter_count, tensor_specs
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import parameter_count, tensor_specs
+from mossquant.model.tensors import TensorSpec
 from mossquant.release import release
+from mossquant.targets.onnx.file_graph import expanding, stored_array
 from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import METADATA_KEY, Opened, initializers
 from mossquant.targets.onnx.packing import DTYPES
-from mossquant.targets.onnx.readback import expanding, stored_array
 from mossquant.targets.onnx.weights import SCALE, initializer_name
-from mossquant.tensors import TensorSpec
 
 __all__ = ["check_structure", "check_weights"]
 

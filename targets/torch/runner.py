@@ -15,17 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.activation_formats import activation_model, expert_input_model
-from mossquant.checkpoint import Checkpoint, load_model
+from mossquant.checkpoint.checkpoint import Checkpoint, load_model
+from mossquant.checkpoint.locate import Located, locate
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.forward import Activation, Forward
-from mossquant.locate import Located, locate
-from mossquant.model import MossNet, state_specs
-from mossquant.quantized import QuantizedCheckpoint
-from mossquant.routing import Routing
+from mossquant.formats.activations import activation_model, expert_input_model
+from mossquant.model.forward import Activation, Forward
+from mossquant.model.mossnet import MossNet, state_specs
+from mossquant.model.routing import Routing
+from mossquant.model.scan import Form
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
-from mossquant.scan import Form
 
 __all__ = ["TorchRunner"]
 

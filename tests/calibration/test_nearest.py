@@ -9,7 +9,7 @@ import torch
 
 from mossquant.calibration.nearest import SOLVERS, fixed_sum, nearest, nearest_mse
 from mossquant.formats import FORMATS, NumberFormat, QuantizedTensor
-from mossquant.recipe import Solver
+from mossquant.plan.recipe import Solver
 
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
 SHAPES = [(1, 1), (1, 33), (5, 48), (3, 40), (64, 256), (7, 24)]

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import CONFIGS, random_model, write_model
 
-import mossquant.outputs
+import mossquant.files.outputs
 from mossquant.calibration.quantize import disk_bytes, memory_bytes, quantize
-from mossquant.checkpoint import Checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.quantized import QuantizedCheckpoint
-from mossquant.recipe import RECIPES, Recipe
+from mossquant.plan.recipe import RECIPES, Recipe
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -78,8 +78,8 @@ def test_same_bytes_twice(checkpoint_folder: Path, tmp_path: Path) -> None:
 
 def test_shards_hold_the_same_tensors(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(checkpoint_folder, tmp_path / "one", recipe="int8")
-    monkeypatch.setattr("mossquant.tensorfiles.ONE_FILE_BYTES", 10_000)
-    monkeypatch.setattr("mossquant.tensorfiles.SHARD_BYTES", 30_000)
+    monkeypatch.setattr("mossquant.checkpoint.tensorfiles.ONE_FILE_BYTES", 10_000)
+    monkeypatch.setattr("mossquant.checkpoint.tensorfiles.SHARD_BYTES", 30_000)
     quantize(checkpoint_folder, tmp_path / "many", recipe="int8")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     one, many = (QuantizedCheckpoint.open(tmp_path / name) for name in ("one", "many"))
@@ -214,7 +214,7 @@ def test_blocks_of_rows_change_nothing(
     """Codes and scales of a few rows at a time, and of the whole matrix."""
     written = []
     for weights in (500, 1 << 30):
-        monkeypatch.setattr("mossquant.space.BLOCK_WEIGHTS", weights)
+        monkeypatch.setattr("mossquant.files.space.BLOCK_WEIGHTS", weights)
         for recipe in RECIPES:
             quantize(checkpoint_folder, tmp_path / f"{recipe}-{weights}", recipe=recipe)
         written.append([digests(tmp_path / f"{recipe}-{weights}")["model.safetensors"] for recipe in RECIPES])
@@ -246,15 +246,15 @@ def test_killed_at_any_point_leaves_nothing(
 
     def work() -> None:
         if point in ("ledger", "manifest"):
-            write = mossquant.outputs.write_json
+            write = mossquant.files.outputs.write_json
             monkeypatch.setattr(
-                "mossquant.quantized_writer.write_json",
+                "mossquant.checkpoint.writer.write_json",
                 lambda path, value: kill_self() if path.stem == point else write(path, value),
             )
         elif point == "flush":
             monkeypatch.setattr(os, "fsync", kill_self)
         elif point == "rename":
-            monkeypatch.setattr("mossquant.outputs._renamed", kill_self)
+            monkeypatch.setattr("mossquant.files.outputs._renamed", kill_self)
         quantize(checkpoint_folder, out, progress=lambda name, done, total: kill_self() if name == fatal else None)
 
     assert os.WTERMSIG(in_child(work)) == signal.SIGKILL

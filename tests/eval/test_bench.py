@@ -11,8 +11,8 @@ from small import SMALL
 from mossquant.errors import InputError
 from mossquant.eval.bench import Speed, active_share, bench
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine, peak_rss_mb
-from mossquant.model import parameter_count, tensor_specs
-from mossquant.outputs import json_bytes
+from mossquant.files.outputs import json_bytes
+from mossquant.model.mossnet import parameter_count, tensor_specs
 
 
 def test_report_of_two_checkpoints(byte_model: Path, other_byte_model: Path) -> None:

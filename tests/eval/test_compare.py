@@ -14,7 +14,7 @@ from small import SMALL, random_model, write_model
 
 from mossquant.errors import InputError
 from mossquant.eval.compare import compare, paired_difference
-from mossquant.outputs import json_bytes
+from mossquant.files.outputs import json_bytes
 from mossquant.targets.torch.runner import TorchRunner
 
 
@@ -105,7 +105,7 @@ def test_models_that_cannot_be_compared(byte_model: Path, text_file: Path, tmp_p
 
 
 def test_another_tokenizer_is_named(byte_model: Path, text_file: Path, tmp_path: Path) -> None:
-    from mossquant.locate import BUNDLED, asset_folder
+    from mossquant.checkpoint.locate import BUNDLED, asset_folder
 
     folder = write_model(tmp_path / "bpe", random_model(replace(SMALL, vocab_size=4096)))
     (folder / "tokenizer.json").write_bytes((asset_folder(BUNDLED) / "tokenizer.json").read_bytes())

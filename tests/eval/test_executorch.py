@@ -14,7 +14,7 @@ from mossquant.eval.info import info
 from mossquant.eval.open import open_model, open_runner
 from mossquant.eval.perplexity import perplexity
 from mossquant.eval.verify import verify
-from mossquant.text import Tokenizer
+from mossquant.text.text import Tokenizer
 
 
 def test_it_opens_with_its_tokenizer(pte_folder: Path, quantized_folder: Path) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mossquant.checkpoint.locate import BUNDLED, asset_folder
 from mossquant.errors import InputError
 from mossquant.eval.generate import Generation, generate, sample
 from mossquant.eval.open import open_runner
-from mossquant.locate import BUNDLED, asset_folder
 from mossquant.runner import RunnerInfo, State
-from mossquant.text import Tokenizer
+from mossquant.text.text import Tokenizer
 
 
 class Scripted:

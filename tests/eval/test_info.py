@@ -8,11 +8,11 @@ import pytest
 from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
 from mossquant.eval.info import InfoReport, info
-from mossquant.model import parameter_count
-from mossquant.outputs import file_sha256, json_bytes
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.files.outputs import file_sha256, json_bytes
+from mossquant.model.mossnet import parameter_count
 from mossquant.targets.export import export
 
 

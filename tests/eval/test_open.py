@@ -11,10 +11,10 @@ import pytest
 from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.locate import BUNDLED, asset_folder
 from mossquant.errors import InputError
 from mossquant.eval.open import open_model, open_runner
-from mossquant.locate import BUNDLED, asset_folder
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.targets.export import export
 
 BYTES = replace(SMALL, vocab_size=256)

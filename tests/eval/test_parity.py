@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from small import SMALL, random_model, write_model
 
-from mossquant.activation_formats import activation_model, int8_block
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.noise import with_noise
 from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
 from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity, parity_of
 from mossquant.eval.parity_measures import forms, growth
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.formats.activations import activation_model, int8_block
 from mossquant.runner import Arrays, Floats, LogitsWanted, Runner, State, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 

@@ -14,9 +14,9 @@ from small import SMALL, random_model, write_model
 
 from mossquant.errors import InputError
 from mossquant.eval.perplexity import perplexity
-from mossquant.outputs import json_bytes, write_json
+from mossquant.files.outputs import json_bytes, write_json
 from mossquant.targets.torch.runner import TorchRunner
-from mossquant.text import Text
+from mossquant.text.text import Text
 
 
 def _expected_nats(folder: Path, data: bytes) -> float:

@@ -16,7 +16,7 @@ from mossquant.eval.open import open_runner
 from mossquant.runner import Floats, Runner, State
 from mossquant.state_file import SavedState, load_state, save_state
 from mossquant.targets.export import export
-from mossquant.text import Tokenizer
+from mossquant.text.text import Tokenizer
 
 RUNTIMES: dict[str, tuple[str, str | None]] = {
     "original": ("checkpoint_folder", None),

@@ -10,19 +10,19 @@ import onnx
 import pytest
 from small import SMALL, random_model, write_model
 
-from mossquant.activation_formats import activation_model, int8_block
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
 from mossquant.eval.parity import parity_of
 from mossquant.eval.verify import verify
-from mossquant.forward import Activation
-from mossquant.outputs import json_bytes
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.files.outputs import json_bytes
+from mossquant.formats.activations import activation_model, int8_block
+from mossquant.model.forward import Activation
 from mossquant.runner import Floats, LogitsWanted, State, Tokens
 from mossquant.targets.export import export
 from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.torch.runner import TorchRunner
-from mossquant.text import Text
+from mossquant.text.text import Text
 
 BYTES = replace(SMALL, vocab_size=256)
 TEXT = Text.of("random text", bytes(range(256)) * 9)

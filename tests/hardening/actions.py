@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 import mossquant
-from mossquant.checkpoint import Checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval.generate import generate
 from mossquant.eval.open import open_model
-from mossquant.eval.tables import info_tables
-from mossquant.outputs import json_bytes
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.eval.report.tables import info_tables
+from mossquant.files.outputs import json_bytes
 
 __all__ = ["ACTIONS", "Action", "Place"]
 

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from small import random_model, write_model
 
 import mossquant
-from mossquant import tensorfiles
-from mossquant.checkpoint import Checkpoint
-from mossquant.config import MossNetConfig
-from mossquant.outputs import write_json
-from mossquant.recipe import Recipe
+from mossquant.checkpoint import tensorfiles
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.files.outputs import write_json
+from mossquant.model.config import MossNetConfig
+from mossquant.plan.recipe import Recipe
 from mossquant.targets.onnx import save as onnx_save
-from mossquant.text import train_tokenizer
+from mossquant.text.text import train_tokenizer
 
 __all__ = ["TEXT", "make_samples"]
 

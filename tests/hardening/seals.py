@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 
 __all__ = ["reseal"]
 

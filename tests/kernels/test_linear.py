@@ -6,8 +6,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mossquant.activation_formats import int8_block
 from mossquant.formats import FORMATS, QuantizedTensor
+from mossquant.formats.activations import int8_block
 from mossquant.kernels import _native, available
 
 from .bounds import F32_TINY, F32_UNIT, f32_roundings

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mossquant.activation_formats import int8_block
+from mossquant.formats.activations import int8_block
 from mossquant.kernels import _native, available
 
 from .linears import COLUMNS, Codes, Floats, make_input, quantized_input

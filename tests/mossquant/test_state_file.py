@@ -21,7 +21,7 @@ from mossquant.errors import InputError
 from mossquant.runner import UsedStateError
 from mossquant.state_file import SavedState, check_state_free, load_state, save_state
 from mossquant.targets.torch.runner import TorchRunner
-from mossquant.text import Tokenizer
+from mossquant.text.text import Tokenizer
 
 Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 

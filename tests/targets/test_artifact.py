@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mossquant.errors import InputError
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.targets.artifact import (
     Artifact,
     MethodPorts,

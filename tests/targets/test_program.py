@@ -11,8 +11,8 @@ from lowered import MODELS
 from small import difference, random_model, random_tokens
 from torch import Tensor, nn
 
-from mossquant.forward import Forward
-from mossquant.model import MossNet, state_specs, tensor_specs
+from mossquant.model.forward import Forward
+from mossquant.model.mossnet import MossNet, state_specs, tensor_specs
 from mossquant.targets.executorch.scan import loop, step
 from mossquant.targets.program import Method, Model, Scan
 

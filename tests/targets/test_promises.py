@@ -9,10 +9,10 @@ from bounds import FORMS_FLOAT32
 from numpy.typing import NDArray
 from small import random_tokens
 
-from mossquant.config import MossNetConfig
 from mossquant.errors import InputError
 from mossquant.eval.open import open_runner
-from mossquant.model import state_specs
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import state_specs
 from mossquant.runner import Runner, UsedStateError
 
 FOLDERS = {

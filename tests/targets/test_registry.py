@@ -3,8 +3,8 @@
 
 import pytest
 
-from mossquant.capabilities import CAPABILITIES
 from mossquant.errors import InputError
+from mossquant.plan.capabilities import CAPABILITIES
 from mossquant.targets.registry import exporters, get_exporters
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from lowered import Lowered
 
-from mossquant.config import MossNetConfig
+from mossquant.model.config import MossNetConfig
 
 
 @pytest.fixture(scope="session")

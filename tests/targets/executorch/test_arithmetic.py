@@ -13,13 +13,13 @@ from bounds import (
 from lowered import Lowered, Workshop, relative
 from torch import Tensor
 
-from mossquant.activation_formats import int8_row_asym
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.divergence import Predictions, kl
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.one_step import OneStep, one_step
 from mossquant.eval.parity import parity_of
-from mossquant.forward import GATED, Activation
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.formats.activations import int8_row_asym
+from mossquant.model.forward import GATED, Activation
 from mossquant.runner import Floats, LogitsWanted, Runner, State, Tokens
 from mossquant.targets.executorch.lower import CHUNK
 from mossquant.targets.torch import runner as torch_runner

@@ -7,10 +7,10 @@ import pytest
 from lowered import Lowered, Workshop
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.model import state_specs
-from mossquant.outputs import file_sha256
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.files.outputs import file_sha256
+from mossquant.model.mossnet import state_specs
 from mossquant.targets import export as artifact_export
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.executorch import export as exporting

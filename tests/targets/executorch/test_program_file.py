@@ -15,17 +15,17 @@ from lowered import Lowered
 from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.locate import locate
-from mossquant.model import state_specs
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.model.mossnet import state_specs
 from mossquant.targets.executorch import program_file
 from mossquant.targets.executorch.delegate import Delegate, Linear, read_delegate
 from mossquant.targets.executorch.flatbuffer import Budget, DamagedError, root
 from mossquant.targets.executorch.lower import CHUNK
 from mossquant.targets.executorch.metadata import open_program, read_metadata, weight_bytes
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
-from mossquant.targets.executorch.verify import verify
+from mossquant.targets.executorch.read_back import verify
 from mossquant.targets.export import export
 from mossquant.targets.program import METHODS
 

@@ -9,7 +9,7 @@ import pytest
 from lowered import Lowered, Workshop
 
 from mossquant.errors import InputError
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.targets.executorch import ExecutorchRunner, packages
 from mossquant.targets.executorch import metadata as metadata_module
 from mossquant.targets.executorch.metadata import read_metadata

@@ -16,7 +16,7 @@ import torch
 from lowered import Lowered
 
 from mossquant.errors import InputError
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.release import release
 from mossquant.targets.executorch import ExecutorchRunner, trial
 from mossquant.targets.executorch.flatbuffer import Budget, root

@@ -8,9 +8,9 @@ from bounds import ONNX_CUT, ONNX_FP32, ONNX_INT8_MEDIAN
 from lowered import MODELS, Lowered, Workshop, relative
 from torch import Tensor
 
-from mossquant.activation_formats import activation_model, int8_block
-from mossquant.forward import Activation
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.formats.activations import activation_model, int8_block
+from mossquant.model.forward import Activation
 from mossquant.targets.torch.runner import TorchRunner
 
 BATCH, TIME = 3, 24

@@ -11,16 +11,16 @@ from lowered import MODELS, Workshop
 from small import random_model, write_model
 
 from mossquant.calibration.quantize import quantize
-from mossquant.config import PRESETS
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
-from mossquant.outputs import file_sha256
-from mossquant.quantized import QuantizedCheckpoint
+from mossquant.files.outputs import file_sha256
+from mossquant.model.config import PRESETS
 from mossquant.targets import export as artifact_export
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
 from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.metadata import read_metadata
-from mossquant.targets.onnx.program import open_program
+from mossquant.targets.onnx.open import open_program
 
 
 @pytest.mark.parametrize("recipe", [None, "int4"])

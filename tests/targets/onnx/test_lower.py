@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from lowered import MODELS, Lowered, Workshop
 
-from mossquant.model import state_specs
+from mossquant.model.mossnet import state_specs
 from mossquant.targets.onnx.graph import Graph
 from mossquant.targets.onnx.metadata import initializers
 from mossquant.targets.onnx.mixer import softplus

@@ -12,7 +12,7 @@ from lowered import Lowered, Workshop
 
 from mossquant.errors import InputError
 from mossquant.eval.open import open_model
-from mossquant.outputs import file_sha256
+from mossquant.files.outputs import file_sha256
 from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.onnx import runner as module
 from mossquant.targets.onnx import save as saving

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from lowered import MODELS, Workshop
 
-from mossquant import space
 from mossquant.errors import InputError
+from mossquant.files import space
 from mossquant.targets.export import export, export_needs
 from mossquant.targets.onnx import save as saving
-from mossquant.targets.onnx.program import open_program
+from mossquant.targets.onnx.open import open_program
 
 
 @pytest.mark.parametrize("recipe", [None, "int8", "int4"])

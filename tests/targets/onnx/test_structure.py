@@ -16,9 +16,9 @@ from mossquant.release import release
 from mossquant.targets.export import export
 from mossquant.targets.onnx import OnnxRunner, structure
 from mossquant.targets.onnx import save as saving
+from mossquant.targets.onnx.file_graph import expanding
 from mossquant.targets.onnx.metadata import initializers
-from mossquant.targets.onnx.program import open_program
-from mossquant.targets.onnx.readback import expanding
+from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.structure import check_weights
 
 Change = Callable[[onnx.ModelProto], object]

@@ -12,12 +12,12 @@ from bounds import ONNX_INT8_MEDIAN
 from lowered import Workshop, relative
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.locate import asset_folder
 from mossquant.divergence import Predictions, kl
-from mossquant.locate import asset_folder
 from mossquant.targets.export import export
 from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM
-from mossquant.text import Tokenizer, bundled_text
+from mossquant.text.text import Tokenizer, bundled_text
 
 PHONES = "1.27.0"
 _RUN = """

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from small import CONFIGS, SMALL, random_model, random_tokens, write_model
 
 from mossquant.errors import InputError
-from mossquant.forward import Forward
+from mossquant.model.forward import Forward
 from mossquant.targets.torch import runner as module
 from mossquant.targets.torch.runner import TorchRunner
 

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, start to end, on the bundled model: quantize, lower, read back, run what ships, compare, time.
+
+A second run keeps every checkpoint and artifact whose hashes say that it would come out the same, and measures again.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.locate import BUNDLED, asset_folder
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.errors import InputError
+from mossquant.eval.bench import bench
+from mossquant.eval.compare import compare
+from mossquant.eval.generate import generate
+from mossquant.eval.open import open_model
+from mossquant.eval.report.demo_report import DemoReport
+from mossquant.eval.report.picture import write_picture
+from mossquant.eval.scores import Progress
+from mossquant.eval.verify import verify
+from mossquant.files.outputs import check_free
+from mossquant.plan.recipe import Recipe
+from mossquant.release import release
+from mossquant.targets.artifact import Artifact
+from mossquant.targets.executorch.packages import check_packages
+from mossquant.targets.export import export
+from mossquant.text.text import Tokenizer, bundled_text
+
+__all__ = ["demo"]
+
+RECIPES = ("int8", "int4")
+TARGETS = ("onnx", "executorch")
+"""What the quantized models are lowered to; the original, to compare with, to the first alone."""
+TOKENS = 65_536
+_PROMPT = "import os\n\ndef read_lines(path):\n"
+_CONTINUED = 48
+_PICTURE = "table.svg"
+# Few turns: the demo is to be quick, and `mossquant bench` is there for more.
+_REPEATS = 3
+
+
+def demo(
+    output: str | Path,
+    *,
+    tokens: int = TOKENS,
+    threads: int | None = None,
+    said: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> DemoReport:
+    """Quantize the bundled model to int8 and int4, lower them to .onnx and .pte, and measure every one of them.
+
+    Args:
+        output: folder for the checkpoints and artifacts; may be there from an earlier run.
+        tokens: of the held-out text that are measured on.
+        threads: CPU threads; None: all to measure with, one to time with.
+        said: is given a line for every stage.
+        progress: told how far the measuring is.
+
+    Raises:
+        InputError: the output cannot be written, holds something else under a name that is needed, or holds other
+            things and nothing of an earlier run.
+        RuntimeError: an artifact does not hold its checkpoint's weights.
+    """
+    say = said or (lambda line: None)
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose a folder for what the demo writes")
+    check_free(folder / _PICTURE, force=True, as_file=True)
+    check_packages()
+    checkpoints = {recipe: folder / f"{BUNDLED}-{recipe}" for recipe in RECIPES}
+    folders = {"original": folder / f"{BUNDLED}-app", **{r: folder / f"{BUNDLED}-{r}-app" for r in RECIPES}}
+    _check_writable(folder, [*checkpoints.values(), *folders.values()])
+    original = Checkpoint.open(asset_folder(BUNDLED))
+    words = Tokenizer.for_folder(original.folder, original.config.vocab_size)
+    held_out = len(words.encode(bundled_text("heldout").data))
+    if not 2 <= tokens <= held_out:
+        raise InputError(f"{tokens} tokens cannot be measured on; the held-out text has {held_out}")
+    for recipe, path in checkpoints.items():
+        if _is_current_checkpoint(path, recipe, original):
+            say(f"{path}: kept, its hashes match")
+        else:
+            say(f"{path}: quantizing {BUNDLED} to {recipe}")
+            quantize(BUNDLED, path, recipe=recipe, force=path.exists())
+    artifacts: dict[str, dict[str, Path]] = {}
+    for name, path in folders.items():
+        source, targets = checkpoints.get(name), ("onnx",) if name == "original" else TARGETS
+        if _is_current_artifact(path, targets, original if source is None else QuantizedCheckpoint.open(source)):
+            say(f"{path}: kept, its hashes match")
+        else:
+            say(f"{path}: lowering {source or BUNDLED} to {' and '.join(targets)}")
+            export(BUNDLED if source is None else source, path, target=targets, force=path.exists())
+        artifacts[name] = {target: Artifact.open(path).program(target) for target in targets}
+        read_back = verify(source or BUNDLED, list(artifacts[name].values()), weights_only=True)
+        if not read_back.passed:
+            # Its hashes match and we wrote it: a fault of the lowering, not of the user.
+            raise RuntimeError(f"{path} does not hold its checkpoint's weights: {read_back.failures()[0]}")
+    say(f"measuring on the first {tokens:,} held-out tokens")
+    candidates = [*checkpoints.values(), *(path for programs in artifacts.values() for path in programs.values())]
+    comparison = compare(BUNDLED, candidates, tokens=tokens, threads=threads, progress=progress)
+    say("timing")
+    # One core unless more are asked for: the figures then do not depend on what else the machine is doing.
+    timed = bench([BUNDLED, *candidates], threads=threads or 1, repeats=_REPEATS, progress=progress)
+    smallest = open_model(artifacts["int4"]["onnx"], threads=threads)
+    report = DemoReport(
+        comparison=comparison,
+        bench=timed,
+        original_bytes=sum(path.stat().st_size for path in original.folder.glob("*.safetensors")),
+        checkpoints=checkpoints,
+        artifacts=artifacts,
+        prompt=_PROMPT,
+        generation=generate(smallest.runner, smallest.tokenizer, _PROMPT, max_tokens=_CONTINUED),
+        picture=folder / _PICTURE,
+    )
+    write_picture(report, report.picture)
+    return report
+
+
+def _check_writable(folder: Path, paths: list[Path]) -> None:
+    """Every path must be free, or be ours to replace; and so must something in a folder that holds anything."""
+    for path in paths:
+        check_free(path, force=True)
+    seen = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
+    if seen and not any(path.exists() for path in paths):
+        raise InputError(
+            f"{folder} holds {seen[0]} and nothing that the demo wrote; choose an empty folder or a new one"
+        )
+
+
+def _is_current_checkpoint(path: Path, recipe: str, original: Checkpoint) -> bool:
+    """Whether a quantized checkpoint is whole, and what this release makes of this original by this recipe."""
+    if not path.exists():
+        return False
+    try:
+        found = QuantizedCheckpoint.open(path)
+    except InputError:
+        return False
+    return (
+        found.manifest.parent.files == original.hashes()
+        and found.manifest.release == release()
+        and (path / "recipe.yaml").read_text(encoding="utf-8") == Recipe.named(recipe).text
+    )
+
+
+def _is_current_artifact(path: Path, targets: Sequence[str], source: Checkpoint | QuantizedCheckpoint) -> bool:
+    """Whether an artifact is whole, and what this release makes of this source for these targets."""
+    if not path.exists():
+        return False
+    try:
+        found = Artifact.open(path)
+    except InputError:
+        return False
+    programs = found.manifest.programs
+    return (
+        found.manifest.release == release()
+        and list(programs) == list(targets)
+        and all(program.model.get("source_files") == source.hashes() for program in programs.values())
+    )

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans and recipes as tables."""
+
+from collections.abc import Iterable
+
+import torch
+from rich.table import Table
+
+from mossquant.calibration.quantize import disk_bytes, memory_bytes
+from mossquant.eval.report.grid import Head, grid, spaced
+from mossquant.model.config import PRESETS
+from mossquant.model.mossnet import tensor_specs
+from mossquant.plan.plan import Plan, TensorEntry, make_plan
+from mossquant.plan.recipe import RECIPES, Recipe, Rule
+
+__all__ = ["plan_tables", "recipe_tables"]
+
+_DASH = "—"
+
+
+def plan_tables(plan: Plan) -> list[Table | str]:
+    """A plan before it is executed, or the ledger after: by role, the reasons, and by format."""
+    roles: dict[tuple[str, str], list[TensorEntry]] = {}
+    reasons: dict[str, dict[str, None]] = {}
+    for entry in plan.tensors:
+        roles.setdefault((entry.role, entry.storage), []).append(entry)
+        reasons.setdefault(entry.reason, {})[entry.role] = None
+    rows = [
+        (
+            role,
+            storage if of[0].format is not None else f"kept in {storage}",
+            of[0].solver or _DASH,
+            str(len(of)),
+            f"{sum(entry.predicted_bytes for entry in of):,}",
+            _largest_error(of),
+        )
+        for (role, storage), of in roles.items()
+    ]
+    summary = [
+        (row.storage, str(row.tensors), f"{row.weights:,}", f"{row.bytes:,}", f"{row.bits_per_weight:.3f}")
+        for row in plan.summary()
+    ]
+    weights = sum(entry.count for entry in plan.tensors)
+    tensors = str(len(plan.tensors))
+    summary.append(("all", tensors, f"{weights:,}", f"{plan.predicted_bytes:,}", f"{plan.bits_per_weight:.3f}"))
+    caption = (
+        f"From {plan.stored_bytes:,} bytes. Needs {disk_bytes(plan) / 1e6:.1f} MB of disk and about "
+        f"{memory_bytes(plan) / 1e6:.0f} MB of memory beside Python's own."
+    )
+    by_role = ["tensors", "bytes", "largest\nerror"]
+    by_format = ["tensors", "weights", "bytes", "bits a\nweight"]
+    return spaced(
+        [
+            grid([*_left("role", "becomes", "solver"), *_right(*by_role)], rows, whole_names=True),
+            grid(_left("because", "these are stored so"), [(why, ", ".join(names)) for why, names in reasons.items()]),
+            grid([*_left("format"), *_right(*by_format)], summary, caption=caption, whole_names=True),
+        ]
+    )
+
+
+def recipe_tables() -> list[Table | str]:
+    """The recipes that ship with the package: their rules, and what they cost on the smallest preset."""
+    return spaced([_recipe_table(Recipe.named(name)) for name in RECIPES])
+
+
+def _recipe_table(recipe: Recipe) -> Table:
+    rows: list[tuple[str, str, str, str]] = []
+    for weight in recipe.weights:
+        solver = weight.solver or recipe.solver
+        becomes = f"kept in {weight.keep}" if weight.format is None else f"{weight.format}, {solver}"
+        rows.append(("weights", _which(weight), becomes, weight.why or ""))
+    rows += [("activations", _which(rule), rule.format, "") for rule in recipe.activations]
+    rows += [("state", _which(rule), rule.format, "") for rule in recipe.state]
+    caption = f"Recipe {recipe.name}: {_cost(recipe)}; runs on {', '.join(recipe.targets)}."
+    return grid(_left("what", "which", "becomes", "because"), rows, caption=caption)
+
+
+def _left(*names: str) -> list[Head]:
+    return [(name, "left") for name in names]
+
+
+def _right(*names: str) -> list[Head]:
+    return [(name, "right") for name in names]
+
+
+def _which(rule: Rule) -> str:
+    return rule.pattern + (", where there is one" if rule.optional else "")
+
+
+def _cost(recipe: Recipe) -> str:
+    name, config = next(iter(PRESETS.items()))
+    plan = make_plan(config, {spec.name: torch.bfloat16 for spec in tensor_specs(config)}, recipe)
+    return f"{plan.bits_per_weight:.2f} bits a weight on {name}"
+
+
+def _largest_error(entries: Iterable[TensorEntry]) -> str:
+    errors = [
+        entry.relative_error for entry in entries if entry.format is not None and entry.relative_error is not None
+    ]
+    return f"{max(errors):.4f}" if errors else _DASH

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports as tables for a terminal; no arithmetic but rounding. A dash stands where there is no value."""
+
+import math
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from mossquant.eval.bench import BenchReport, Speed
+from mossquant.eval.compare import Candidate, ComparisonReport
+from mossquant.eval.info import InfoReport
+from mossquant.eval.perplexity import PerplexityReport
+from mossquant.eval.report.demo_report import DemoReport
+from mossquant.eval.report.grid import Head, grid, spaced
+from mossquant.eval.report.plan_tables import plan_tables, recipe_tables
+from mossquant.eval.verify import VerifyReport
+from mossquant.eval.windows import Interval
+from mossquant.targets.export import Needs
+
+__all__ = [
+    "bench_table",
+    "comparison_table",
+    "demo_table",
+    "info_tables",
+    "needs_table",
+    "parity_table",
+    "perplexity_table",
+    "plan_tables",
+    "recipe_tables",
+]
+
+_DASH = "—"
+_HASH_SHOWN = 16
+
+
+def perplexity_table(report: PerplexityReport) -> Table:
+    """One model on one text."""
+    error = _DASH if report.standard_error is None else f"± {report.standard_error:.4f} (standard error)"
+    rows = [
+        ("model", f"{report.path} ({_kind(report.kind, report.activations)})"),
+        ("text", f"{report.text}, SHA-256 {report.text_sha256[:_HASH_SHOWN]}{_seen(report.seen)}"),
+        ("tokens predicted", f"{report.tokens:,} in {_streams(report.streams)}, {report.text_bytes:,} bytes"),
+        ("nats a token", f"{report.nats_per_token:.4f} {error}"),
+        ("perplexity", f"{report.perplexity:.4f}"),
+        ("bits a byte", f"{report.bits_per_byte:.4f}"),
+    ]
+    return grid([("", "left"), ("", "left")], rows, header=False)
+
+
+def comparison_table(report: ComparisonReport) -> Table:
+    """The original and every candidate; intervals stand below what they belong to."""
+    base = report.baseline
+    size = _size(base.bytes, base.bits_per_weight)
+    rows = [[f"{base.path}\noriginal, {base.weights}", f"{base.perplexity:.3f}", _DASH, _DASH, _DASH, size]]
+    for found in report.candidates:
+        failed = "\nabove the gate" if found.gate_failed else ""
+        rows.append(
+            [
+                f"{found.path}\n{_kind(found.kind, found.activations)}",
+                f"{found.perplexity:.3f}",
+                f"{found.ppl_increase_pct:+.2f}\n{_range(found.ppl_increase_ci95)}{failed}",
+                _divergence(found),
+                f"{100 * found.top1_agreement:.1f}",
+                _size(found.bytes, found.bits_per_weight),
+            ]
+        )
+    seen = "; seen by " + ", ".join(report.seen_by) if report.seen_by else ""
+    caption = f"{report.text}, {report.tokens:,} tokens in {_streams(report.streams)}{seen}; intervals are 95 %"
+    columns = ["perplexity", "increase, %", "KL,\nnats a token", "same\ntop, %", "weights, MB\nbits a weight"]
+    return grid([("", "left"), *((name, "right") for name in columns)], rows, caption=caption)
+
+
+def needs_table(needs: Needs) -> Table:
+    """What an export takes, target by target."""
+    rows = [(name, _megabytes(disk), _megabytes(memory)) for name, (disk, memory) in needs.targets.items()]
+    rows += [
+        ("tokenizer and manifest", _megabytes(needs.beside_bytes), _DASH),
+        ("all", _megabytes(needs.disk_bytes), _megabytes(needs.memory_bytes)),
+    ]
+    heads: list[Head] = [("", "left"), ("disk, MB,\nat most", "right"), ("memory, MB,\nat most", "right")]
+    caption = "Memory is beside Python's own with its imports. Targets are lowered one after the other."
+    return grid(heads, rows, caption=caption, whole_names=True)
+
+
+def parity_table(report: VerifyReport) -> Table:
+    """Every check of every artifact, below its path."""
+    rows: list[Sequence[str]] = []
+    shown = None
+    for artifact, name, value, bound, verdict in report.rows():
+        if artifact != shown:
+            rows.append((artifact, "", "", ""))
+            shown = artifact
+        rows.append((f"  {name}", value, bound, verdict))
+    verdicts = [row[3] for row in rows if row[3]]
+    caption = f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
+    return grid([("check", "left"), ("found", "right"), ("at most", "right"), ("", "left")], rows, caption=caption)
+
+
+def bench_table(report: BenchReport) -> Table:
+    """Speed and memory of every artifact."""
+    rows = [
+        (
+            f"{found.path}\n{_kind(found.kind, found.activations)}",
+            _speed(found.prefill_tok_s),
+            _speed(found.decode_tok_s),
+            f"{found.load_ms:.0f}",
+            f"{found.peak_rss_mb:.0f}",
+            _megabytes(found.bytes_per_token),
+        )
+        for found in report.artifacts
+    ]
+    caption = (
+        f"{report.machine['cpu']}, {report.threads} of {report.machine['cores']} cores, copies "
+        f"{report.bandwidth_gb_s:.1f} GB/s; prefill of {report.prompt} tokens, {report.decode} decode steps; median "
+        f"and range of {report.repeats} turns"
+    )
+    columns = ["prefill\ntokens/s", "decode\ntokens/s", "load,\nms", "peak\nMB", "MB read\na token"]
+    return grid([("", "left"), *((name, "right") for name in columns)], rows, caption=caption)
+
+
+def demo_table(report: DemoReport) -> Table:
+    """What the demo ends with: the original, int8 and int4, as checkpoint, .onnx and .pte."""
+    rows: list[Sequence[str]] = []
+    for row in report.rows():
+        timing = row.timing
+        rows.append(
+            [
+                row.model,
+                row.form,
+                f"{row.perplexity:.3f}",
+                _DASH if row.candidate is None else _with_margin(row.candidate),
+                f"{row.file_bytes / 1e6:.2f}",
+                f"{row.bits_per_weight:.2f}",
+                f"{timing.prefill_tok_s.median:.0f}/{timing.decode_tok_s.median:.0f}",
+            ]
+        )
+    machine = report.bench.machine
+    caption = (
+        f"{report.comparison.tokens:,} held-out tokens in one stream. KL to the original in nats a token, ± half of "
+        "its 95 % interval; bits a weight; tokens/s of prefill/decode "
+        f"on {report.bench.threads} of {machine['cores']} cores, {machine['cpu']}. "
+        "Checkpoints run in PyTorch with fp32 activations, quantized programs with int8 ones."
+    )
+    columns = ["perplexity", "KL", "MB", "bits", "tokens/s"]
+    heads: list[Head] = [("", "left"), ("", "left"), *((name, "right") for name in columns)]
+    return grid(heads, rows, caption=caption)
+
+
+def info_tables(report: InfoReport) -> list[Table | str]:
+    """What is at a path: facts, weights by role, sections of a program, files."""
+    config = report.config
+    sizes = f"{config.num_hidden_layers} blocks, width {config.hidden_size}, d_inner {config.d_inner}"
+    facts = [
+        ("what", f"{report.path} ({report.kind}, {report.weights})"),
+        (
+            "shape",
+            f"{sizes}, state {config.state_size}, dt_rank {config.time_step_rank}, vocabulary {config.vocab_size}",
+        ),
+        ("SSM experts", f"{_count(config.num_ssm_experts)}, {config.num_ssm_experts_per_tok} a token"),
+        ("MLP experts", f"{_count(config.num_mlp_experts)}, {config.num_mlp_experts_per_tok} a token"),
+        ("parameters", f"{report.parameters:,}, of which {report.active_parameters:,} for one token"),
+        ("weights", f"{report.weight_bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight"),
+        *report.facts,
+    ]
+    tables = [grid([("", "left"), ("", "left")], facts, header=False)]
+    if report.rows:
+        rows = [
+            (
+                row.role,
+                row.storage,
+                str(row.tensors),
+                f"{row.weights:,}",
+                f"{row.bytes:,}",
+                f"{row.bits_per_weight:.2f}",
+                _DASH if row.relative_error is None else f"{row.relative_error:.4f}",
+            )
+            for row in report.rows
+        ]
+        columns = ["tensors", "weights", "bytes", "bits a\nweight", "largest\nerror"]
+        heads: list[Head] = [("role", "left"), ("stored as", "left"), *((name, "right") for name in columns)]
+        tables.append(grid(heads, rows, whole_names=True))
+    if report.sections:
+        sections = [
+            (row.name, f"{row.bytes:,}", f"{100 * row.bytes / report.program_bytes:.1f}") for row in report.sections
+        ]
+        ratio = report.program_bytes / report.payload_bytes
+        sections.append(("the program", f"{report.program_bytes:,}", "100.0"))
+        caption = f"{ratio:.4f} × the {report.payload_bytes:,} bytes that the checkpoint stores for the weights"
+        tables.append(grid([("bytes for", "left"), ("bytes", "right"), ("%", "right")], sections, caption=caption))
+    files = [(row.name, f"{row.bytes:,}", row.sha256[:_HASH_SHOWN]) for row in report.files]
+    tables.append(grid([("file", "left"), ("bytes", "right"), ("SHA-256 begins", "left")], files))
+    return spaced(tables)
+
+
+def scientific(value: float) -> str:
+    """1.31e-3."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _divergence(found: Candidate) -> str:
+    """Mean; below it its interval, both with the mean's exponent; below that the median."""
+    if found.kl_ci95 is None or found.kl_mean <= 0:
+        return scientific(found.kl_mean)
+    (mean, low, high), exponent = _scaled(found.kl_mean, found.kl_ci95.low, found.kl_ci95.high)
+    return f"{mean:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}\nmedian {scientific(found.kl_median)}"
+
+
+def _with_margin(found: Candidate) -> str:
+    """Mean ± half of its interval: 1.31±0.07e-3."""
+    if found.kl_ci95 is None or found.kl_mean <= 0:
+        return scientific(found.kl_mean)
+    (mean, margin), exponent = _scaled(found.kl_mean, (found.kl_ci95.high - found.kl_ci95.low) / 2)
+    return f"{mean:.2f}±{margin:.2f}e{exponent}"
+
+
+def _scaled(first: float, *others: float) -> tuple[list[float], int]:
+    """Numbers over the power of ten of the first, and its exponent."""
+    exponent = math.floor(math.log10(first))
+    return [value / 10.0**exponent for value in (first, *others)], exponent
+
+
+def _kind(kind: str, activations: str) -> str:
+    return f"{kind}, {activations} activations"
+
+
+def _range(interval: Interval | None) -> str:
+    return "" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def _speed(speed: Speed) -> str:
+    return f"{speed.median:.0f}\n({speed.min:.0f}–{speed.max:.0f})"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _size(count: int, bits_per_weight: float) -> str:
+    return f"{_megabytes(count)}\n{bits_per_weight:.2f}"
+
+
+def _streams(count: int) -> str:
+    return "one stream" if count == 1 else f"{count} streams"
+
+
+def _seen(seen: bool) -> str:
+    return "; the model was trained or calibrated on it" if seen else ""
+
+
+def _count(experts: int | tuple[int, ...]) -> str:
+    return str(experts) if isinstance(experts, int) else "by layer " + " ".join(map(str, experts))

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A full-precision MossNet on disk: config and named tensors, memory-mapped, checked against one another.
+
+The folder holds `config.json`, `model.safetensors` (or shards with an index), and where there is one `tokenizer.json`
+and `training.json` (how it was made, with the hashes of the texts that it has seen).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mossquant.checkpoint.tensorfiles import TensorFiles, TensorWriter, all_finite
+from mossquant.errors import InputError
+from mossquant.files.inputs import is_there
+from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.files.outputs import file_sha256, write_json
+from mossquant.model.config import MossNetConfig, read_config_json
+from mossquant.model.mossnet import MossNet, parameter_count, tensor_specs
+from mossquant.model.tensors import TensorSpec
+
+__all__ = ["DTYPE_NAMES", "Checkpoint", "load_model", "seen_text", "write_checkpoint"]
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TOKENIZER, _TRAINING = "tokenizer.json", "training.json"
+_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Config and tensors of a full-precision model.
+
+    Attributes:
+        folder: where it lies.
+        config: its shape.
+        torch_dtype: stored type of the weights ("bfloat16").
+        specs: tensor name → what it is, in processing order.
+    """
+
+    folder: Path
+    config: MossNetConfig
+    torch_dtype: str
+    specs: Mapping[str, TensorSpec]
+    _files: TensorFiles
+
+    @classmethod
+    def open(cls, folder: Path, *, check_values: bool = True) -> "Checkpoint":
+        """Open a checkpoint and check every tensor against the config.
+
+        Args:
+            folder: the checkpoint folder.
+            check_values: also read every value once, and refuse NaN and infinities.
+
+        Raises:
+            InputError: unreadable files, or what is no file in their place; missing or unexpected tensors, wrong shapes
+                or dtypes, NaN or infinite values: all offenders at once, each by name. Also a quantized checkpoint.
+        """
+        values = read_config_json(folder)
+        if "quantization_config" in values:
+            raise InputError(f"{folder} is quantized already; give the full-precision checkpoint that it was made from")
+        config = MossNetConfig.from_json(values, where=str(folder / "config.json"))
+        _beside(folder)  # what is there by half is refused before any work, not left out
+        torch_dtype = values.get("torch_dtype", "float32")
+        files = TensorFiles(folder)
+        specs = {spec.name: spec for spec in tensor_specs(config)}
+        offenders = _structure_offenders(specs, files, _BY_NAME[torch_dtype])
+        if not offenders and check_values:
+            for name in specs:
+                if not all_finite(files.tensor(name)):
+                    offenders.append(f"{name} holds NaN or infinite values")
+        if offenders:
+            raise InputError.listing(
+                f"{folder} does not fit its config.json", offenders, "Export the checkpoint again, or mend the config."
+            )
+        return cls(folder, config, torch_dtype, specs, files)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied table counts once."""
+        return parameter_count(self.config)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors' data."""
+        return sum(self._files.stored_bytes(name) for name in self.specs)
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The `tokenizer.json`, if there is one."""
+        path = self.folder / _TOKENIZER
+        return path if is_there(path) else None
+
+    @property
+    def beside(self) -> tuple[Path, ...]:
+        """Files beside the weights that are taken along with them: tokenizer and training, where there are any."""
+        return _beside(self.folder)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored, read from the mapped file."""
+        return self._files.tensor(name)
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of one tensor's data as stored."""
+        return self._files.stored_bytes(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of one tensor."""
+        return self._files.dtypes[name]
+
+    def hashes(self) -> dict[str, str]:
+        """File name → SHA-256 of the config and the tensor files."""
+        return {name: file_sha256(self.folder / name) for name in ["config.json", *self._files.files]}
+
+    def seen_text(self) -> tuple[str, ...]:
+        """SHA-256 of the texts that this model was trained on, as far as the checkpoint says."""
+        return seen_text(self.folder)
+
+
+def _structure_offenders(specs: Mapping[str, TensorSpec], files: TensorFiles, stored: torch.dtype) -> list[str]:
+    found = set(files.shapes)
+    offenders = [f"{name} is missing" for name in specs if name not in found]
+    offenders += [f"{name[:80]} is unexpected" for name in sorted(found) if name not in specs]
+    for name, spec in specs.items():
+        if name not in found:
+            continue
+        if files.shapes[name] != spec.shape:
+            offenders.append(f"{name} has shape {list(files.shapes[name])}, needs {list(spec.shape)}")
+        dtype = files.dtypes[name]
+        if dtype not in (stored, torch.float32):
+            offenders.append(
+                f"{name} has dtype {str(dtype).removeprefix('torch.')}, needs {DTYPE_NAMES[stored]} or float32"
+            )
+    return offenders
+
+
+def _beside(folder: Path) -> tuple[Path, ...]:
+    return tuple(path for path in (folder / _TOKENIZER, folder / _TRAINING) if is_there(path))
+
+
+def seen_text(folder: Path) -> tuple[str, ...]:
+    """SHA-256 of the texts named in a folder's `training.json`; none where there is no such file.
+
+    Raises:
+        InputError: the file is there but cannot be understood.
+    """
+    path = folder / _TRAINING
+    if not is_there(path):
+        return ()
+    values = read_json(path, largest=LARGEST_SMALL, advice="copy the checkpoint folder again")
+    if isinstance(values, dict) and values.get("version", 1) != 1:
+        raise InputError(
+            f"{path}: version {values['version']!r} was written by a newer release; upgrade mossquant to read it"
+        )
+    try:
+        return tuple(_digest(text["sha256"]) for text in values["text"])
+    except (LookupError, TypeError, ValueError):
+        raise InputError(f"{path} does not say which texts were seen; copy the checkpoint folder again") from None
+
+
+def _digest(text: str) -> str:
+    if not _SHA256.fullmatch(text):
+        raise ValueError
+    return text
+
+
+def write_checkpoint(
+    folder: Path,
+    config: MossNetConfig,
+    tensor: Callable[[TensorSpec], Tensor],
+    *,
+    dtype: torch.dtype,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint into an existing, empty folder (itself written aside: `mossquant.files.outputs`).
+
+    Args:
+        folder: where to write.
+        config: the model's shape.
+        tensor: gives each tensor in turn.
+        dtype: stored type.
+        training: content of `training.json`.
+    """
+    specs = tensor_specs(config)
+    write_json(folder / "config.json", config.to_json(torch_dtype=DTYPE_NAMES[dtype]))
+    total = parameter_count(config) * dtype.itemsize
+    with TensorWriter(folder, total_bytes=total) as writer:
+        for spec in specs:
+            writer.add(spec.name, tensor(spec).to(dtype))
+    if training is not None:
+        write_json(folder / _TRAINING, dict(training))
+
+
+def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> MossNet:
+    """The PyTorch model with the checkpoint's weights, converted to `dtype`."""
+    model = MossNet(checkpoint.config, dtype=dtype)
+    for spec in checkpoint.specs.values():
+        model.parameter_of(spec).copy_(checkpoint.tensor(spec.name).view(spec.shape))
+    return model.requires_grad_(False).eval()

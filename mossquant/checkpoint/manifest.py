@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`manifest.json` of a quantized checkpoint: what the folder holds, what it was made from and by, what it has seen."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from mossquant.errors import InputError
+from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.files.outputs import file_sha256
+
+__all__ = [
+    "FileRecord",
+    "Manifest",
+    "Parent",
+    "SeenText",
+    "file_offenders",
+    "parse_stored",
+    "read_manifest",
+    "read_stored",
+    "record_offenders",
+]
+
+Stored = TypeVar("Stored", bound=BaseModel)
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Strict):
+    """Size and hash of one file."""
+
+    sha256: Sha256
+    bytes: int
+
+
+class Parent(_Strict):
+    """The full-precision checkpoint that a quantized one was made from: stored type, size, and file name → SHA-256."""
+
+    torch_dtype: str
+    parameters: int
+    bytes: int
+    files: dict[FileName, Sha256]
+
+
+class SeenText(_Strict):
+    """SHA-256 of the texts that the model was trained and calibrated on."""
+
+    training: list[Sha256]
+    calibration: list[Sha256]
+
+
+class Manifest(_Strict):
+    """`manifest.json`. `payload_bytes` are codes, padding, scales and kept tensors; headers and shapes come on top."""
+
+    version: Literal[1]
+    kind: Literal["quantized checkpoint"]
+    release: str
+    recipe: str
+    payload_bytes: int
+    files: dict[FileName, FileRecord]
+    parent: Parent
+    text: SeenText
+
+
+_TOKENIZER = "tokenizer.json"
+_REQUIRED = ("config.json", "recipe.yaml", "ledger.json")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`. Raises `InputError`: missing, of another version, or not a manifest."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no manifest.json, so mossquant did not write it; give a folder that it wrote")
+    return read_stored(path, Manifest, noun="a manifest", advice="Copy the folder again, or quantize again.")
+
+
+def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> Stored:
+    """A JSON file of ours that carries a version. Raises `InputError`: of another version, or not what `schema` says.
+
+    Args:
+        path: the file.
+        schema: what it must hold.
+        noun: what it should be, with its article, for the error.
+        advice: what to do, one sentence.
+    """
+    values = read_json(path, largest=LARGEST_SMALL, advice=advice[0].lower() + advice[1:].rstrip("."))
+    return parse_stored(values, schema, where=str(path), noun=noun, advice=advice)
+
+
+def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:
+    """What `read_stored` makes of JSON that lies in the file `where`, among other things."""
+    if isinstance(values, dict) and values.get("version") != 1:
+        release = str(values.get("release", "a newer release"))[:40]
+        raise InputError(
+            f"{where}: version {repr(values.get('version'))[:40]} was written by mossquant {release}; use that release"
+        )
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
+        raise InputError.listing(f"{where} is not {noun}", offenders, advice) from None
+
+
+def file_offenders(folder: Path, manifest: Manifest, *, check_hashes: bool) -> list[str]:
+    """What differs between a folder and its manifest; contents only with `check_hashes`."""
+    offenders = [f"manifest.json does not list {name}" for name in _REQUIRED if name not in manifest.files]
+    return offenders + record_offenders(folder, manifest.files, check_hashes=check_hashes)
+
+
+def record_offenders(folder: Path, files: Mapping[str, FileRecord], *, check_hashes: bool = True) -> list[str]:
+    """Which of these files of a folder are missing, or of another size or hash; contents only with `check_hashes`.
+
+    A tokenizer that is not listed is one too: it would be used, and other files that are not listed are not.
+    """
+    foreign = _TOKENIZER not in files and os.path.lexists(folder / _TOKENIZER)
+    offenders = [f"{_TOKENIZER} does not belong to it, take it away"] if foreign else []
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            offenders.append(f"{name} is missing")
+        elif path.stat().st_size != record.bytes:
+            offenders.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.bytes}")
+        elif check_hashes and file_sha256(path) != record.sha256:
+            offenders.append(f"{name} has another SHA-256 than the manifest says")
+    return offenders

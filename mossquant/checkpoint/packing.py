@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How codes lie in a quantized checkpoint: compressed-tensors' `pack-quantized` convention.
+
+A code of b bits is stored as code + 2^(b−1), first code in the lowest bits, 32/b codes in an int32. A tensor NAME
+becomes NAME_packed int32 [rows, padded_columns · b / 32], NAME_scale [rows, groups] and NAME_shape int64 [2] = (rows,
+padded_columns). For the weights of modules, which compressed-tensors knows, that gives weight_packed, weight_scale and
+weight_shape; for the other tensors the same suffixes are ours.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mossquant.formats import NumberFormat, get_format
+from mossquant.model.tensors import TensorSpec, View
+from mossquant.plan.plan import Plan
+
+__all__ = ["is_module_weight", "pack", "quantization_config", "stored_names", "unpack"]
+
+_CONVENTION = "0.20.0"
+"""Release of compressed-tensors whose convention this is."""
+
+
+def stored_names(name: str) -> tuple[str, str, str]:
+    """Names of the codes, the scales and the padded shape of a quantized tensor."""
+    return f"{name}_packed", f"{name}_scale", f"{name}_shape"
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes [rows, padded_columns], whole words a row → int32 [rows, padded_columns · bits / 32]."""
+    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    if bits == 4:
+        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    return unsigned.contiguous().view(torch.int32)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`. At 4 bits it holds half of its result on top, at 8 bits nothing."""
+    unsigned = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (unsigned ^ 128).view(torch.int8)
+    codes = torch.empty((unsigned.shape[0], 2 * unsigned.shape[1]), dtype=torch.uint8)
+    codes[:, 0::2] = unsigned & 15
+    codes[:, 1::2] = unsigned >> 4
+    return codes.view(torch.int8).sub_(8)
+
+
+def is_module_weight(spec: TensorSpec) -> bool:
+    """Whether compressed-tensors knows such a tensor: the matrix of a linear or an embedding."""
+    return spec.view is View.MATRIX and spec.name.endswith(".weight")
+
+
+def quantization_config(specs: Mapping[str, TensorSpec], plan: Plan) -> dict[str, Any]:
+    """`quantization_config` of a config.json: which modules are stored in which format."""
+    groups: dict[str, list[str]] = {}
+    kept = []
+    for entry in plan.tensors:
+        if not is_module_weight(specs[entry.name]):
+            continue
+        if entry.format is None:
+            kept.append(entry.name)
+        else:
+            groups.setdefault(entry.format, []).append(entry.name)
+    modules = [name for names in (*groups.values(), kept) for name in names]
+    return {
+        "quant_method": "compressed-tensors",
+        "version": _CONVENTION,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": {
+                "targets": _targets(names, modules),
+                "weights": _weight_args(get_format(name)),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for index, (name, names) in enumerate(groups.items())
+        },
+        "ignore": _targets(kept, modules),
+    }
+
+
+def _weight_args(found: NumberFormat) -> dict[str, Any]:
+    return {
+        "num_bits": found.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if found.group_size is None else "group",
+        "group_size": found.group_size,
+        "dynamic": False,
+    }
+
+
+def _targets(names: list[str], everything: list[str]) -> list[str]:
+    """Module names as compressed-tensors matches them: one expression for a family (layers, experts) that is whole."""
+    families: dict[str, list[str]] = {}
+    for name in everything:
+        families.setdefault(_family(name), []).append(name)
+    wanted = set(names)
+    out: dict[str, None] = {}
+    for name in names:
+        whole = wanted.issuperset(families[_family(name)])
+        out[_family(name) if whole else name.removesuffix(".weight")] = None
+    return list(out)
+
+
+def _family(name: str) -> str:
+    parts = name.removesuffix(".weight").split(".")
+    return "re:^" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "$"

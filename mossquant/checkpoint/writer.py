@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a quantized checkpoint (`mossquant.checkpoint.quantized`), tensor by tensor, in the plan's order.
+
+What is written depends on the checkpoint, the recipe and the release alone: no clock, host, path or thread count.
+"""
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.packing import quantization_config, stored_names
+from mossquant.checkpoint.tensorfiles import TensorWriter
+from mossquant.files.outputs import file_sha256, json_bytes, write_json
+from mossquant.plan.plan import Ledger, Plan
+from mossquant.plan.recipe import Recipe
+from mossquant.release import release
+
+__all__ = ["QuantizedWriter", "container_bytes"]
+
+_SHAPE_BYTES = 16
+_HEADER_BYTES = 200
+_RESULT_BYTES = 40
+_REST_BYTES = 1 << 16
+
+
+def container_bytes(plan: Plan) -> int:
+    """What comes on top of the payload, at most: padded shapes and tensor headers, ledger, config, recipe, manifest.
+
+    What is copied along (a tokenizer) is not counted.
+    """
+    ledger = len(json_bytes(plan.to_json())) + len(plan.tensors) * _RESULT_BYTES
+    return ledger + len(plan.tensors) * (3 * _HEADER_BYTES + _SHAPE_BYTES) + _REST_BYTES
+
+
+class QuantizedWriter:
+    """A context manager; after it, `ledger` holds what happened.
+
+    Args:
+        folder: an existing, empty folder (itself written aside).
+        checkpoint: what is quantized.
+        recipe: what was asked.
+        plan: what was planned.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> None:
+        self._folder, self._checkpoint, self._recipe, self._plan = folder, checkpoint, recipe, plan
+        quantized = sum(entry.format is not None for entry in plan.tensors)
+        self._tensors = TensorWriter(folder, total_bytes=plan.predicted_bytes + quantized * _SHAPE_BYTES)
+        self._results: dict[str, tuple[int, float]] = {}
+        self.ledger: Ledger = plan
+
+    def __enter__(self) -> "QuantizedWriter":
+        self._tensors.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tensors.__exit__(kind, error, trace)
+        if kind is None:
+            self._finish()
+
+    def add_quantized(self, name: str, words: Tensor, scales: Tensor, *, relative_error: float) -> None:
+        """Store the packed codes and the scales of a tensor."""
+        entry = self._plan.by_name[name]
+        packed, scale, shape = stored_names(name)
+        self._tensors.add(packed, words)
+        self._tensors.add(scale, scales)
+        self._tensors.add(shape, torch.tensor([entry.rows, entry.padded_columns], dtype=torch.int64))
+        self._note(name, words.nbytes + scales.nbytes, relative_error)
+
+    def add_kept(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor as it is kept."""
+        self._tensors.add(name, tensor)
+        self._note(name, tensor.nbytes, 0.0)
+
+    def _note(self, name: str, written: int, relative_error: float) -> None:
+        predicted = self._plan.by_name[name].predicted_bytes
+        assert written == predicted, f"{name}: {written} bytes written, {predicted} predicted"
+        self._results[name] = (written, relative_error)
+
+    def _finish(self) -> None:
+        folder, checkpoint, recipe = self._folder, self._checkpoint, self._recipe
+        self.ledger = self._plan.with_results(self._results)
+        config = checkpoint.config.to_json(torch_dtype=checkpoint.torch_dtype)
+        config["quantization_config"] = quantization_config(checkpoint.specs, self.ledger)
+        write_json(folder / "config.json", config)
+        (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8", newline="")
+        write_json(folder / "ledger.json", self.ledger.to_json())
+        for path in checkpoint.beside:
+            (folder / path.name).write_bytes(path.read_bytes())
+        files = {
+            path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())
+        }
+        write_json(
+            folder / "manifest.json",
+            {
+                "version": 1,
+                "kind": "quantized checkpoint",
+                "release": release(),
+                "recipe": recipe.name,
+                "payload_bytes": self.ledger.predicted_bytes,
+                "files": files,
+                "parent": {
+                    "torch_dtype": checkpoint.torch_dtype,
+                    "parameters": checkpoint.parameters,
+                    "bytes": checkpoint.stored_bytes,
+                    "files": checkpoint.hashes(),
+                },
+                "text": {"training": list(checkpoint.seen_text()), "calibration": []},
+            },
+        )

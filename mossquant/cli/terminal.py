@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line prints: results to stdout, progress, notes and complaints to stderr.
+
+Nothing is read as markup. Where stdout is no terminal, tables get the width that they need, so that nothing is broken
+in a file or a pipe; `COLUMNS` says otherwise. Once the reader of a pipe has gone (`| head`) results go nowhere, and the
+verb goes on: what it writes is whole, and its exit status is its own.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mossquant.errors import printable
+
+if TYPE_CHECKING:
+    from mossquant.training.trainer import Progress as TrainingProgress
+
+__all__ = ["ReaderGone", "Terminal", "drop_stdout"]
+
+_PIPED_WIDTH = 10_000
+_STEPS_A_LINE = 100
+_SECONDS_A_LINE = 30
+
+
+class ReaderGone(Exception):
+    """Whoever read the text that is being generated has gone: there is no use in going on."""
+
+
+class Terminal:
+    """stdout and stderr as they are now.
+
+    Args:
+        quiet: no progress and no notes.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._out, self._err, self._quiet = _Plain(stderr=False), _Plain(stderr=True), quiet
+
+    def show(self, *parts: RenderableType) -> None:
+        """Print results: tables, and lines of text, which are never broken."""
+        for part in parts:
+            if isinstance(part, str):
+                self._out.print(printable(part), soft_wrap=True)
+            else:
+                self._out.print(part, crop=False)
+
+    def say(self, line: str) -> None:
+        """Print a note, unless quiet."""
+        if not self._quiet:
+            self.warn(line)
+
+    def warn(self, line: str) -> None:
+        """Print a line that matters also where nothing else is wanted: why a gate failed."""
+        self._err.print(printable(line), soft_wrap=True)
+
+    def complain(self, message: str) -> None:
+        """Print the one line of an error."""
+        sys.stderr.write(f"mossquant: {printable(message)}\n")
+
+    def write(self, piece: str) -> None:
+        """Print a piece of a text that is being generated. Raises `ReaderGone`."""
+        try:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            drop_stdout()
+            raise ReaderGone from None
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar, as a function of (done, all)."""
+        with self.named_bar(what) as shown:
+            yield lambda done, total: shown("", done, total)
+
+    @contextmanager
+    def named_bar(self, what: str) -> Iterator[Callable[[str, int, int], None]]:
+        """Progress, as a function of (name of what is being worked on, done, all): a bar on a terminal, a line now and
+        then elsewhere.
+        """
+        with self._progress(transient=True) as progress:
+            task = progress.add_task(what, total=None)
+            told = time.monotonic()
+
+            def shown(name: str, done: int, total: int) -> None:
+                nonlocal told
+                text = f"{what} {name}".rstrip()
+                progress.update(task, completed=done, total=total, description=text)
+                if not self._err.is_terminal and time.monotonic() - told >= _SECONDS_A_LINE:
+                    told = time.monotonic()
+                    self.say(f"{text}: {done} of {total}")
+
+            yield shown
+
+    @contextmanager
+    def training_bar(self, steps: int) -> Iterator[Callable[["TrainingProgress"], None]]:
+        """Progress of a training, from its first step on: a bar on a terminal, a line now and then elsewhere."""
+        progress = self._progress(transient=False)
+        task = progress.add_task("training", total=steps)
+
+        def shown(step: "TrainingProgress") -> None:
+            text = f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s"
+            if self._err.is_terminal:
+                progress.start()
+                progress.update(task, completed=step.step, description=text)
+            elif step.step % _STEPS_A_LINE == 0:
+                self.say(f"step {step.step} of {steps}: {text}")
+
+        try:
+            yield shown
+        finally:
+            progress.stop()
+
+    def _progress(self, *, transient: bool) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = self._quiet or not self._err.is_terminal
+        return Progress(*columns, console=self._err, transient=transient, disable=hidden)
+
+
+class _Plain(Console):
+    """A console for plain text."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        for name in ("COLUMNS", "LINES"):  # what the library takes for a number, and may not be one: "²"
+            if not re.fullmatch("[0-9]{1,5}", os.environ.get(name, "1")):
+                del os.environ[name]
+        stream = sys.stderr if stderr else sys.stdout
+        known = "COLUMNS" in os.environ or (stream is not None and stream.isatty())
+        width = None if known else _PIPED_WIDTH
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+
+    def on_broken_pipe(self) -> None:
+        """Be silent from now on."""
+        self.quiet = True
+        drop_stdout()
+
+
+def drop_stdout() -> None:
+    """Send what is still to be printed nowhere: else Python complains about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

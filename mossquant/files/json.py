@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON as this project reads it: of bounded size and depth, every key once, every number finite.
+
+Python's own reader takes the last of two equal keys, reads NaN, and makes of a file of a few characters an item some
+thirty times its size in memory. Nothing that we store needs that.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mossquant.errors import InputError
+from mossquant.files.inputs import first_bytes
+
+__all__ = ["LARGEST", "LARGEST_SMALL", "parse_json", "read_json"]
+
+LARGEST_SMALL = 1 << 20
+"""Most bytes of a config, a manifest, or what a program says about itself."""
+LARGEST = 1 << 24
+"""Most bytes of a file with an entry for every tensor: some 30,000 of them. Read, it takes at most 400 MB."""
+
+_DEEPEST = 32
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, nested deeper than 32, holds a key twice in one object, or a number that is not finite.
+    """
+    try:
+        value = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+    level, depth = _containers([value]), 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST}")
+        level = [inner for item in level for inner in _containers(item)]
+    return value
+
+
+def read_json(path: Path, *, largest: int, advice: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        largest: most bytes that it may have.
+        advice: what to do where it cannot be read, without a full stop.
+
+    Raises:
+        InputError: unreadable, too large, or not JSON as above.
+    """
+    try:
+        data = first_bytes(path, largest + 1)
+        if len(data) > largest:
+            raise InputError(f"{path} is larger than {largest >> 20} MB, which no such file is; {advice}")
+        return parse_json(data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); {advice}") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not JSON ({str(error)[:120]}); {advice}") from None
+
+
+def _containers(item: dict[str, Any] | list[Any]) -> list[dict[str, Any] | list[Any]]:
+    children = item.values() if isinstance(item, dict) else item
+    return [child for child in children if isinstance(child, dict | list)]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:40]!r} is given twice")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value

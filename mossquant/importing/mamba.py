@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bring a Mamba checkpoint in: `mossquant import`.
+
+A Mamba is a MossNet with one SSM expert a layer and no MLP, so that nothing but names changes. Two layouts are read:
+Hugging Face's `MambaForCausalLM` folder, and the folder of the original `state-spaces` code. A MossNet folder is taken
+too, to add a tokenizer or to change the stored type. Values are copied tensor by tensor, rounded only where another
+type is asked for. Letters as in `mossquant.model`.
+"""
+
+import pickle
+import shutil
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mossquant.checkpoint.checkpoint import DTYPE_NAMES, Checkpoint, write_checkpoint
+from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.tensorfiles import TensorFiles, all_finite
+from mossquant.errors import InputError
+from mossquant.files.inputs import is_there
+from mossquant.files.outputs import check_free, new_folder
+from mossquant.importing.mamba_configs import SourceConfig, read_source_config
+from mossquant.model.config import MossNetConfig, read_config_json
+from mossquant.model.mossnet import parameter_count, tensor_specs
+from mossquant.model.tensors import TensorSpec
+from mossquant.text.tokenizer import Tokenizer
+
+__all__ = ["Imported", "import_mamba"]
+
+_PICKLED = "pytorch_model.bin"
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# What torch.load raises for a damaged file: besides its own errors, whatever the values in the damage lead to.
+_DAMAGE = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OSError,
+    OverflowError,
+    AssertionError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was brought in.
+
+    Attributes:
+        output: the checkpoint folder that was written.
+        layout: "Hugging Face", "state-spaces" or "mossnet".
+        config: the model's shape.
+        torch_dtype: the stored type.
+        parameters: how many; a tied table counts once.
+        notes: what the user should know, a sentence each.
+    """
+
+    output: Path
+    layout: str
+    config: MossNetConfig
+    torch_dtype: str
+    parameters: int
+    notes: tuple[str, ...]
+
+
+class _Tensors(Protocol):
+    """Named tensors of a source folder."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+def import_mamba(
+    source: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    force: bool = False,
+) -> Imported:
+    """Write the Mamba in `source` as a MossNet checkpoint.
+
+    Args:
+        source: folder of a Hugging Face `MambaForCausalLM` (`model.safetensors`, whole or in shards, or
+            `pytorch_model.bin`), of the original `state-spaces` code (`pytorch_model.bin`), or of a MossNet.
+        output: the folder to write.
+        tokenizer: a `tokenizer.json` to take along; without it, the source folder's, if it has one.
+        dtype: stored type; without it the source's, or float32 where the source mixes types.
+        force: replace what is at `output`.
+
+    Raises:
+        InputError: another kind of model, a config that no MossNet computes, missing, unexpected or misshapen tensors,
+            NaN or infinite values, a pickle that holds more than tensors, a tokenizer that does not load or has more
+            entries than the model, an output path that is taken. Nothing is written then.
+    """
+    folder, output = locate(source).require("checkpoint", verb="import"), Path(output)
+    check_free(output, force=force, inputs=[folder, *([] if tokenizer is None else [Path(tokenizer)])])
+    if dtype is not None and dtype not in DTYPE_NAMES.values():
+        raise InputError(f"unknown stored type {dtype!r}; known types: {', '.join(DTYPE_NAMES.values())}")
+    values = read_config_json(folder)
+    mossnet = Checkpoint.open(folder) if values.get("model_type") == "mossnet" else None
+    if mossnet is None:
+        read = read_source_config(values, where=folder / "config.json")
+    else:
+        read = SourceConfig(
+            "mossnet", mossnet.config, conv_bias=True, embeddings="backbone.embeddings.weight", notes=()
+        )
+    notes = list(read.notes)
+    words = _tokenizer(folder, Path(tokenizer) if tokenizer is not None else None, read.config.vocab_size)
+    if words is None and read.config.vocab_size != 256:
+        notes.append("no tokenizer.json: the model takes token ids only, until it is imported with --tokenizer FILE")
+    tensors: _Tensors = TensorFiles(folder) if mossnet is not None else _open(folder)
+    names = _names(read, tensors)
+    _check_structure(folder, read.config, names, tensors)
+    stored = _stored_type(folder, dtype, {tensors.dtypes[name] for name in names.values()}, notes)
+    _check_values(folder, read.config, names, tensors, stored)
+    if mossnet is not None:
+        mossnet.seen_text()  # is taken along, and so must be readable
+
+    def tensor(spec: TensorSpec) -> Tensor:
+        if spec.name not in names:
+            return torch.zeros(spec.shape)  # the bias of a convolution that has none
+        return tensors.tensor(names[spec.name])
+
+    with new_folder(output, force=force) as partial:
+        write_checkpoint(partial, read.config, tensor, dtype=stored)
+        if words is not None:
+            shutil.copyfile(words, partial / "tokenizer.json")
+        if mossnet is not None and is_there(folder / "training.json"):
+            shutil.copyfile(folder / "training.json", partial / "training.json")
+    return Imported(output, read.layout, read.config, DTYPE_NAMES[stored], parameter_count(read.config), tuple(notes))
+
+
+def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None:
+    """The `tokenizer.json` to take along, checked against the model; None where there is none."""
+    path = given if given is not None else folder / "tokenizer.json"
+    if given is None and not is_there(path):
+        return None
+    entries = Tokenizer.from_file(path).vocab_size
+    if entries > vocab_size:
+        raise InputError(
+            f"{path} has tokens up to {entries - 1}, and the model has a vocabulary of {vocab_size}: "
+            "give the tokenizer that the model was trained with (--tokenizer FILE)"
+        )
+    return path
+
+
+def _open(folder: Path) -> _Tensors:
+    if any((folder / name).is_file() for name in _SAFE):
+        return TensorFiles(folder)
+    if (folder / _PICKLED).is_file():
+        return _Pickled.load(folder / _PICKLED)
+    if (folder / f"{_PICKLED}.index.json").is_file():
+        raise InputError(
+            f"{folder} holds {_PICKLED} in shards, which are not read; save the model as safetensors first"
+        )
+    raise InputError(f"{folder} holds neither {_SAFE[0]} nor {_PICKLED}; copy the whole folder again")
+
+
+@dataclass(frozen=True)
+class _Pickled:
+    """The tensors of a `pytorch_model.bin`, memory-mapped."""
+
+    content: Mapping[str, Tensor]
+
+    @classmethod
+    def load(cls, path: Path) -> "_Pickled":
+        """Read the names and shapes. Nothing in the file is run: tensors are all that may be unpickled."""
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise InputError(f"{path} is not a file of torch.save (a zip since PyTorch 1.6); save it again")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols, in damaged files
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            cause = next((line for line in str(error).splitlines() if "GLOBAL" in line), "damaged")
+            raise InputError(
+                f"{path} holds more than tensors ({cause[:160]}), and loading it could run code: refused; "
+                "get the file from its author again, or as safetensors"
+            ) from None
+        except _DAMAGE as error:
+            cause = (str(error).splitlines() or [""])[0]
+            raise InputError(f"{path} is damaged ({cause[:120]}); copy it again") from None
+        if not isinstance(content, Mapping):
+            raise InputError(
+                f"{path} holds a {type(content).__name__}, not named tensors; save the state_dict of the model"
+            )
+        offenders = [
+            f"{str(name)[:80]} is no dense tensor on the CPU" for name, value in content.items() if not _dense(value)
+        ]
+        if offenders:
+            raise InputError.listing(
+                f"{path} holds more than named tensors", offenders, "Save the state_dict of the model."
+            )
+        found = {str(name): value.detach() for name, value in content.items()}
+        _check_records(path, found)
+        return cls(found)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.content.items()}
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return {name: value.dtype for name, value in self.content.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self.content[name]
+
+
+def _check_records(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """PyTorch maps the file and looks at neither the checksums of its records nor their sizes: a short one is read on
+    into what lies behind it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            records = [record for record in file.infolist() if record.filename.rpartition("/")[0].endswith("/data")]
+            broken = file.testzip()
+    except (zipfile.BadZipFile, *_DAMAGE) as error:
+        raise InputError(f"{path} is damaged ({str(error)[:120]}); copy it again") from None
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    sizes = sorted(record.file_size for record in records if record.file_size)
+    stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    if broken is not None or not stored or sizes != sorted(size for size in storages.values() if size):
+        raise InputError(f"{path} is damaged (its records have other checksums or sizes); copy it again")
+
+
+def _dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def _names(read: SourceConfig, tensors: _Tensors) -> dict[str, str]:
+    """Our name → the source's; a tensor that we fill with zeros is left out."""
+    found = tensors.shapes
+    names = {
+        spec.name: spec.name for spec in tensor_specs(read.config) if read.conv_bias or spec.role != "ssm.conv_bias"
+    }
+    # Hugging Face reads the original's singular as well.
+    either = ("backbone.embeddings.weight", "backbone.embedding.weight")
+    names[either[0]] = next((name for name in either if name in found), read.embeddings)
+    return names
+
+
+def _check_structure(folder: Path, config: MossNetConfig, names: Mapping[str, str], tensors: _Tensors) -> None:
+    shapes, dtypes = tensors.shapes, tensors.dtypes
+    wanted = {names[spec.name]: spec for spec in tensor_specs(config) if spec.name in names}
+    # A tied head may be in the file once more; `_check_values` compares it.
+    spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    offenders = [f"{name} is missing" for name in wanted if name not in shapes]
+    offenders += [f"{name[:80]} is unexpected" for name in sorted(shapes) if name not in wanted and name not in spare]
+    for name, spec in wanted.items():
+        if name not in shapes:
+            continue
+        if shapes[name] != spec.shape:
+            offenders.append(f"{name} has shape {list(shapes[name])}, needs {list(spec.shape)}")
+        if dtypes[name] not in _FLOATS:
+            offenders.append(f"{name} has dtype {_name(dtypes[name])}, needs a float type")
+    _refuse(folder, offenders)
+
+
+def _check_values(
+    folder: Path, config: MossNetConfig, names: Mapping[str, str], tensors: _Tensors, stored: torch.dtype
+) -> None:
+    offenders = []
+    for name in names.values():
+        tensor = tensors.tensor(name)
+        if not all_finite(tensor):
+            offenders.append(f"{name} holds NaN or infinite values")
+        elif tensor.dtype != stored and not all_finite(tensor.to(stored)):
+            offenders.append(f"{name} holds values too large for {_name(stored)}")
+    if config.tie_word_embeddings and "lm_head.weight" in tensors.shapes:
+        table = names["backbone.embeddings.weight"]
+        if not torch.equal(tensors.tensor("lm_head.weight"), tensors.tensor(table)):
+            offenders.append(f"lm_head.weight differs from {table}, though the config says that they are tied")
+    _refuse(folder, offenders)
+
+
+def _refuse(folder: Path, offenders: list[str]) -> None:
+    if offenders:
+        raise InputError.listing(f"{folder} does not fit its config.json", offenders, "Copy or save the model again.")
+
+
+def _stored_type(folder: Path, asked: str | None, found: set[torch.dtype], notes: list[str]) -> torch.dtype:
+    """The type to store: the one asked for, the source's only one, or float32."""
+    if asked is not None:
+        return next(dtype for dtype, name in DTYPE_NAMES.items() if name == asked)
+    if torch.float64 in found:
+        raise InputError(
+            f"{folder} is stored in float64, which no checkpoint of ours is; pass --dtype float32 to round it"
+        )
+    if len(found) > 1:
+        notes.append(f"stored as float32, since the source mixes {' and '.join(sorted(map(_name, found)))}")
+        return torch.float32
+    return next(iter(found))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

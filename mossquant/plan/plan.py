@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe resolved for one model: an entry for every tensor, every linear's input and every state array.
+
+A plan is total and made before any work; with what came out (bytes written, error) it is the ledger. It speaks in roles
+and knows no target.
+
+    bits per weight = 8 · payload bytes / parameters;   payload = codes, padding, scales, and tensors kept as they are
+    relative error = ‖W − Q‖ / ‖W‖ in the Frobenius norm, float64
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any
+
+import torch
+from pydantic import ConfigDict, FailFast, TypeAdapter, ValidationError
+
+from mossquant.errors import InputError
+from mossquant.formats import NumberFormat, get_format
+from mossquant.formats.activations import get_activation_format
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import activation_sites, parameter_count, state_specs, tensor_specs
+from mossquant.model.tensors import SiteSpec, TensorSpec
+from mossquant.plan.entries import KEPT_DTYPES, FormatSummary, SiteEntry, StateEntry, TensorEntry, kept_name
+from mossquant.plan.recipe import Recipe, Rule, first_match
+
+__all__ = ["KEPT_DTYPES", "FormatSummary", "Ledger", "Plan", "SiteEntry", "StateEntry", "TensorEntry", "make_plan"]
+
+_VERSION = 1
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved; after the run, the ledger.
+
+    Attributes:
+        recipe: name of the recipe.
+        targets: targets that it must run on.
+        parameters: parameters of the full-precision model, a tied table once.
+        tensors: one entry for every tensor, in processing order.
+        activations: one entry for every input of a linear layer.
+        state: one entry for every state array.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    recipe: str
+    targets: tuple[str, ...]
+    parameters: int
+    tensors: Annotated[tuple[TensorEntry, ...], FailFast()]
+    activations: Annotated[tuple[SiteEntry, ...], FailFast()]
+    state: Annotated[tuple[StateEntry, ...], FailFast()]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorEntry]:
+        """Tensor name → its entry."""
+        return {entry.name: entry for entry in self.tensors}
+
+    @cached_property
+    def site_of(self) -> Mapping[str, SiteEntry]:
+        """Name of a linear's weight → the site that enters it."""
+        return {tensor: site for site in self.activations for tensor in site.tensors}
+
+    def weight_format(self, tensor: str) -> NumberFormat | None:
+        """The number format of a tensor; None where it is kept."""
+        found = self.by_name[tensor].format
+        return None if found is None else get_format(found)
+
+    def input_format(self, tensor: str) -> tuple[str, int] | None:
+        """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept.
+
+        The block is the weight's own, also where the format has none (another format may be tried in its place).
+        """
+        found = self.by_name[tensor].format
+        return None if found is None else (self.site_of[tensor].format, get_format(found).activation_block)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Payload bytes of all tensors as planned."""
+        return sum(entry.predicted_bytes for entry in self.tensors)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the checkpoint that they come from."""
+        return sum(entry.stored_bytes for entry in self.tensors)
+
+    @property
+    def written_bytes(self) -> int | None:
+        """Payload bytes written, None before the run."""
+        written = [entry.written_bytes for entry in self.tensors]
+        return None if None in written else sum(count for count in written if count is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 · payload bytes / parameters."""
+        return 8 * self.predicted_bytes / self.parameters
+
+    def summary(self) -> list[FormatSummary]:
+        """Tensors, weights and bytes by format, largest first."""
+        totals: dict[str, list[TensorEntry]] = {}
+        for entry in self.tensors:
+            totals.setdefault(entry.storage, []).append(entry)
+        rows = [
+            FormatSummary(name, len(of), sum(e.count for e in of), sum(e.predicted_bytes for e in of))
+            for name, of in totals.items()
+        ]
+        return sorted(rows, key=lambda row: (-row.bytes, row.storage))
+
+    def with_results(self, results: Mapping[str, tuple[int, float]]) -> "Plan":
+        """The ledger: the plan with (bytes written, relative error) of every tensor."""
+        entries = tuple(
+            replace(entry, written_bytes=results[entry.name][0], relative_error=results[entry.name][1])
+            for entry in self.tensors
+        )
+        return replace(self, tensors=entries)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a plan file or `ledger.json`."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], *, where: str = "ledger.json") -> "Plan":
+        """Read what `to_json` gave.
+
+        Raises:
+            InputError: another version, unknown or missing keys, or values of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise InputError(f"{where}: expected a JSON object; this is not a plan")
+        if values.get("version") != _VERSION:
+            raise InputError(
+                f"{where}: version {values.get('version')!r} is of another release of mossquant; use that one"
+            )
+        content = {key: value for key, value in values.items() if key != "version"}
+        try:
+            return _PLAN.validate_json(json.dumps(content))
+        except ValidationError as error:
+            offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
+            raise InputError.listing(
+                f"{where} is not a plan", offenders, "Make it again with `mossquant quantize`."
+            ) from None
+
+
+Ledger = Plan
+"""A plan with what came out."""
+
+_PLAN = TypeAdapter(Plan)
+
+
+def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: Recipe) -> Plan:
+    """Resolve a recipe for a model.
+
+    Args:
+        config: the model's shape.
+        dtypes: tensor name → type in which the checkpoint stores it.
+        recipe: the rules.
+
+    Raises:
+        InputError: tensors, inputs or states that no rule matches; rules that match nothing and are not optional;
+            inputs whose readers disagree about the block: all offenders at once.
+    """
+    offenders: list[str] = []
+    tensors, sites, states = tensor_specs(config), activation_sites(config), state_specs(config)
+    chosen = _choose(recipe, "weights", recipe.weights, [(spec.role, spec.name) for spec in tensors], offenders)
+    for_sites = _choose(recipe, "activations", recipe.activations, [(s.role, s.name) for s in sites], offenders)
+    for_states = _choose(recipe, "state", recipe.state, [(s.role, s.name) for s in states], offenders)
+    advice = (
+        "Every tensor, input and state needs a rule, and every rule something that it matches (or `optional: true`)."
+    )
+    if offenders:
+        raise InputError.listing(f"{recipe.where} does not fit this model", offenders, advice)
+    entries = tuple(
+        _tensor_entry(spec, dtypes[spec.name], recipe, index) for spec, index in zip(tensors, chosen, strict=True)
+    )
+    formats = {entry.name: entry.format for entry in entries}
+    site_entries = []
+    for site, index in zip(sites, for_sites, strict=True):
+        blocks = sorted({get_format(name).activation_block for name in map(formats.get, site.tensors) if name})
+        rule = recipe.activations[index]
+        if get_activation_format(rule.format).blocked and len(blocks) > 1:
+            offenders.append(f"the weights that read {site.name} have blocks of {' and '.join(map(str, blocks))}")
+        reason = f"{rule.pattern} in recipe {recipe.name}"
+        site_entries.append(_site_entry(site, rule.format, blocks, reason))
+    if offenders:
+        raise InputError.listing(
+            f"{recipe.where} does not fit this model", offenders, "Give them formats with one group size."
+        )
+    return Plan(
+        recipe=recipe.name,
+        targets=recipe.targets,
+        parameters=parameter_count(config),
+        tensors=entries,
+        activations=tuple(site_entries),
+        state=tuple(
+            StateEntry(spec.name, spec.role, spec.shape, recipe.state[index].format)
+            for spec, index in zip(states, for_states, strict=True)
+        ),
+    )
+
+
+def _choose(
+    recipe: Recipe, section: str, rules: Sequence[Rule], things: Sequence[tuple[str, str]], offenders: list[str]
+) -> list[int]:
+    """Index of each thing's rule; a rule that comes first for nothing, and a thing without a rule, are offenders."""
+    chosen = [first_match(rules, role=role, name=name) for role, name in things]
+    for (role, name), index in zip(things, chosen, strict=True):
+        if index is None:
+            offenders.append(f"no rule under {section} matches {name} (role {role})")
+    for index, rule in enumerate(rules):
+        if index not in chosen and not rule.optional:
+            later = any(rule.applies(role=role, name=name) for role, name in things)
+            why = "matches only what earlier rules took" if later else "matches nothing"
+            offenders.append(f"{recipe.place(section, index)}: the rule with {rule.pattern} {why}")
+    return [index if index is not None else -1 for index in chosen]
+
+
+def _tensor_entry(spec: TensorSpec, dtype: torch.dtype, recipe: Recipe, index: int) -> TensorEntry:
+    rule = recipe.weights[index]
+    rows, columns = spec.matrix_shape
+    stored = spec.count * dtype.itemsize
+    reason = rule.why or f"{rule.pattern} in recipe {recipe.name}"
+
+    def kept(as_dtype: torch.dtype, why: str) -> TensorEntry:
+        size = spec.count * as_dtype.itemsize
+        name = kept_name(as_dtype)
+        return TensorEntry(
+            spec.name, spec.role, spec.shape, rows, columns, columns, None, name, None, why, stored, size
+        )
+
+    if rule.keep is not None:
+        return kept(torch.float32 if rule.keep == "fp32" else dtype, reason)
+    assert rule.format is not None
+    found = get_format(rule.format)
+    size = found.payload_bytes(rows, columns)
+    if size >= stored:
+        return kept(dtype, f"{found.name} would take {size} bytes, {kept_name(dtype)} as stored takes {stored}")
+    return TensorEntry(
+        spec.name,
+        spec.role,
+        spec.shape,
+        rows,
+        columns,
+        found.padded_columns(columns),
+        found.name,
+        None,
+        rule.solver or recipe.solver,
+        reason,
+        stored,
+        size,
+    )
+
+
+def _site_entry(site: SiteSpec, asked: str, blocks: Sequence[int], reason: str) -> SiteEntry:
+    if not blocks and asked != "fp32":
+        return SiteEntry(
+            site.name, site.role, site.width, site.tensors, "fp32", None, "all weights that read it are kept"
+        )
+    block = blocks[0] if blocks and get_activation_format(asked).blocked else None
+    return SiteEntry(site.name, site.role, site.width, site.tensors, asked, block, reason)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked for: ordered rules from roles and names to formats. A recipe knows no shapes, packing or target.
+
+    version: 1
+    name: int4                      # letters, digits, - and _
+    targets: [torch, onnx]          # where it must run; checked before any work
+    solver: nearest-mse             # default of the weight rules: nearest or nearest-mse
+    weights:                        # every tensor must match a rule; the first match wins
+      - {role: "*.router", keep: fp32, why: "chooses the experts", optional: true}
+      - {match: "backbone.layers.0.*.in_proj.weight", format: int8, solver: nearest}
+      - {role: "*", format: int4_g32}
+    activations:                    # every input of a linear layer
+      - {role: "*", format: int8_block}
+    state:                          # every recurrent state array
+      - {role: "*", format: fp32}
+
+`role` and `match` are shell-style patterns (`*`, `?`, `[…]`) on roles and on names. `keep: fp32` stores the values as
+fp32, `keep: stored` in the checkpoint's own type; `why` says what for. A rule that matches nothing is an error, unless
+it says `optional: true`, which is meant for parts that not every model has (routers, MLP experts, an untied head).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
+
+from mossquant.errors import InputError
+from mossquant.files.yaml import Lines, parse_yaml, read_yaml_text
+from mossquant.formats import get_format
+from mossquant.formats.activations import STATE_FORMATS, get_activation_format
+
+__all__ = [
+    "RECIPES",
+    "SOLVER_NAMES",
+    "ActivationRule",
+    "Recipe",
+    "Rule",
+    "StateRule",
+    "WeightRule",
+    "first_match",
+    "load_recipe",
+    "recipe_files",
+]
+
+RECIPES = ("int8", "int4")
+"""Recipes that ship with the package, by name."""
+
+Solver = Literal["nearest", "nearest-mse"]
+SOLVER_NAMES: tuple[str, ...] = get_args(Solver)
+"""Solvers that a recipe may name."""
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+
+
+def _known_format(name: str) -> str:
+    return get_format(name).name
+
+
+def _known_activation(name: str) -> str:
+    return get_activation_format(name).name
+
+
+def _known_state(name: str) -> str:
+    if name not in STATE_FORMATS:
+        raise InputError(f"unknown state format {name[:40]!r}; known formats: {', '.join(STATE_FORMATS)}")
+    return name
+
+
+def _recipe_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise InputError(f"a name is 1 to 64 letters, digits, - and _, not {name[:70]!r}")
+    return name
+
+
+class Rule(BaseModel):
+    """What a rule applies to: exactly one of `role` and `match`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    role: Pattern | None = None
+    match: Pattern | None = None
+    optional: bool = False
+
+    @model_validator(mode="after")
+    def _one_pattern(self) -> "Rule":
+        if (self.role is None) == (self.match is None):
+            raise InputError("a rule needs either role or match")
+        return self
+
+    @property
+    def pattern(self) -> str:
+        """The pattern as it is shown in messages and reasons."""
+        return f"role {self.role!r}" if self.role is not None else f"match {self.match!r}"
+
+    def applies(self, *, role: str, name: str) -> bool:
+        """Whether the pattern fits something of this role and name."""
+        if self.role is not None:
+            return fnmatchcase(role, self.role)
+        return self.match is not None and fnmatchcase(name, self.match)
+
+
+class WeightRule(Rule):
+    """Tensors that get a number format, or are kept for a reason."""
+
+    format: Annotated[str, AfterValidator(_known_format)] | None = None
+    keep: Literal["fp32", "stored"] | None = None
+    why: Why | None = None
+    solver: Solver | None = None
+
+    @model_validator(mode="after")
+    def _format_or_keep(self) -> "WeightRule":
+        if (self.format is None) == (self.keep is None):
+            raise InputError("a weight rule needs either format or keep")
+        if self.keep is not None and self.why is None:
+            raise InputError("keep needs a reason: add why")
+        if self.keep is not None and self.solver is not None:
+            raise InputError("what is kept needs no solver")
+        return self
+
+
+class ActivationRule(Rule):
+    """Inputs of linear layers that get an activation format."""
+
+    format: Annotated[str, AfterValidator(_known_activation)]
+
+
+class StateRule(Rule):
+    """Recurrent state arrays that get a state format."""
+
+    format: Annotated[str, AfterValidator(_known_state)]
+
+
+class _Content(BaseModel):
+    """A recipe file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1]
+    name: Annotated[str, AfterValidator(_recipe_name)]
+    targets: list[Annotated[str, StringConstraints(min_length=1, max_length=40)]]
+    solver: Solver = "nearest-mse"
+    weights: list[WeightRule]
+    activations: list[ActivationRule]
+    state: list[StateRule]
+
+
+_SCHEMAS: dict[str, type[BaseModel]] = {"weights": WeightRule, "activations": ActivationRule, "state": StateRule}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, read and checked.
+
+    Attributes:
+        name: its name.
+        targets: names of the targets that it must run on.
+        solver: solver of the weight rules that name none.
+        weights: rules for tensors, in order.
+        activations: rules for the inputs of linear layers, in order.
+        state: rules for state arrays, in order.
+        text: the file as it was written.
+        where: the file as the user named it; for messages only, never stored.
+        lines: path of each value → its line.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    solver: Solver
+    weights: tuple[WeightRule, ...]
+    activations: tuple[ActivationRule, ...]
+    state: tuple[StateRule, ...]
+    text: str
+    where: str
+    lines: Lines
+
+    @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """A recipe that ships with the package.
+
+        Raises:
+            InputError: no such recipe; the known names are listed.
+        """
+        if name not in RECIPES:
+            raise InputError(f"unknown recipe {name[:60]!r}; known recipes: {', '.join(RECIPES)}, or give a YAML file")
+        text = (files("mossquant.plan") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        return cls.parse(text, where=f"recipe {name}")
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """Read a recipe file.
+
+        Raises:
+            InputError: unreadable, not YAML, or not a recipe; every offender with its line.
+        """
+        return cls.parse(read_yaml_text(path), where=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, where: str) -> "Recipe":
+        """Read the text of a recipe; `where` names it in messages."""
+        value, lines = parse_yaml(text, where=where)
+        if not isinstance(value, dict):
+            raise InputError(
+                f"{where}: a recipe is a mapping with version, name, targets, weights, activations and state"
+            )
+        try:
+            content = _Content.model_validate(value)
+        except ValidationError as error:
+            found = sorted((_line(lines, each["loc"]), _complaint(each)) for each in error.errors(include_url=False))
+            listed = [f"line {line}: {complaint}" for line, complaint in found]
+            raise InputError.listing(f"{where} is not a valid recipe", listed, "Mend these lines.") from None
+        return cls(
+            content.name,
+            tuple(content.targets),
+            content.solver,
+            tuple(content.weights),
+            tuple(content.activations),
+            tuple(content.state),
+            text,
+            where,
+            lines,
+        )
+
+    def place(self, section: str, index: int) -> str:
+        """Where a rule stands, e.g. "line 7"."""
+        return f"line {_line(self.lines, (section, index))}"
+
+
+def load_recipe(recipe: str | Path) -> Recipe:
+    """A recipe by name ("int4") or from a file.
+
+    Raises:
+        InputError: neither a known name nor a readable recipe file.
+    """
+    for path in recipe_files(recipe):
+        if path.suffix in (".yaml", ".yml") or path.exists():
+            return Recipe.read(path)
+    return Recipe.named(str(recipe))
+
+
+def recipe_files(recipe: str | Path) -> list[Path]:
+    """The file that is read for a recipe; none where it is a name, whatever lies in a file of that name."""
+    return [] if str(recipe) in RECIPES else [Path(recipe)]
+
+
+def first_match(rules: Sequence[Rule], *, role: str, name: str) -> int | None:
+    """Index of the first rule that applies, None if none does."""
+    return next((index for index, rule in enumerate(rules) if rule.applies(role=role, name=name)), None)
+
+
+def _line(lines: Lines, loc: Sequence[str | int]) -> int:
+    for length in range(len(loc), 0, -1):
+        if tuple(loc[:length]) in lines:
+            return lines[tuple(loc[:length])]
+    return 1
+
+
+def _complaint(each: Any) -> str:
+    *above, last = each["loc"] or ("",)
+    found = repr(each["input"])[:60]
+    if each["type"] == "extra_forbidden":
+        schema = _SCHEMAS[str(above[0])] if above else _Content
+        close = get_close_matches(str(last), schema.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(schema.model_fields)}"
+        return f"unknown key {str(last)[:40]!r} ({hint})"
+    if each["type"] == "missing":
+        return f"key {last!r} is missing"
+    if each["type"] == "value_error":
+        return str(each["ctx"]["error"])
+    message = each["msg"]
+    return f"{last}: {message[0].lower()}{message[1:]}, not {found}"

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that is measured, calibrated or trained on: files of the user, and the two texts that ship with the package.
+
+A text is bytes. A byte-level model (vocabulary 256) takes any; every other tokenizer needs UTF-8.
+"""
+
+import hashlib
+import json
+import lzma
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from mossquant.errors import InputError
+from mossquant.files.inputs import first_bytes
+from mossquant.text.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, Tokens, decode_utf8, train_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "LARGEST_TEXT",
+    "LARGEST_TRAINING_TEXT",
+    "StreamDecoder",
+    "Text",
+    "Tokenizer",
+    "bundled_text",
+    "read_text",
+    "streams",
+    "train_tokenizer",
+]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to measure or calibrate on. `sha256` is the digest of `data`, in hexadecimal."""
+
+    name: str
+    data: bytes
+    sha256: str
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> "Text":
+        """The text `data`, known to the user as `name`."""
+        return cls(name, data, hashlib.sha256(data).hexdigest())
+
+
+LARGEST_TEXT = 1 << 23
+"""Most bytes of a file to measure on. It is encoded whole, so that no seam changes a token: 110 bytes a byte."""
+LARGEST_TRAINING_TEXT = 1 << 28
+"""Most bytes of a file to train on: it is encoded in pieces."""
+
+
+def read_text(path: Path, *, as_bytes: bool = False, largest: int = LARGEST_TEXT) -> Text:
+    """Read a text file.
+
+    Args:
+        path: the file.
+        as_bytes: the text goes to a byte-level model, so that it need not be UTF-8.
+        largest: most bytes that it may have.
+
+    Raises:
+        InputError: the file is missing, a folder, a pipe, not readable, too large or empty, or is not UTF-8 where that
+            is needed.
+    """
+    try:
+        data = first_bytes(path, largest + 1)
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, and a text file is needed: give the file") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such text file: check the path") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give a readable text file") from None
+    if len(data) > largest:
+        raise InputError(f"{path} is larger than {largest >> 20} MB: give a shorter text")
+    if not data:
+        raise InputError(f"{path} is empty: give a file with text in it")
+    if not as_bytes:
+        decode_utf8(data, str(path))
+    return Text.of(str(path), data)
+
+
+def bundled_text(name: Literal["heldout", "calibration"]) -> Text:
+    """One of the two texts that ship with the package: modules of Python 3.11's standard library.
+
+    `heldout` (1.09 MB) is what models are measured on, `calibration` (0.53 MB) what statistics are taken from; the
+    bundled model was trained on neither. They are the modules that `assets/text/split.json` lists, in that order, each
+    followed by one newline.
+    """
+    folder = resources.files("mossquant") / "assets/text"
+    data = lzma.decompress((folder / f"{name}.txt.xz").read_bytes(), format=lzma.FORMAT_XZ)
+    text = Text.of(f"bundled {name} text", data)
+    expected = json.loads((folder / "split.json").read_bytes())[name]["sha256"]
+    if text.sha256 != expected:
+        raise InputError(
+            f"the {text.name} is damaged (its sha256 is not the one in split.json): install mossquant again"
+        )
+    return text
+
+
+def streams(tokens: Tokens, count: int) -> Tokens:
+    """Cut tokens [T] into `count` consecutive streams of equal length: [count, T // count].
+
+    The cut depends on T and `count` alone; the last T % count tokens are left out.
+    Raises `InputError` where a stream would have fewer than two tokens (one to read, one to predict).
+    """
+    length = len(tokens) // count
+    if length < 2:
+        raise InputError(f"{len(tokens)} tokens are too few for {count} streams of two or more: give a longer text")
+    return tokens[: count * length].reshape(count, length)

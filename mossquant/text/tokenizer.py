@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to tokens and back: bytes as they are, or a byte-level BPE and whatever else `tokenizer.json` can hold.
+
+Bits per byte are counted in the bytes of the text, so that one text measures models with different tokenizers. For
+that, every tokenizer says how many bytes each token stands for, and the lengths of the tokens of a text add up to the
+length of the text.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mossquant.errors import InputError
+from mossquant.files.inputs import first_bytes, is_there
+from mossquant.files.outputs import new_file
+from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
+
+__all__ = ["END_OF_TEXT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
+
+Tokens = npt.NDArray[np.int64]
+
+END_OF_TEXT = "<|endoftext|>"
+_BYTES = 256
+_OURS = "a tokenizer.json of Hugging Face tokenizers"
+
+# What tokenizers call the end of a text, in the order in which we look.
+_END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+
+# How a text is cut before pairs are merged; no token crosses a cut. In order: a word with the one character before it
+# (a space, `.`, `_`, `(`, a quote); up to three digits; punctuation with the line end and the indentation after it;
+# line ends with the indentation after them; spaces but the last, which belongs to the next word; other spaces.
+_CUTS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+(?:\r?\n[ \t]*)*"
+    r"|(?:\r?\n[ \t]*)+"
+    r"|[^\S\r\n]+(?!\S)"
+    r"|[^\S\r\n]+"
+    r"|\s"
+)
+
+# Documents longer than this are encoded in pieces (`Tokenizer.encode_documents`): the library keeps some hundred
+# bytes a token while it encodes one text.
+_PIECE = 1 << 20
+
+
+class Tokenizer:
+    """Text to tokens and back: bytes as they are, or a Hugging Face `tokenizer.json`.
+
+    Attributes:
+        vocab_size: one more than the largest token.
+        sha256: of `tokenizer.json`, in hexadecimal; None for the byte-level tokenizer.
+        end_of_text: the token that ends a text, or None. Text never encodes to it, not even by spelling it out.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer | None, sha256: str | None) -> None:
+        self.sha256 = sha256
+        self._library = library
+        self.end_of_text: int | None = None
+        if library is None:
+            self.vocab_size = _BYTES
+            self._token_bytes: tuple[bytes, ...] | None = tuple(bytes([value]) for value in range(_BYTES))
+        else:
+            library.no_padding()
+            library.no_truncation()
+            library.encode_special_tokens = True
+            self.vocab_size = 1 + max(library.get_vocab(with_added_tokens=True).values())
+            self.end_of_text = next((i for i in map(library.token_to_id, _END_NAMES) if i is not None), None)
+            self._token_bytes = _bytes_of_tokens(library, self.vocab_size)
+        if self._token_bytes is not None:
+            self._lengths = np.array([len(token) for token in self._token_bytes], np.int64)
+
+    @classmethod
+    def byte_level(cls) -> "Tokenizer":
+        """The byte-level tokenizer: a token is a byte, the vocabulary is 256."""
+        return cls(None, None)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Tokenizer":
+        """Read a `tokenizer.json`. Raises `InputError` if it is missing or not one."""
+        try:
+            data = first_bytes(path, LARGEST_TOKENIZER + 1)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): give a tokenizer.json") from None
+        if len(data) > LARGEST_TOKENIZER:
+            raise InputError(f"{path} is larger than {LARGEST_TOKENIZER >> 20} MB: give a tokenizer.json")
+        try:
+            offenders, text = tokenizer_offenders(data), data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is not UTF-8: give a tokenizer.json of Hugging Face tokenizers") from None
+        except ValueError as error:
+            raise InputError(f"{path} is not {_OURS} ({str(error)[:120]}): give another") from None
+        if offenders:
+            raise InputError.listing(f"{path} is not {_OURS} that can be used", offenders, "Give another.")
+        with _library_errors(f"{path} is not {_OURS}"):
+            library = tokenizers.Tokenizer.from_str(text)
+        if not library.get_vocab_size(with_added_tokens=True):
+            raise InputError(f"{path} has an empty vocabulary: give the tokenizer that the model was trained with")
+        return cls(library, hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def for_folder(cls, folder: Path, vocab_size: int) -> "Tokenizer":
+        """The tokenizer of a checkpoint or artifact whose model has `vocab_size` entries.
+
+        `tokenizer.json` where there is one; without it, a vocabulary of 256 means bytes.
+
+        Raises:
+            InputError: there is neither, or the tokenizer has more entries than the model.
+        """
+        path = folder / "tokenizer.json"
+        if not is_there(path):
+            if vocab_size == _BYTES:
+                return cls.byte_level()
+            added = "import it with one (mossquant import --tokenizer FILE)"
+            if (folder / "manifest.json").exists() or not (folder / "config.json").exists():  # nothing can be added
+                added = "import the original with one (mossquant import --tokenizer FILE), then quantize and export it"
+            raise InputError(
+                f"{folder} has no tokenizer.json, and a vocabulary of {vocab_size} is not byte-level, "
+                f"so the model takes token ids only: {added}"
+            )
+        tokenizer = cls.from_file(path)
+        if tokenizer.vocab_size > vocab_size:
+            raise InputError(
+                f"{path} has tokens up to {tokenizer.vocab_size - 1}, and the model has a vocabulary of {vocab_size}: "
+                "give the tokenizer that the model was trained with"
+            )
+        return tokenizer
+
+    @property
+    def takes_any_bytes(self) -> bool:
+        """Whether text that is not UTF-8 can be encoded (`read_text(..., as_bytes=...)`)."""
+        return self._library is None
+
+    def encode(self, text: str | bytes) -> Tokens:
+        """The tokens [T] of a text, int64, with nothing added. Raises `InputError` for bytes that are not UTF-8."""
+        data = _encoded(text)
+        if self._library is None:
+            return np.frombuffer(data, np.uint8).astype(np.int64)
+        string = decode_utf8(data, "the text")
+        # The library's fast form leaves out the offsets; it exists for lists only.
+        with _library_errors("the tokenizer cannot encode this text"):
+            found = self._library.encode_batch_fast([string], add_special_tokens=False)[0].ids
+        return np.array(found, np.int64)
+
+    def encode_with_lengths(self, text: str | bytes) -> tuple[Tokens, Tokens]:
+        """(tokens [T], byte lengths [T]) of a text; the lengths add up to the text's length in UTF-8.
+
+        They are the lengths of the tokens themselves (`byte_lengths`) where those add up. Where the tokenizer changes
+        the text (a normaliser, a space put in front) a token counts the bytes of the text from the end of the token
+        before it to its own end.
+        """
+        data = _encoded(text)
+        tokens = self.encode(data)
+        if self._token_bytes is not None:
+            lengths = self.byte_lengths(tokens)
+            if int(lengths.sum()) == len(data):
+                return tokens, lengths
+        assert self._library is not None, "a byte is one byte long"
+        string = data.decode("utf-8")
+        starts = np.cumsum([0, *(len(character.encode("utf-8")) for character in string)])
+        with _library_errors("the tokenizer cannot encode this text"):
+            ends = [end for _, end in self._library.encode(string, add_special_tokens=False).offsets]
+        last = np.maximum.accumulate(np.array(ends, np.int64)) if ends else np.zeros(0, np.int64)
+        if len(last):
+            last[-1] = len(string)
+        return tokens, np.diff(starts[last], prepend=0).astype(np.int64)
+
+    def byte_lengths(self, tokens: Tokens) -> Tokens:
+        """How many bytes of text each token [T] stands for: int64 [T].
+
+        Raises `InputError` for a tokenizer whose tokens are not byte strings (`encode_with_lengths` serves any).
+        """
+        if self._token_bytes is None:
+            raise InputError("this tokenizer's tokens have no fixed length in bytes: give text in place of token ids")
+        return self._lengths[tokens]
+
+    def decode(self, tokens: Sequence[int] | Tokens) -> str:
+        """The text of the tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        if self._token_bytes is not None:
+            return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
+        assert self._library is not None
+        with _library_errors("the tokenizer cannot decode these tokens"):
+            text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=True)
+        return text
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder for tokens that arrive one at a time."""
+        return StreamDecoder(self)
+
+    def encode_documents(self, documents: Iterable[str | bytes]) -> Tokens:
+        """The tokens of all documents, each followed by `end_of_text` where there is one: what training reads.
+
+        Documents over 1 MiB are encoded in pieces that end at a line, to bound memory; tokens at such a seam may
+        differ from `encode`'s.
+        """
+        parts: list[Tokens] = []
+        end = np.array([] if self.end_of_text is None else [self.end_of_text], np.int64)
+        for document in documents:
+            parts.extend(self.encode(piece) for piece in _pieces(_encoded(document)))
+            parts.append(end)
+        return np.concatenate(parts) if parts else end[:0]
+
+    def _bytes_of(self, token: int | np.int64) -> bytes:
+        """The bytes of a token; none for an entry that only the model has."""
+        assert self._token_bytes is not None
+        return self._token_bytes[token] if 0 <= token < self.vocab_size else b""
+
+
+class StreamDecoder:
+    """Tokens to text, one token at a time: a character whose bytes are not all there yet is held back."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._library_stream = decoders.DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._given = ""
+
+    def step(self, token: int) -> str:
+        """The text that `token` completes; often empty inside a character of several bytes."""
+        if self._tokenizer._token_bytes is not None:
+            return self._utf8.decode(self._tokenizer._bytes_of(token))
+        assert self._tokenizer._library is not None
+        with _library_errors("the tokenizer cannot decode these tokens"):
+            text = self._library_stream.step(self._tokenizer._library, token) or ""
+        self._tokens.append(token)
+        self._given += text
+        return text
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD for a character that never became whole, else nothing."""
+        if self._tokenizer._token_bytes is not None:
+            return self._utf8.decode(b"", final=True)
+        return self._tokenizer.decode(self._tokens)[len(self._given) :]
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """What the library raises for a file that it cannot work with: Exception itself, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        cause = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{what} ({cause[:160]}): give the tokenizer that the model was trained with") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *, force: bool = False) -> Tokenizer:
+    """Train a byte-level BPE and write it to `path` as `tokenizer.json`. The same texts give the same bytes.
+
+    Args:
+        texts: documents; no token crosses from one to the next.
+        vocab_size: entries: `END_OF_TEXT`, the 256 bytes, and (vocab_size less 257) merges.
+        path: the file to write; `force` replaces one that is there.
+
+    Raises:
+        InputError: vocab_size below 257, or more than the text has merges for.
+    """
+    if vocab_size <= _BYTES:
+        raise InputError(
+            f"a BPE vocabulary has at least {_BYTES + 1} entries, and {vocab_size} were asked for: ask for more"
+        )
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_CUTS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    found = library.get_vocab_size(with_added_tokens=True)
+    if found < vocab_size:
+        raise InputError(
+            f"the text has pairs to merge for a BPE of {found} entries, and {vocab_size} were asked for: "
+            f"give more text, or train on bytes (--tokenizer bytes)"
+        )
+    with new_file(path, force=force) as partial:
+        library.save(str(partial), pretty=True)
+    return Tokenizer.from_file(path)
+
+
+def _bytes_of_tokens(library: tokenizers.Tokenizer, vocab_size: int) -> tuple[bytes, ...] | None:
+    """The bytes of every token of a byte-level BPE; None for other kinds.
+
+    Such a vocabulary spells each byte as one printable character (GPT-2's table): bytes that are printable in Latin-1
+    stand for themselves, the others follow from U+0100 on. Added tokens are spelled as text; special ones stand for no
+    text.
+    """
+    stored: dict[str, Any] = json.loads(library.to_str())
+    if not _is_byte_level(stored.get("decoder")):
+        return None
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = sorted(set(range(_BYTES)) - set(kept))
+    values = {chr(value): value for value in kept} | {chr(0x100 + i): value for i, value in enumerate(moved)}
+    special = {token["content"]: token["special"] for token in stored.get("added_tokens", ())}
+    table = [b""] * vocab_size
+    for spelling, token in library.get_vocab(with_added_tokens=True).items():
+        if spelling in special:
+            table[token] = b"" if special[spelling] else spelling.encode("utf-8")
+        elif all(character in values for character in spelling):
+            table[token] = bytes(values[character] for character in spelling)
+        else:
+            return None
+    return tuple(table)
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    if decoder is None:
+        return False
+    if decoder["type"] == "Sequence":
+        return len(decoder["decoders"]) == 1 and _is_byte_level(decoder["decoders"][0])
+    return bool(decoder["type"] == "ByteLevel")
+
+
+def _pieces(data: bytes) -> list[bytes]:
+    """`data` in pieces of at most `_PIECE` bytes that end at a line end, or else at the end of a character."""
+    pieces: list[bytes] = []
+    start = 0
+    while len(data) - start > _PIECE:
+        stop = data.rfind(b"\n", start, start + _PIECE) + 1
+        if stop == 0:
+            stop = start + _PIECE
+            while stop > start + _PIECE - 3 and 0x80 <= data[stop] < 0xC0:
+                stop -= 1
+        pieces.append(data[start:stop])
+        start = stop
+    pieces.append(data[start:])
+    return pieces
+
+
+def _encoded(text: str | bytes) -> bytes:
+    """A text in UTF-8; bytes that the command line or a file name brought in as surrogates come back as they were."""
+    return text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
+
+
+def decode_utf8(data: bytes, where: str) -> str:
+    """`data` as text. Raises `InputError`, naming `where` and the first wrong byte, if it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8 at byte {error.start} (0x{data[error.start]:02x}): convert it to UTF-8; "
+            "only a byte-level model (vocabulary 256) takes any bytes"
+        ) from None

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an .onnx holds the weights of its checkpoint: code for code, scale for scale, kept tensors bit for bit.
+
+The checkpoint says what must be there; `readback` says what the file's nodes see. Nothing may be missing and nothing
+may be left over.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.locate import Located, locate
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.errors import InputError
+from mossquant.formats import QuantizedTensor
+from mossquant.model.tensors import TensorSpec, View
+from mossquant.targets.onnx.file_graph import FileGraph, Matrix, expanded
+from mossquant.targets.onnx.open import open_program
+from mossquant.targets.onnx.packing import to_numpy
+from mossquant.targets.source import open_checkpoint
+from mossquant.targets.weights_report import WeightsReport, first_difference
+
+__all__ = ["verify"]
+
+_EXP_TOLERANCE = 1e-6
+"""Relative: −exp(A_log) is computed when the file is loaded, to within a rounding or two of any other exp."""
+
+
+def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> WeightsReport:
+    """Compare every weight in an .onnx with the checkpoint that it was lowered from.
+
+    Args:
+        checkpoint: the quantized checkpoint; the full-precision one for an artifact of that.
+        artifact: the .onnx, or the folder that holds it.
+
+    Raises:
+        InputError: one of them cannot be read, or the artifact is of a model of another shape.
+    """
+    source_at = checkpoint if isinstance(checkpoint, Located) else locate(checkpoint)
+    source_at.require("checkpoint", "quantized checkpoint", verb="verify")
+    at = artifact if isinstance(artifact, Located) else locate(artifact)
+    opened = open_program(at.require("onnx", verb="verify"))
+    source = open_checkpoint(source_at)
+    if source.config != opened.config:
+        raise InputError(
+            f"{at.given} is a model of another shape than {source_at.given}; give what it was lowered from"
+        )
+    graph = FileGraph(opened)
+    differences: list[str] = []
+    for spec in source.specs.values():
+        differences += _differences(graph, source, spec)
+        graph.forget()
+    differences += [f"{name[:100]} is in the file and belongs to no tensor" for name in _left_over(graph)]
+    return WeightsReport.of(at.given, source, opened.metadata.source_files, differences)
+
+
+def _left_over(graph: FileGraph) -> list[str]:
+    """Weights that no tensor accounts for. Constants without a dot in their name are known to the byte already: a graph
+    is opened only if they are those that its config lowers to."""
+    return sorted(name for name in graph.stored.keys() - graph.read if "." in name)
+
+
+def _differences(graph: FileGraph, source: Checkpoint | QuantizedCheckpoint, spec: TensorSpec) -> Iterator[str]:
+    """At most one line for each place where the file holds the tensor."""
+    expected: QuantizedTensor | NDArray[np.generic]
+    if isinstance(source, QuantizedCheckpoint):
+        kept = not source.is_quantized(spec.name)
+        expected = _values(spec, source.kept(spec.name)) if kept else source.quantized(spec.name)
+    else:
+        expected = _values(spec, source.tensor(spec.name))
+    name = spec.name.removeprefix("backbone.").removesuffix(".weight") if spec.layer is not None else spec.name
+    if spec.view is View.MATRIX and spec.role != "ssm.A_log":
+        places = _matrices(graph, name, spec)
+        found = [_compare(spec, matrix, expected) for matrix in places]
+    else:
+        found = [_compare_small(graph, name, spec, expected)]
+    if not found:
+        found = ["is not in the file"]
+    yield from (f"{spec.name}: {what}" for what in found if what is not None)
+
+
+def _values(spec: TensorSpec, tensor: torch.Tensor) -> NDArray[np.generic]:
+    """A kept tensor's matrix view in its own type; `_first` makes fp32 of it, which is exact."""
+    return to_numpy(spec.to_matrix(tensor))
+
+
+def _matrices(graph: FileGraph, name: str, spec: TensorSpec) -> Iterator[Matrix]:
+    """What every node that reads this matrix sees of it: its own rows or blocks where experts are stacked."""
+    nodes = [node for node_name, node in graph.named.items() if name in expanded(node_name)]
+    if spec.role == "embedding":
+        nodes += graph.lookups
+    for node in nodes:
+        matrix = graph.matrix(node)
+        if matrix is None:
+            continue
+        stacked = expanded(node.name)
+        if len(stacked) > 1:
+            matrix = _part(matrix, stacked.index(name), len(stacked), rows=spec.role != "ssm.expert.dt_proj")
+        yield matrix
+
+
+def _part(matrix: Matrix, index: int, count: int, *, rows: bool) -> Matrix:
+    """One expert of a stacked matrix: its rows, or its columns."""
+    if rows:
+        each = len(matrix.codes) // count
+        own = slice(index * each, (index + 1) * each)
+        return Matrix(matrix.bits, matrix.block, matrix.codes[own], matrix.scales[own])
+    codes = np.array_split(matrix.codes, count, axis=1)[index]
+    scales = matrix.scales if matrix.bits is None else np.array_split(matrix.scales, count, axis=1)[index]
+    return Matrix(matrix.bits, matrix.block, codes, scales)
+
+
+def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArray[np.generic]) -> str | None:
+    if not isinstance(expected, QuantizedTensor):
+        if found.bits is not None:
+            return f"has {found.bits}-bit codes, the checkpoint keeps it in a float type"
+        return first_difference(found.codes, expected, "value")
+    form = expected.format
+    if (found.bits, found.block) != (form.bits, form.activation_block):
+        held = "float values" if found.bits is None else f"{found.bits}-bit codes in blocks of {found.block}"
+        return f"has {held}, the checkpoint has {form.name}"
+    codes = expected.codes.numpy()
+    padding = found.codes.shape[1] - codes.shape[1]
+    if padding < 0 or len(found.codes) != len(codes):
+        return f"has {list(found.codes.shape)} codes, the checkpoint has {list(codes.shape)}"
+    difference = first_difference(found.codes, np.pad(codes, ((0, 0), (0, padding))), "code")
+    if difference is not None:
+        return difference
+    scales = expected.scales.float().numpy()
+    spread = scales if scales.shape == found.scales.shape else np.broadcast_to(scales, found.scales.shape)
+    return first_difference(found.scales, spread, "scale")
+
+
+def _compare_small(
+    graph: FileGraph, name: str, spec: TensorSpec, expected: QuantizedTensor | NDArray[np.generic]
+) -> str | None:
+    """Codes and scales as stored, then the values that the nodes of the graph make of them."""
+    stored = next((one for one in graph.stored if name in expanded(one)), None)
+    data = None if stored is None else graph.value(stored)
+    if stored is None or data is None:
+        return "is not in the file"
+    index, count = expanded(stored).index(name), len(expanded(stored))
+    rows = spec.matrix_shape[0]
+    own = slice(index * rows, (index + 1) * rows)
+    if isinstance(expected, QuantizedTensor):
+        scales = graph.value(f"{stored}.scale")
+        if scales is None:
+            return "has no scales in the file"
+        difference = first_difference(data.reshape(rows * count, -1)[own], expected.codes.numpy(), "code")
+        difference = difference or first_difference(
+            scales.astype(np.float32).reshape(rows * count, -1)[own], expected.scales.float().numpy(), "scale"
+        )
+        values = expected.dequantize().numpy()
+    else:
+        difference, values = (
+            first_difference(data.astype(np.float32).reshape(rows * count, -1)[own], expected, "value"),
+            expected,
+        )
+    if difference is not None:
+        return difference
+    return _compare_used(graph.used(stored), spec, values)
+
+
+def _compare_used(used: list[NDArray[Any]], spec: TensorSpec, values: NDArray[np.generic]) -> str | None:
+    """What the nodes that run see of a small tensor: of an expert's, the rows of all experts, one after the other."""
+    if spec.role == "ssm.A_log":
+        decay = -np.exp(values.astype(np.float64)).T
+        close = len(used) == 1 and used[0].shape == decay.shape and np.allclose(used[0], decay, _EXP_TOLERANCE, 0)
+        return None if close else "is not used as −exp(A_log) transposed"
+    rows, columns = spec.matrix_shape
+    seen = np.concatenate([part.reshape(-1) for part in used]) if used else np.empty(0, np.float32)
+    first, fits = rows * (spec.expert or 0), seen.size == rows * columns
+    if spec.expert is not None:
+        fits = seen.size % columns == 0 and seen.size >= (first + rows) * columns
+    if not fits:
+        return f"is used as {seen.size} values, the checkpoint has {values.size}"
+    return first_difference(seen.reshape(-1, columns)[first : first + rows], values, "decoded value")

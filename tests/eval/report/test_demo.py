@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo on the bundled model and a few tokens: what it writes, keeps and refuses. Timing has a test of its own."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from small import SMALL, random_model, write_model
+
+from mossquant.checkpoint import locate
+from mossquant.checkpoint.locate import BUNDLED, asset_folder
+from mossquant.cli import main as cli
+from mossquant.errors import InputError
+from mossquant.eval import open as opening
+from mossquant.eval.bench import BenchReport, Speed, Timing
+from mossquant.eval.report import demo as module
+from mossquant.eval.report.demo import demo
+from mossquant.eval.report.demo_report import DemoReport
+from mossquant.eval.report.tables import demo_table
+from mossquant.files.outputs import json_bytes
+
+
+def _bench(paths: Sequence[str | Path], **options: Any) -> BenchReport:
+    speed = Speed(2.0, 1.0, 3.0)
+    timings = tuple(Timing(str(path), "", "", "", speed, speed, 1.0, 1.0, 1.0, 1) for path in paths)
+    return BenchReport({"cpu": "a cpu", "cores": 2}, 1, 1.0, 1, 1, 1, timings)
+
+
+def _small(folder: Path) -> Path:
+    """A model with the bundled model's tokenizer, of one block."""
+    config = replace(SMALL, vocab_size=4096, num_hidden_layers=1, num_ssm_experts=2, num_mlp_experts=0)
+    config = replace(config, mlp_intermediate_size=0)
+    write_model(folder, random_model(config, dtype=torch.float32), dtype=torch.bfloat16)
+    shutil.copy(asset_folder(BUNDLED) / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("tiny", marks=pytest.mark.slow)])
+def ran(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, DemoReport, list[str]]]:
+    """One run: its folder, its report and what it said. `make demo` runs the bundled model's too."""
+    said: list[str] = []
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "bench", _bench)
+        if request.param == "small":
+            small = _small(folder / "small")
+            for place in (module, locate, opening):
+                patched.setattr(place, "asset_folder", lambda name: small)
+        yield folder / "out", demo(folder / "out", tokens=300, threads=1, said=said.append), said
+
+
+def test_the_table_has_original_int8_and_int4_as_checkpoint_onnx_and_pte(
+    ran: tuple[Path, DemoReport, list[str]],
+) -> None:
+    _, report, _ = ran
+    rows = report.rows()
+    assert [(row.model, row.form) for row in rows] == [
+        ("original, bf16", "checkpoint"),
+        ("", ".onnx"),
+        ("int8", "checkpoint"),
+        ("", ".onnx"),
+        ("", ".pte"),
+        ("int4", "checkpoint"),
+        ("", ".onnx"),
+        ("", ".pte"),
+    ]
+    assert rows[0].candidate is None
+    divergence = [row.candidate.kl_mean for row in rows if row.candidate is not None]
+    original, int8, int8_onnx, _, int4, _, _ = divergence
+    assert original < int8 < int8_onnx < int4
+    assert rows[0].bits_per_weight == 16
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(demo_table(report))
+    text = console.export_text()
+    assert "original, bf16" in text
+    assert "—" in text
+    assert max(map(len, text.splitlines())) <= 80
+    written = json_bytes(report.to_json())
+    assert json.loads(written)["version"] == 1
+    assert cli._REPORT.match(written), "a second --json would not replace it"
+
+
+@pytest.mark.parametrize("ran", [pytest.param("tiny", marks=pytest.mark.slow)], indirect=True)
+def test_sizes_of_the_bundled_model(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    _, report, _ = ran
+    rows = report.rows()
+    assert rows[2].bits_per_weight <= 8.7
+    assert rows[5].bits_per_weight <= 5.0
+    payload = report.comparison.candidates[1].bytes
+    table = 4096 * 256 // 2 + 4096 * 8 * 2
+    assert rows[6].file_bytes <= 1.08 * payload
+    assert rows[7].file_bytes <= 1.3 * (payload + table)
+
+
+def test_what_it_wrote_is_there_and_named_at_the_end(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    folder, report, _ = ran
+    names = {"tiny-int8", "tiny-int4", "tiny-app", "tiny-int8-app", "tiny-int4-app", "table.svg"}
+    assert {path.name for path in folder.iterdir()} == names
+    closing = "\n".join(report.closing())
+    assert all(name in closing for name in names)
+    assert report.generation.text
+    picture = (folder / "table.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_second_run_keeps_what_matches_and_makes_again_what_does_not(
+    ran: tuple[Path, DemoReport, list[str]],
+) -> None:
+    folder, first, said_first = ran
+    assert not any("kept" in line for line in said_first)
+    program = folder / "tiny-app" / "model.onnx"
+    whole = program.read_bytes()
+    program.write_bytes(whole[:-1])
+    (folder / "notes.txt").write_text("mine")
+    said: list[str] = []
+    again = demo(folder, tokens=300, threads=1, said=said.append)
+    assert sum("kept" in line for line in said) == 4
+    assert [line for line in said if "lowering" in line] == [f"{folder / 'tiny-app'}: lowering tiny to onnx"]
+    assert program.read_bytes() == whole
+    assert again.comparison.to_json() == first.comparison.to_json()
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+
+
+def test_it_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "tiny-int4").mkdir()
+    (tmp_path / "tiny-int4" / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="did not write"):
+        demo(tmp_path)
+    assert (tmp_path / "tiny-int4" / "precious.txt").read_text() == "mine"
+    (tmp_path / "tiny-int4" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"or its manifest\.json is damaged, so it is not replaced"):
+        demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-int4"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        demo(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["table.svg", "notes.txt"])
+def test_it_writes_into_no_folder_of_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name} and nothing that the demo wrote"):
+        demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_it_does_not_write_into_a_checkpoint(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    before = sorted(path.name for path in (ran[0] / "tiny-int4").iterdir())
+    with pytest.raises(InputError, match=r"holds config\.json and nothing that the demo wrote"):
+        demo(ran[0] / "tiny-int4")
+    assert sorted(path.name for path in (ran[0] / "tiny-int4").iterdir()) == before

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: round trips in every stored type, and every tensor checked against the config, all offenders at once."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import CONFIGS, SMALL, random_model, random_tokens, write_model
+from torch import Tensor
+
+from mossquant.checkpoint import tensorfiles
+from mossquant.checkpoint.checkpoint import Checkpoint, load_model, seen_text, write_checkpoint
+from mossquant.errors import InputError
+from mossquant.model.config import PRESETS
+from mossquant.model.mossnet import parameter_count, tensor_specs
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", random_model(SMALL))
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = random_model(CONFIGS[kind])
+    checkpoint = Checkpoint.open(write_model(tmp_path / "model", model, dtype=dtype))
+    assert checkpoint.config == CONFIGS[kind]
+    assert checkpoint.torch_dtype == str(dtype).removeprefix("torch.")
+    assert list(checkpoint.specs) == [spec.name for spec in tensor_specs(CONFIGS[kind])]
+    assert checkpoint.parameters == parameter_count(CONFIGS[kind])
+    assert checkpoint.stored_bytes == checkpoint.parameters * dtype.itemsize
+    for name, spec in checkpoint.specs.items():
+        assert torch.equal(checkpoint.tensor(name), model.parameter_of(spec).to(dtype)), name
+        assert checkpoint.dtype(name) == dtype
+        assert checkpoint.tensor_bytes(name) == spec.count * dtype.itemsize
+    tokens = random_tokens(checkpoint.config, 2, 12)
+    again = load_model(checkpoint, dtype=torch.float64)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_shards_read_like_one_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorfiles, "ONE_FILE_BYTES", 10_000)
+    monkeypatch.setattr(tensorfiles, "SHARD_BYTES", 10_000)
+    one = Checkpoint.open(folder)
+    shards = Checkpoint.open(write_model(tmp_path / "shards", load_model(one)))
+    files = sorted(path.name for path in shards.folder.iterdir())
+    assert files[:3] == ["config.json", "model-00001.safetensors", "model-00002.safetensors"]
+    assert files[-1] == "model.safetensors.index.json"
+    assert all(torch.equal(one.tensor(name), shards.tensor(name)) for name in one.specs)
+    assert sorted(shards.hashes()) == files
+    for name, digest in shards.hashes().items():
+        assert digest == hashlib.sha256((shards.folder / name).read_bytes()).hexdigest()
+    (shards.folder / "model-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-00002\.safetensors is missing"):
+        Checkpoint.open(shards.folder)
+
+
+def test_the_same_model_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    again = write_model(tmp_path / "again", random_model(SMALL))
+    assert Checkpoint.open(folder).hashes() == Checkpoint.open(again).hashes()
+
+
+def test_what_else_lies_in_the_folder(tmp_path: Path) -> None:
+    model, folder = random_model(SMALL), tmp_path / "model"
+    folder.mkdir()
+    training = {"version": 1, "text": [{"name": "a", "sha256": "12" * 32}, {"name": "b", "sha256": "34" * 32}]}
+    write_checkpoint(folder, SMALL, model.parameter_of, dtype=torch.bfloat16, training=training)
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.seen_text() == ("12" * 32, "34" * 32)
+    assert checkpoint.tokenizer_path is None
+    (folder / "tokenizer.json").write_text("{}")
+    assert checkpoint.tokenizer_path == folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"version": 2, "text": []}', "newer release"),
+        ('{"version": 1}', "does not say which texts were seen"),
+        ('{"version": 1, "text": ["x"]}', "does not say which texts were seen"),
+        ("[]", "does not say which texts were seen"),
+        ('{"version": 1, "text": [{"sha256": null}]}', "does not say which texts were seen"),
+        ('{"version": 1, "text": [{"sha256": "none"}]}', "does not say which texts were seen"),
+        ("{", r"training\.json is not JSON"),
+    ],
+)
+def test_a_broken_training_record(tmp_path: Path, content: str, message: str) -> None:
+    assert seen_text(tmp_path) == ()
+    (tmp_path / "training.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        seen_text(tmp_path)
+
+
+def test_routers_may_stay_in_fp32(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", random_model(SMALL), dtype=torch.bfloat16)
+    name = "backbone.layers.0.mlp.router.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].float()}))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.dtype(name) == torch.float32
+    assert checkpoint.stored_bytes == 2 * (checkpoint.parameters + checkpoint.specs[name].count)
+
+
+ONE = "backbone.layers.1.mixer.experts.2.x_proj.weight"
+TWO = "backbone.norm_f.weight"
+
+# name: (what is done to the tensors, what the message says)
+BROKEN: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "missing": (lambda t: t.pop(ONE), f"{ONE} is missing"),
+    "unexpected": (lambda t: t.update({"lm_head.weight": torch.zeros(53, 20)}), "lm_head.weight is unexpected"),
+    "of one expert too many": (
+        lambda t: t.update({ONE.replace(".2.", ".4."): t[ONE].clone()}),
+        "mixer.experts.4.x_proj.weight is unexpected",
+    ),
+    "another shape": (lambda t: t.update({ONE: t[ONE][:-1].clone()}), f"{ONE} has shape [12, 40], needs [13, 40]"),
+    "transposed": (lambda t: t.update({ONE: t[ONE].T.contiguous()}), f"{ONE} has shape [40, 13], needs [13, 40]"),
+    "float64": (lambda t: t.update({ONE: t[ONE].double()}), f"{ONE} has dtype float64, needs float32"),
+    "integers": (lambda t: t.update({ONE: t[ONE].to(torch.int8)}), f"{ONE} has dtype int8"),
+    "another float type": (lambda t: t.update({ONE: t[ONE].half()}), f"{ONE} has dtype float16"),
+    "NaN": (lambda t: t[ONE].view(-1)[-1:].fill_(float("nan")), f"{ONE} holds NaN or infinite values"),
+    "infinite": (lambda t: t[TWO][:1].fill_(float("-inf")), f"{TWO} holds NaN or infinite values"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_tensor_that_does_not_fit(how: str, folder: Path) -> None:
+    change, message = BROKEN[how]
+    change_tensors(folder, change)
+    with pytest.raises(InputError) as error:
+        Checkpoint.open(folder)
+    assert message in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_offenders_at_once(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        del tensors[ONE]
+        tensors["odd\nname"] = torch.zeros(1)
+        tensors[TWO] = torch.zeros(21)
+        tensors["backbone.embeddings.weight"] = tensors["backbone.embeddings.weight"].bfloat16()
+
+    change_tensors(folder, change)
+    with pytest.raises(InputError) as error:
+        Checkpoint.open(folder)
+    for part in (
+        f"{ONE} is missing",
+        "odd\\nname is unexpected",
+        f"{TWO} has shape [21]",
+        "embeddings.weight has dtype bfloat16",
+    ):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_tensors_with_nan_at_once(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: [tensor.view(-1)[:1].fill_(float("nan")) for tensor in tensors.values()])
+    with pytest.raises(InputError) as error:
+        Checkpoint.open(folder)
+    assert f"; and {len(tensor_specs(SMALL)) - 8} more" in str(error.value)
+    assert Checkpoint.open(folder, check_values=False).config == SMALL
+
+
+def test_a_config_that_does_not_fit_the_tensors(folder: Path) -> None:
+    change_config(folder, num_ssm_experts=5, tie_word_embeddings=False)
+    with pytest.raises(InputError) as error:
+        Checkpoint.open(folder)
+    for part in (
+        "lm_head.weight is missing",
+        "mixer.experts.4.x_proj.weight is missing",
+        "has shape [4, 20], needs [5, 20]",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_mlp_experts": 10**12},
+        {"num_hidden_layers": 1024, "num_ssm_experts": 1024, "num_mlp_experts": 1024},
+        {"vocab_size": 10**12, "hidden_size": 10**12},
+    ],
+)
+def test_a_giant_config_is_refused_quickly(folder: Path, changes: dict[str, int]) -> None:
+    change_config(folder, **changes)
+    start = time.process_time()
+    with pytest.raises(InputError, match="is not a valid MossNet config"):
+        Checkpoint.open(folder)
+    assert time.process_time() - start < 1
+
+
+def test_the_largest_config_that_is_allowed_is_refused_in_time(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=64, num_ssm_experts=64, num_mlp_experts=64)
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"and \d+ more"):
+        Checkpoint.open(folder)
+    assert time.process_time() - start < 10
+
+
+def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
+    change_config(folder, quantization_config={})
+    with pytest.raises(InputError, match="is quantized already"):
+        Checkpoint.open(folder)
+
+
+def test_a_large_preset_is_not_allocated_to_be_listed() -> None:
+    names = [spec.name for spec in tensor_specs(replace(PRESETS["8x1.5b"], num_hidden_layers=2))]
+    assert len(names) == len(set(names)) == 2 + 2 * (8 + 3 * 8 + 1 + 3 * 8 + 1)

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the command line behaves as a program: what it prints where, to whom, and how it ends.
+
+What each verb does is in `test_verbs.py`; what is refused in `test_bad_input.py` and `test_bad_options.py`.
+"""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import onnx
+import pytest
+from commands import COMMAND, command, process
+
+import mossquant
+from mossquant.files.outputs import file_sha256
+from mossquant.targets.export import export_needs
+
+VERBS = (
+    *("demo", "info", "train", "import", "quantize", "recipes"),
+    *("export", "perplexity", "compare", "verify", "generate", "bench"),
+)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_names_every_verb(words: list[str]) -> None:
+    found = command(*words)
+    assert (found.status, found.err) == (0, "")
+    for verb in VERBS:
+        assert re.search(rf"^. {verb} ", found.out, re.MULTILINE), verb
+    assert "--quiet" in found.out
+    assert "--debug" in found.out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_shows_an_example(verb: str) -> None:
+    found = command(verb, "--help")
+    assert (found.status, found.err) == (0, "")
+    assert f"Example: mossquant {verb}" in found.out
+    assert max(map(len, found.out.splitlines())) <= 80
+
+
+def test_info_of_each_kind(
+    checkpoint_folder: Path, quantized_folder: Path, artifact_folder: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "info.json"
+    for path, kind in (
+        (checkpoint_folder, "checkpoint"),
+        (quantized_folder, "quantized checkpoint"),
+        (artifact_folder, "onnx"),
+        (artifact_folder / "model.onnx", "onnx"),
+    ):
+        found = command("info", path, "--json", report)
+        assert (found.status, found.err) == (0, "")
+        assert str(path) in found.out
+        stored = json.loads(report.read_text())
+        assert (stored["version"], stored["kind"], stored["parameters"]) == (1, kind, 278336)
+        for file in stored["files"]:
+            folder = path.parent if path.is_file() else path
+            assert file["sha256"] == file_sha256(folder / file["name"])
+            assert file["sha256"][:16] in found.out
+
+
+def test_a_dry_run_writes_nothing_but_its_report(checkpoint_folder: Path, tmp_path: Path) -> None:
+    words = ["quantize", checkpoint_folder, "-o", tmp_path / "out"]
+    assert command(*words, "--dry-run", "--json", tmp_path / "plan.json").status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert command(*words, "--json", tmp_path / "ledger.json").status == 0
+    plan, ledger = (json.loads((tmp_path / name).read_text()) for name in ("plan.json", "ledger.json"))
+    assert [entry["predicted_bytes"] for entry in plan["tensors"]] == [
+        entry["written_bytes"] for entry in ledger["tensors"]
+    ]
+    assert ledger == json.loads((tmp_path / "out" / "ledger.json").read_text())
+
+
+def test_force_replaces_what_is_there(checkpoint_folder: Path, quantized_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command("quantize", checkpoint_folder, "-o", out, "-r", "int8").status == 0
+    assert command("quantize", checkpoint_folder, "-o", out).status == 2
+    assert command("quantize", checkpoint_folder, "-o", out, "--force").status == 0
+    assert file_sha256(out / "model.safetensors") == file_sha256(quantized_folder / "model.safetensors")
+    assert command("export", quantized_folder, "-o", out).status == 2
+    assert command("export", quantized_folder, "-o", out, "--force").status == 0
+    assert (out / "model.onnx").is_file()
+    assert not (out / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bench_writes_the_agreed_json(checkpoint_folder: Path, artifact_folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "bench.json"
+    few = ("--prompt", 8, "--decode", 2, "--repeats", 2, "--threads", 1)
+    found = command("bench", checkpoint_folder, artifact_folder, *few, "--json", report)
+    assert (found.status, found.err) == (0, "")
+    stored = json.loads(report.read_text())
+    assert {"version", "machine", "threads", "bandwidth_gb_s", "artifacts"} <= stored.keys()
+    assert (stored["version"], stored["threads"]) == (1, 1)
+    assert [artifact["path"] for artifact in stored["artifacts"]] == [str(checkpoint_folder), str(artifact_folder)]
+    for artifact in stored["artifacts"]:
+        agreed = {"path", "kind", "decode_tok_s", "prefill_tok_s", "load_ms", "peak_rss_mb", "bytes_per_token"}
+        assert agreed <= artifact.keys()
+        for speed in (artifact["decode_tok_s"], artifact["prefill_tok_s"]):
+            assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+
+
+def test_a_report_replaces_a_report_only(checkpoint_folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert command("info", checkpoint_folder, "--json", report).status == 0
+    first = report.read_bytes()
+    assert command("quantize", checkpoint_folder, "--dry-run", "--json", report).status == 0
+    assert report.read_bytes() != first
+    for data in (b"", b"notes", b'{"mine": 1}'):
+        report.write_bytes(data)
+        assert "exists already" in command("info", checkpoint_folder, "--json", report).err
+        assert report.read_bytes() == data
+
+
+def test_a_dry_run_says_what_an_export_takes_and_an_export_what_it_leaves_out(
+    quantized_folder: Path, artifact_folder: Path, pte_folder: Path, tmp_path: Path
+) -> None:
+    words = ["export", quantized_folder, "--target", "onnx,executorch", "-o", tmp_path / "out"]
+    told = command(*words, "--dry-run")
+    assert told.status == 0
+    assert list(tmp_path.iterdir()) == []
+    needs = export_needs(quantized_folder, target=["onnx", "executorch"])
+    for name, figures in {**needs.targets, "all": (needs.disk_bytes, needs.memory_bytes)}.items():
+        line = next(line for line in told.out.splitlines() if line.startswith(name))
+        assert line.split()[-2:] == [f"{figure / 1e6:.2f}" for figure in figures]
+    for name, folder in (("onnx", artifact_folder), ("executorch", pte_folder)):
+        taken = sum(path.stat().st_size for path in folder.iterdir())
+        assert taken <= needs.targets[name][0] + needs.beside_bytes
+    # What the export refuses, its dry run refuses; and without one a folder is needed.
+    assert command("export", quantized_folder, "--target", "coreml", "--dry-run").status == 2
+    assert "--dry-run" in command("export", quantized_folder).err
+    # With one target in the place of another the other program is gone, and that is said.
+    shutil.copytree(pte_folder, tmp_path / "out")
+    again = ["export", quantized_folder, "-o", tmp_path / "out", "--force"]
+    found = command(*again)
+    assert found.status == 0
+    assert "the executorch program that was there is gone; --target onnx,executorch makes both" in found.err
+    assert not (tmp_path / "out" / "model.pte").exists()
+    assert "is gone" not in command(*again).err
+
+
+def test_the_folder_of_the_source_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """Python looks first in the folder that it starts in: in a checkout that holds `mossquant/` alone."""
+    (tmp_path / "mossquant").mkdir()
+    shutil.copy(mossquant.__file__, tmp_path / "mossquant")
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", "import mossquant"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert "the folder of mossquant's source, not the installed package; run Python in another folder" in found.stderr
+
+
+def test_verify_runs_both_and_names_a_flipped_code(
+    checkpoint_folder: Path, quantized_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    exact = tmp_path / "exact"
+    assert command("export", quantized_folder, "-o", exact, "--activations", "fp32").status == 0
+    few = ("--text", text, "--positions", 64, "--stream", 1024)
+    report = tmp_path / "report.json"
+    passed = command("verify", quantized_folder, exact, *few, "--json", report)
+    assert (passed.status, passed.err) == (0, ""), passed
+    assert json.loads(report.read_text())["passed"]
+    proto = onnx.load(exact / "model.onnx")
+    codes = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    codes.raw_data = bytes([codes.raw_data[0] ^ 0x10]) + codes.raw_data[1:]
+    (exact / "model.onnx").write_bytes(proto.SerializeToString())
+    failed = command("verify", quantized_folder, exact, *few, "--json", report)
+    assert failed.status == 1
+    assert "FAILED" in failed.out
+    assert re.search(r"backbone\.\S+: code \[\d+, \d+\] is -?\d, the checkpoint has -?\d \(1 differ\)", failed.err)
+    assert not json.loads(report.read_text())["passed"]
+
+
+def test_quiet_says_nothing_but_results(
+    checkpoint_folder: Path, quantized_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    few = ("--tokenizer", "bytes", "--steps", 1, "--batch", 2, "--window", 8)
+    loud = command("train", "--text", text, "-o", tmp_path / "loud", *few)
+    assert (loud.status, loud.err.count("\n")) == (0, 2)
+    words = ["train", "--text", text, "-o", tmp_path / "out", *few]
+    quiet = command(*words[:3], "--quiet", *words[3:])
+    assert (quiet.status, quiet.err) == (0, "")
+    assert quiet.out.startswith(f"{tmp_path / 'out'}: ")
+    for words in (
+        ["export", quantized_folder, "-o", tmp_path / "slow", "--activations", "fp32"],
+        ["perplexity", checkpoint_folder, "--text", text],
+    ):
+        assert command(*words, "--quiet").err == ""
+
+
+def test_after_two_dashes_there_are_no_options(checkpoint_folder: Path) -> None:
+    found = command("generate", checkpoint_folder, "--max-tokens", 2, "--", "--quiet")
+    same = command("generate", checkpoint_folder, "--max-tokens", 2, stdin=b"--quiet")
+    assert found.status == same.status == 0
+    assert found.out == same.out
+
+
+def test_sampling_is_repeatable_and_cold_sampling_is_greedy(checkpoint_folder: Path) -> None:
+    def text(*options: object) -> str:
+        found = command("generate", checkpoint_folder, "The ", "--max-tokens", 24, *options)
+        assert (found.status, found.err) == (0, "")
+        return found.out
+
+    assert text("--temperature", 1, "--seed", 3) == text("--temperature", 1, "--seed", 3)
+    assert text("--temperature", 1, "--seed", 3) != text("--temperature", 1, "--seed", 4)
+    assert text() == text("--temperature", 1e-300) == text("--temperature", 1, "--top-p", 1e-9)
+
+
+def test_any_bytes_are_fine_for_a_byte_level_model(checkpoint_folder: Path, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4
+    (tmp_path / "bytes").write_bytes(data)
+    assert command("perplexity", checkpoint_folder, "--text", tmp_path / "bytes").status == 0
+    given = command("generate", checkpoint_folder, "--prompt-file", tmp_path / "bytes", "--max-tokens", 4)
+    piped = command("generate", checkpoint_folder, "-", "--max-tokens", 4, stdin=data)
+    assert given.status == piped.status == 0
+    assert given.out == piped.out
+
+
+def test_a_table_in_a_pipe_keeps_every_line_whole(quantized_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = (
+        quantized_folder.parent / "a folder with a name [bold] that is longer than any terminal :smile: is wide" / "x"
+    )
+    path.parent.mkdir(exist_ok=True)
+    shutil.copytree(quantized_folder, path, dirs_exist_ok=True)
+    found = command("info", path)
+    assert f"{path} (quantized checkpoint" in found.out
+    row = next(line for line in found.out.splitlines() if line.startswith("ssm.expert.x_proj"))
+    assert row.split() == ["ssm.expert.x_proj", "int4_g32", "8", "45,056", "25,344", "4.50", row.split()[-1]]
+    shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_no_figure(width: int, quantized_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    found = command("info", quantized_folder)
+    for figure in (
+        "45,056",
+        "25,344",
+        "16,384",
+        file_sha256(quantized_folder / "config.json")[:16],
+    ):
+        assert figure in found.out, figure
+    assert "int4_g32" in found.out
+
+
+def test_the_command_to_try_next_can_be_pasted(checkpoint_folder: Path, tmp_path: Path) -> None:
+    found = command("quantize", checkpoint_folder, "-o", tmp_path / "two words")
+    last = found.out.splitlines()[-1]
+    assert last.endswith(f"mossquant export '{tmp_path / 'two words'}' -o '{tmp_path / 'two words'}-onnx'")
+
+
+def test_names_that_are_not_text(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """A file name of any bytes, and a terminal that cannot show everything."""
+    words = [*COMMAND, "quantize", str(checkpoint_folder), "-o"]
+    made, refused = (
+        subprocess.run(
+            [*words, tmp_path / name], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False
+        )
+        for name in ("\u00fc\x1b[31m", "\udcff\x1b[31m")
+    )
+    assert (made.returncode, made.stderr) == (0, b"")
+    assert (refused.returncode, refused.stderr.count(b"\n")) == (2, 1)
+    assert b"is not a name in UTF-8" in refused.stderr
+    assert b"\x1b" not in made.stdout + refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["\u00fc\x1b[31m"]
+
+
+def test_a_reader_that_goes_away(checkpoint_folder: Path, quantized_folder: Path, text: Path, tmp_path: Path) -> None:
+    """`| head`: no complaint; what is written is whole, and a gate that failed is told all the same."""
+    for words, status in (
+        (["info", checkpoint_folder, "--json", tmp_path / "info.json"], 0),
+        (["compare", checkpoint_folder, quantized_folder, "--text", text, "--max-ppl-increase", "-99%"], 1),
+        (["generate", checkpoint_folder, "x", "--max-tokens", 10_000_000], 0),
+    ):
+        reading, writing = os.pipe()
+        with subprocess.Popen([*COMMAND, *map(str, words)], stdout=writing, stderr=subprocess.PIPE) as running:
+            os.close(writing)
+            os.close(reading)
+            assert running.stderr is not None
+            complaint = running.stderr.read().decode()
+        assert running.returncode == status, complaint
+        assert complaint == ("" if status == 0 else "gate failed: perplexity rose by more than -99%\n")
+    assert json.loads((tmp_path / "info.json").read_text())["version"] == 1
+
+
+def test_a_reader_that_goes_away_from_a_text_whose_state_is_saved(checkpoint_folder: Path, tmp_path: Path) -> None:
+    words = ["--quiet", "generate", checkpoint_folder, "x", "--max-tokens", 8, "--save-state"]
+    assert command(*words, tmp_path / "whole").status == 0
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [*COMMAND, *map(str, words), tmp_path / "cut"], stdout=writing, stderr=subprocess.PIPE
+    ) as run:
+        os.close(writing)
+        os.close(reading)
+        assert run.stderr is not None
+        assert run.stderr.read() == b""
+    assert run.returncode == 0
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("width", ["²", "9" * 5000, "0", "", "-1"])
+def test_a_width_that_is_none(width: str, checkpoint_folder: Path) -> None:
+    words = [*COMMAND, "info", str(checkpoint_folder)]
+    for name in ("COLUMNS", "LINES"):
+        found = subprocess.run(words, capture_output=True, env={**os.environ, name: width}, check=False)
+        assert (found.returncode, found.stderr) == (0, b""), found.stderr
+
+
+def test_a_gate_names_per_cent(checkpoint_folder: Path, quantized_folder: Path, text: Path) -> None:
+    words = ["--quiet", "compare", checkpoint_folder, quantized_folder, "--text", text, "--max-ppl-increase"]
+    for gate in ("-99", "-99%"):
+        found = command(*words, gate)
+        assert (found.status, found.err) == (1, "gate failed: perplexity rose by more than -99%\n")
+
+
+def test_a_full_disk_under_stdout(checkpoint_folder: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs a system with /dev/full")
+    with Path("/dev/full").open("w") as full:
+        words = [*COMMAND, "info", str(checkpoint_folder)]
+        found = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert found.returncode == 2
+    assert found.stderr == b"mossquant: the output: No space left on device; free space or choose another path\n"
+
+
+def test_an_interrupt_from_the_keyboard(checkpoint_folder: Path) -> None:
+    words = [*COMMAND, "generate", str(checkpoint_folder), "x", "--max-tokens", "10000000"]
+    # Tests that a shell runs in the background are deaf to interrupts, and so would be what they start.
+    listening = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, listening)
+    with started as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.read(1)
+        running.send_signal(signal.SIGINT)
+        running.stdout.read()
+        assert running.stderr.read() == b"mossquant: stopped\n"
+    assert running.returncode == 130
+
+
+def test_closed_streams(checkpoint_folder: Path) -> None:
+    """As under a service manager: nothing to read from, nowhere to print."""
+    line = f'exec {" ".join(COMMAND)} "$@" <&- >&- 2>&-'
+    for words, status in ((["info", checkpoint_folder], 0), (["generate", checkpoint_folder], 2)):
+        found = subprocess.run(["sh", "-c", line, "sh", *map(str, words)], check=False)
+        assert found.returncode == status
+
+
+def test_on_a_terminal(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """Progress is shown and taken away; without a prompt nothing is waited for."""
+    ours, theirs = pty.openpty()
+    seen: list[bytes] = []
+
+    def watch() -> None:
+        with suppress(OSError):  # what the end of a terminal is on Linux
+            while data := os.read(ours, 1 << 12):
+                seen.append(data)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    made = [*COMMAND, "quantize", str(checkpoint_folder), "-o", str(tmp_path / "out")]
+    found = subprocess.run(made, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, check=False)
+    assert found.returncode == 0
+    assert b"int4_g32" in found.stdout
+    asked = [*COMMAND, "generate", str(checkpoint_folder)]
+    assert subprocess.run(asked, stdin=theirs, stdout=theirs, stderr=theirs, check=False).returncode == 2
+    os.close(theirs)
+    watching.join()
+    os.close(ours)
+    shown = b"".join(seen)
+    assert b"quantizing backbone." in shown
+    assert b"mossquant: no prompt was given" in shown
+    assert shown.index(b"\x1b[2K") < shown.index(b"mossquant: "), "the bar is wiped out"
+
+
+def test_as_a_module_it_is_the_same_command() -> None:
+    found = process("--version")
+    assert (found.status, found.err) == (0, "")
+    assert found.out == command("--version").out

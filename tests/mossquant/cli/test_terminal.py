@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shown of long work where stderr is no terminal."""
+
+import pytest
+
+from mossquant.cli import terminal
+from mossquant.cli.terminal import Terminal
+
+
+def _told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, quiet: bool) -> tuple[str, str]:
+    """What 100 units of work print that take a second each."""
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    with Terminal(quiet=quiet).named_bar("lowering") as shown:
+        for done in range(1, 101):
+            now += 1
+            shown("model.pte", done, 100)
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_long_work_says_where_it_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = _told(monkeypatch, capsys, quiet=False)
+    assert err.splitlines() == [f"lowering model.pte: {done} of 100" for done in (30, 60, 90)]
+    assert out == ""
+
+
+def test_quiet_work_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _told(monkeypatch, capsys, quiet=True) == ("", "")

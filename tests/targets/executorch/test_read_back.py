@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading back: it passes on what was exported, and names the first difference of what was changed."""
+
+import re
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from lowered import Lowered, Workshop
+from numpy.typing import NDArray
+from small import CONFIGS, write_model
+
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.errors import InputError
+from mossquant.model.mossnet import MossNet
+from mossquant.plan.capabilities import get_target
+from mossquant.targets.executorch.delegate import Delegate, Linear, read_delegate
+from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
+from mossquant.targets.executorch.read_back import check_linears, verify
+from mossquant.targets.export import export
+from mossquant.targets.source import QuantizedSource
+
+AT = "backbone.layers"
+
+
+@pytest.fixture(scope="module")
+def source(int4: Lowered) -> QuantizedSource:
+    return QuantizedSource(QuantizedCheckpoint.open(int4.checkpoint), get_target("executorch"))
+
+
+def test_int4_passes(int4: Lowered) -> None:
+    report = verify(int4.checkpoint, int4.artifact)
+    assert report.differences == ()
+    assert report.passed
+    assert report.weights == int4.runner.info.parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("wide", "by expert"),
+        ("pruned", "int8"),
+        ("mamba", None),
+        pytest.param("wide", "int8", marks=pytest.mark.slow),
+        pytest.param("wide", "g128", marks=pytest.mark.slow),
+        pytest.param("experts", None, marks=pytest.mark.slow),
+        pytest.param("untied", "int4", marks=pytest.mark.slow),
+        pytest.param("no window", "int4", marks=pytest.mark.slow),
+        pytest.param("mamba48", "int4", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kind_of_model_passes(workshop: Workshop, model: str, recipe: str | None) -> None:
+    lowered = workshop(model, recipe, target="executorch")
+    report = verify(lowered.checkpoint, lowered.artifact)
+    assert report.differences == ()
+    assert report.weights == lowered.runner.info.parameters
+
+
+@pytest.mark.slow
+def test_equal_tensors_are_all_found(tmp_path: Path) -> None:
+    """Norms and D of a model that was not trained are all ones, which a program stores once."""
+    model = MossNet(CONFIGS["mamba"])
+    model.reset_parameters(0)
+    checkpoint = write_model(tmp_path / "model", model.requires_grad_(False))
+    export(checkpoint, tmp_path / "artifact", target="executorch")
+    assert verify(checkpoint, tmp_path / "artifact").differences == ()
+
+
+def _packed(codes: NDArray[np.int8], *, first_high: bool = False) -> bytes:
+    """4-bit codes two to a byte: as XNNPACK's weights, the first in the low half, or as a table, in the high one."""
+    unsigned = (codes.astype(np.int16) + 8).astype(np.uint8)
+    first, second = unsigned[:, 0::2], unsigned[:, 1::2]
+    return (first << 4 | second if first_high else second << 4 | first).tobytes()
+
+
+def _bf16(scales: NDArray[np.float32]) -> bytes:
+    return (scales.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def _matrix(source: QuantizedSource, names: list[str], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    tensors = [source.quantized(name) for name in names]
+    return (
+        np.concatenate([tensor.codes.numpy() for tensor in tensors], axis),
+        np.concatenate([tensor.scales.float().numpy() for tensor in tensors], axis),
+    )
+
+
+def _changed(program: Path, folder: Path, array: bytes, change: Callable[[bytearray], None]) -> Path:
+    """A copy of a program in which an array, which lies there once, is changed."""
+    data = bytearray(program.read_bytes())
+    assert data.count(array) == 1
+    start = data.find(array)
+    part = bytearray(array)
+    change(part)
+    assert part != array
+    data[start : start + len(array)] = part
+    path = folder / "model.pte"
+    path.write_bytes(data)
+    return path
+
+
+def _flip(at: int, bits: int) -> Callable[[bytearray], None]:
+    def change(part: bytearray) -> None:
+        part[at] ^= bits
+
+    return change
+
+
+def _differences(lowered: Lowered, path: Path) -> tuple[str, ...]:
+    """What `verify` says, once: the same of every method."""
+    report = verify(lowered.checkpoint, path)
+    assert not report.passed
+    found: dict[str, list[str]] = {}
+    for line in report.differences:
+        method, _, what = line.partition(": ")
+        found.setdefault(method, []).append(what)
+    assert set(found) == {"prefill", "score", "decode"}
+    first, *others = found.values()
+    assert all(other == first for other in others)
+    return tuple(first)
+
+
+ROLES = {
+    # Inputs 64: a row has 32 bytes. Byte 32 · 7 + 3 holds columns 6 (low half) and 7 of row 7.
+    "in_proj": (["0.mixer.in_proj"], 0, 32 * 7 + 3, r"code [7, 7] is"),
+    # Four experts of 12 + 2 · 16 rows of 128; byte 64 · 46 is row 2 of expert 1.
+    "x_proj": ([f"0.mixer.experts.{e}.x_proj" for e in range(4)], 0, 64 * 46, "code [46, 1] is"),
+    # Four experts of 32 columns, 16 bytes, 12 of which are filled: byte 64 + 33 is row 1, expert 2, column 3.
+    "dt_proj": ([f"0.mixer.experts.{e}.dt_proj" for e in range(4)], 1, 64 + 33, "code [1, 67] is"),
+    # Even padding is looked at: byte 7 of an expert holds columns 14 and 15.
+    "padding": ([f"1.mixer.experts.{e}.dt_proj" for e in range(4)], 1, 7, "code [0, 15] is"),
+    "w2": ([f"1.mlp.experts.{e}.w2" for e in range(4)], 1, 5, "code [0, 11] is"),
+    "w3": ([f"1.mlp.experts.{e}.w3" for e in range(4)], 0, 0, "code [0, 1] is"),
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_flipped_nibble_is_named(int4: Lowered, source: QuantizedSource, tmp_path: Path, role: str) -> None:
+    short, axis, place, message = ROLES[role]
+    names = [f"{AT}.{name}.weight" for name in short]
+    codes, _ = _matrix(source, names, axis)
+    (what,) = _differences(int4, _changed(int4.program, tmp_path, _packed(codes), _flip(place, 0x10)))
+    assert what.startswith(f"{names[0]}{f' … {names[-1]}' if names[1:] else ''}: {message}")
+    assert what.endswith("(1 differ)")
+
+
+def test_a_changed_scale_is_named(int4: Lowered, source: QuantizedSource, tmp_path: Path) -> None:
+    name = f"{AT}.1.mixer.out_proj.weight"
+    _, scales = _matrix(source, [name], 0)
+    (what,) = _differences(int4, _changed(int4.program, tmp_path, _bf16(scales), _flip(2 * 5, 1)))
+    assert what.startswith(f"{name}: scale [1, 1] is")
+
+
+def test_a_changed_table_is_named(int4: Lowered, source: QuantizedSource, tmp_path: Path) -> None:
+    """The table of the embedding; the head, which has the same codes, has its own copy."""
+    codes, scales = _matrix(source, ["backbone.embeddings.weight"], 0)
+    table = _packed(codes, first_high=True)
+    (what,) = _differences(int4, _changed(int4.program, tmp_path, table, _flip(32 * 3 + 4, 0x10)))
+    assert what.startswith("backbone.embeddings.weight: value [3, 4] is")
+    (what,) = _differences(int4, _changed(int4.program, tmp_path, scales.tobytes(), _flip(4 * 9 + 2, 1)))
+    assert what.startswith("backbone.embeddings.weight, scales: value [4, 1] is")
+
+
+SMALL = {
+    "0.norm.weight": (lambda value: value, "0.norm.weight: value [5] is"),
+    "1.norm2.weight": (lambda value: value, "1.norm2.weight: value [5] is"),
+    "0.mixer.D": (lambda value: value, "0.mixer.D: value [5] is"),
+    "1.mixer.conv1d.bias": (lambda value: value, "1.mixer.conv1d.bias: value [5] is"),
+    "1.mixer.conv1d.weight": (lambda value: value[:, 0, 2], "1.mixer.conv1d.weight, tap 2: value [5] is"),
+    "0.mixer.router.weight": (lambda value: value, "0.mixer.router.weight: value [0, 5] is"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_changed_small_tensor_is_named(int4: Lowered, tmp_path: Path, name: str) -> None:
+    part, message = SMALL[name]
+    value = part(QuantizedCheckpoint.open(int4.checkpoint).value(f"{AT}.{name}").view(_shape(int4, name)).float())
+    array = np.ascontiguousarray(value.numpy()).tobytes()
+    (what,) = _differences(int4, _changed(int4.program, tmp_path, array, _flip(4 * 5, 1)))
+    assert what.startswith(f"{AT}.{message}")
+
+
+def _shape(lowered: Lowered, name: str) -> tuple[int, ...]:
+    return QuantizedCheckpoint.open(lowered.checkpoint).specs[f"{AT}.{name}"].shape
+
+
+def test_a_changed_decay_is_named(int4: Lowered, tmp_path: Path) -> None:
+    file = ProgramFile(int4.program)
+    decay = next(one for one in file.methods["decode"].constants if one.shape == (128, 16))
+    (what,) = _differences(int4, _changed(int4.program, tmp_path, decay.tobytes(), _flip(4 * 17 + 1, 0x10)))
+    assert what.startswith(f"{AT}.0.mixer.A_log: value [")
+
+
+@pytest.mark.parametrize(("role", "axis"), [("w1", 0), ("w2", 1)])
+def test_two_experts_exchanged_are_seen(
+    int4: Lowered, source: QuantizedSource, tmp_path: Path, role: str, axis: int
+) -> None:
+    names = [f"{AT}.0.mlp.experts.{e}.{role}.weight" for e in range(4)]
+    codes, _ = _matrix(source, names, axis)
+    blocks = np.split(codes, 4, axis)
+    other = _packed(np.concatenate([blocks[1], blocks[0], *blocks[2:]], axis))
+
+    def exchange(part: bytearray) -> None:
+        part[:] = other
+
+    (what,) = _differences(int4, _changed(int4.program, tmp_path, _packed(codes), exchange))
+    assert what.startswith(f"{names[0]} … {names[-1]}: code [0, ")
+
+
+def _exchanged(program: Path, folder: Path, one: bytes, other: bytes) -> Path:
+    data = bytearray(program.read_bytes())
+    assert len(one) == len(other)
+    assert data.count(one) == data.count(other) == 1
+    first, second = data.find(one), data.find(other)
+    data[first : first + len(one)], data[second : second + len(one)] = other, one
+    path = folder / "model.pte"
+    path.write_bytes(data)
+    return path
+
+
+def test_whole_tensors_exchanged_are_seen(int4: Lowered, source: QuantizedSource, tmp_path: Path) -> None:
+    """w1 and w3 have one shape: each is whole, and neither is in its place."""
+    both = [[f"{AT}.0.mlp.experts.{e}.{role}.weight" for e in range(4)] for role in ("w1", "w3")]
+    (one, scales), (other, others) = (_matrix(source, names, 0) for names in both)
+    path = _exchanged(int4.program, tmp_path, _packed(one), _packed(other))
+    first, second = _differences(int4, path)
+    assert first.startswith(f"{both[0][0]} … {both[0][-1]}: code [0, ")
+    assert second.startswith(f"{both[1][0]} … {both[1][-1]}: code [0, ")
+    folder = tmp_path / "scales"
+    folder.mkdir()
+    first, second = _differences(int4, _exchanged(path, folder, _bf16(scales), _bf16(others)))
+    titles = [f"{names[0]} … {names[-1]}" for names in both]
+    assert first == f"{titles[0]}: {titles[1]} is in its place"
+    assert second == f"{titles[1]}: {titles[0]} is in its place"
+
+
+def test_taps_exchanged_are_seen(int4: Lowered, tmp_path: Path) -> None:
+    taps = QuantizedCheckpoint.open(int4.checkpoint).value(f"{AT}.0.mixer.conv1d.weight").float().numpy()
+    one, other = (np.ascontiguousarray(taps.reshape(128, 4)[:, tap]).tobytes() for tap in (0, 3))
+    name = f"{AT}.0.mixer.conv1d.weight, tap"
+    found = _differences(int4, _exchanged(int4.program, tmp_path, one, other))
+    assert found == (f"{name} 0: {name} 3 is in its place", f"{name} 3: {name} 0 is in its place")
+
+
+def test_every_array_matters(int4: Lowered, tmp_path: Path) -> None:
+    """Whatever array of a method is changed anywhere, reading back sees it."""
+    random = np.random.default_rng(0)
+    method = ProgramFile(int4.program).methods["decode"]
+    arrays = [one.tobytes() for one in method.constants if one.size > 16]
+    for linear in (one for part in method.delegates for one in part.linears):
+        arrays.append(_packed(linear.codes) if linear.bits == 4 else linear.codes.tobytes())
+    assert len(arrays) == 21 + 21
+    for array in arrays:
+        _differences(int4, _changed(int4.program, tmp_path, array, _flip(int(random.integers(len(array))), 0x40)))
+
+
+def _with_linears(file: ProgramFile, change: Callable[[list[Linear]], list[Linear]]) -> ProgramFile:
+    """A file whose decode has other linears, as far as `check_linears` looks."""
+    methods: dict[str, PlanMethod] = dict(file.methods)
+    decode = methods["decode"]
+    linears = [linear for part in decode.delegates for linear in part.linears]
+    part = replace(decode.delegates[0], linears=tuple(change(linears)))
+    methods["decode"] = replace(decode, delegates=(part,))
+    return SimpleNamespace(methods=methods)  # type: ignore[return-value]
+
+
+def test_what_the_lowering_lost_is_named(int4: Lowered, source: QuantizedSource) -> None:
+    file, specs = ProgramFile(int4.program), list(QuantizedCheckpoint.open(int4.checkpoint).specs.values())
+    check_linears(file, source, specs)
+    check_linears(_with_linears(file, lambda linears: linears), source, specs)
+
+    def left_in_fp32(linears: list[Linear]) -> list[Linear]:
+        quantized = next(i for i, one in enumerate(linears) if one.bits == 4)
+        one = linears[quantized]
+        plain = replace(one, bits=None, group=0, rounds_input=False)
+        return [*linears[:quantized], plain, *linears[quantized + 1 :]]
+
+    faults: dict[str, Callable[[list[Linear]], list[Linear]]] = {
+        r"decode: .* is no 4-bit linear of the delegate": lambda linears: [x for x in linears if x.bits is None],
+        r"decode: .*router\.weight is no fp32 linear": lambda linears: [x for x in linears if x.bits is not None],
+        r"decode: .*weight is no 4-bit linear of the delegate": left_in_fp32,
+        r"decode: linears that belong to no tensor: 4-bit": lambda linears: [
+            *linears,
+            next(x for x in linears if x.bits == 4),
+        ],
+        r"decode: 1 linears round an input that they should not": lambda linears: [
+            replace(linears[0], rounds_input=not linears[0].rounds_input),
+            *linears[1:],
+        ],
+    }
+    for message, change in faults.items():
+        with pytest.raises(RuntimeError, match=message):
+            check_linears(_with_linears(file, change), source, specs)
+    outside = dict(file.methods)
+    outside["score"] = replace(outside["score"], operators=("aten::mm.out",))
+    with pytest.raises(RuntimeError, match=r"score: linears were left outside the delegate: aten::mm\.out"):
+        check_linears(SimpleNamespace(methods=outside), source, specs)  # type: ignore[arg-type]
+
+
+def test_a_linear_that_does_not_round_its_input(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right codes behind other arithmetic."""
+
+    def plain(*args: object) -> Delegate:
+        found = read_delegate(*args)  # type: ignore[arg-type]
+        return replace(found, linears=tuple(replace(one, rounds_input=False) for one in found.linears))
+
+    monkeypatch.setattr("mossquant.targets.executorch.program_file.read_delegate", plain)
+    report = verify(int4.checkpoint, int4.artifact)
+    assert not report.passed
+    assert re.search(r"in the file as 4-bit \[\d+, \d+\](?!,)", report.summary)
+    assert any("its input not rounded is in the file and belongs to no tensor" in line for line in report.differences)
+
+
+def test_linears_that_share_their_bytes_are_unpacked_one_at_a_time(
+    int4: Lowered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repeated(*args: object) -> Delegate:
+        found = read_delegate(*args)  # type: ignore[arg-type]
+        return replace(found, linears=found.linears * 50)
+
+    verify(int4.checkpoint, int4.artifact)
+    monkeypatch.setattr("mossquant.targets.executorch.program_file.read_delegate", repeated)
+    tracemalloc.start()
+    report = verify(int4.checkpoint, int4.artifact)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not report.passed
+    # 50 × 200,000 codes would be 10 MB; a number is what the checkpoint's own take.
+    assert peak < 6e6
+
+
+def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:
+    lowered = workshop("pruned", "int8", target="executorch")
+    report = verify(workshop.checkpoint("pruned", "int4"), lowered.artifact)
+    assert not report.passed
+    assert "is not in the file as 4-bit" in report.summary
+    assert report.summary.endswith("it says that it was lowered from another checkpoint than this")
+
+
+def test_an_artifact_of_another_model(workshop: Workshop, int4: Lowered) -> None:
+    with pytest.raises(InputError, match="is a model of another shape than"):
+        verify(int4.checkpoint, workshop("pruned", "int8", target="executorch").artifact)
+
+
+def test_paths_the_wrong_way_round(int4: Lowered) -> None:
+    with pytest.raises(InputError, match="is of kind 'executorch', but verify needs: checkpoint or quantized"):
+        verify(int4.artifact, int4.checkpoint)

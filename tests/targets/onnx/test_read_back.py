@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading back: it passes on what was exported, and names the first difference of what was changed."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from lowered import MODELS, Lowered, Workshop
+from onnx import numpy_helper
+from small import SMALL, random_model, write_model
+
+from mossquant.calibration.quantize import quantize
+from mossquant.errors import InputError
+from mossquant.targets.export import export
+from mossquant.targets.onnx import open as opening
+from mossquant.targets.onnx import save as saving
+from mossquant.targets.onnx.file_graph import expanded
+from mossquant.targets.onnx.metadata import initializers
+from mossquant.targets.onnx.read_back import verify
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recipe", [None, "int4", "int8", "g128"])
+def test_what_was_exported_passes(workshop: Workshop, model: str, recipe: str | None) -> None:
+    lowered = workshop(model, recipe)
+    report = verify(lowered.checkpoint, lowered.artifact)
+    assert report.differences == ()
+    assert report.passed
+    assert report.summary == "all equal"
+    assert report.weights == lowered.runner.info.parameters
+
+
+def test_mixed_formats_pass(workshop: Workshop) -> None:
+    lowered = workshop("wide", "mixed")
+    assert verify(lowered.checkpoint, lowered.artifact).differences == ()
+
+
+def test_names_with_a_range() -> None:
+    assert expanded("layers.0.mixer.experts.1-3.x_proj") == [f"layers.0.mixer.experts.{e}.x_proj" for e in (1, 2, 3)]
+    assert expanded("layers.0.mlp.experts.1.w1") == ["layers.0.mlp.experts.1.w1"]
+
+
+def _changed(lowered: Lowered, folder: Path, name: str, place: int, bits: int) -> Path:
+    """A copy of the program with some bits of one byte of an initializer flipped."""
+    proto = onnx.load(lowered.program)
+    tensor = next(tensor for tensor in initializers(proto.graph) if tensor.name == name)
+    data = bytearray(tensor.raw_data)
+    data[place] ^= bits
+    tensor.raw_data = bytes(data)
+    onnx.save(proto, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+CHANGES = [
+    # Embedding codes are [80, 2, 16] bytes: byte 32 · 7 + 3 holds columns 6 and 7 of row 7.
+    ("backbone.embeddings.weight", 32 * 7 + 3, 0x10, r"backbone\.embeddings\.weight: code \[7, 7\] is"),
+    ("backbone.embeddings.weight.scale", 1, 0x01, r"backbone\.embeddings\.weight: scale \[0, 0\] is"),
+    ("layers.0.mlp.experts.3.w1", 5, 0x01, r"backbone\.layers\.0\.mlp\.experts\.3\.w1\.weight: code \[0, 10\] is"),
+    ("layers.1.mlp.experts.2.w2.scale", 3, 0x80, r"layers\.1\.mlp\.experts\.2\.w2\.weight: scale \[0, 1\] is"),
+    # x_proj of an expert is 44 rows of 96 columns, which are 48 bytes; this is row 2 of expert 1.
+    ("layers.0.mixer.experts.0-3.x_proj", 48 * 46, 0x01, r"experts\.1\.x_proj\.weight: code \[2, 0\] is"),
+    # dt_proj of four experts is 96 rows of four blocks of 16 bytes; this is row 1, expert 2.
+    ("layers.0.mixer.experts.0-3.dt_proj", 64 + 33, 0x10, r"experts\.2\.dt_proj\.weight: code \[1, 3\] is"),
+    # Byte 7 of a block holds columns 14 and 15, and dt_rank is 12: even padding is looked at.
+    ("layers.0.mixer.experts.0-3.dt_proj", 7, 0x01, r"experts\.0\.dt_proj\.weight: code \[0, 14\] is"),
+    ("layers.0.mixer.experts.0-3.dt_proj.scale", 8 + 6, 0x02, r"experts\.3\.dt_proj\.weight: scale \[1, 0\] is"),
+    ("layers.1.mixer.experts.0-3.dt_proj.bias", 96 * 2 + 5, 0x04, r"experts\.2\.dt_proj\.bias: code \[0, 5\] is"),
+    ("layers.1.mixer.conv1d", 96 + 9, 0x01, r"layers\.1\.mixer\.conv1d\.weight: code \[1, 9\] is"),
+    ("layers.1.mixer.A_log", 16 + 2, 0x01, r"layers\.1\.mixer\.A_log: code \[1, 2\] is"),
+    ("layers.1.mixer.A_log.scale", 4, 0x01, r"layers\.1\.mixer\.A_log: scale \[1, 0\] is"),
+    ("layers.0.mixer.D", 11, 0x01, r"layers\.0\.mixer\.D: code \[0, 11\] is"),
+    ("layers.0.mixer.router", 4, 0x01, r"layers\.0\.mixer\.router\.weight: value \[0, 1\] is"),
+    ("layers.1.norm2", 8, 0x01, r"layers\.1\.norm2\.weight: value \[0, 2\] is"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "bits", "message"), CHANGES)
+def test_a_changed_bit_is_named(
+    workshop: Workshop, tmp_path: Path, name: str, place: int, bits: int, message: str
+) -> None:
+    lowered = workshop("wide", "int4")
+    report = verify(lowered.checkpoint, _changed(lowered, tmp_path, name, place, bits))
+    assert not report.passed
+    # The tied table is read by two nodes.
+    assert len(report.differences) == (2 if name.startswith("backbone.embeddings") else 1)
+    assert re.search(message, report.differences[0])
+
+
+def test_every_initializer_matters(workshop: Workshop, tmp_path: Path) -> None:
+    """Whatever byte of whatever weight is changed, reading back sees it."""
+    lowered = workshop("wide", "int4")
+    random = np.random.default_rng(0)
+    names = [tensor.name for tensor in initializers(lowered.proto().graph) if "." in tensor.name]
+    assert len(names) > 80
+    for name in names:
+        size = len(next(one for one in initializers(lowered.proto().graph) if one.name == name).raw_data)
+        changed = _changed(lowered, tmp_path, name, int(random.integers(size)), 0x10)
+        assert verify(lowered.checkpoint, changed).differences, name
+
+
+def test_a_changed_byte_of_external_weights(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
+    checkpoint = workshop.checkpoint("mamba48")
+    artifact = export(checkpoint, tmp_path / "external")
+    assert verify(checkpoint, artifact.folder).passed
+    data = artifact.folder / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1
+    data.write_bytes(content)
+    assert "value [0, 0] is" in verify(checkpoint, artifact.folder).summary
+
+
+@pytest.fixture
+def any_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let graphs through that are refused before they are read: reading back finds by itself what is wrong."""
+    monkeypatch.setattr(opening, "check_structure", lambda opened: None)
+
+
+@pytest.mark.usefixtures("any_graph")
+def test_what_is_wired_wrongly(workshop: Workshop, tmp_path: Path) -> None:
+    """The right codes at the wrong node: w1 and w3 of an expert have one shape."""
+    lowered = workshop("experts", "int4")
+    proto = lowered.proto()
+    branches = [a.g for node in proto.graph.node if node.op_type == "If" for a in node.attribute if len(a.g.node) > 1]
+    nodes = {node.name: node for node in branches[0].node}
+    w1, w3 = (nodes[f"layers.0.mlp.experts.0.{which}"] for which in ("w1", "w3"))
+    w1.input[1], w3.input[1] = w3.input[1], w1.input[1]
+    onnx.save(proto, tmp_path / "model.onnx")
+    report = verify(lowered.checkpoint, tmp_path / "model.onnx")
+    assert [line.split(":")[0] for line in report.differences] == [
+        "backbone.layers.0.mlp.experts.0.w1.weight",
+        "backbone.layers.0.mlp.experts.0.w3.weight",
+    ]
+
+
+@pytest.mark.usefixtures("any_graph")
+def test_what_is_left_over(workshop: Workshop, tmp_path: Path) -> None:
+    lowered = workshop("experts", "int4")
+    proto = lowered.proto()
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(100, np.float32), "extra.weight"))
+    onnx.save(proto, tmp_path / "model.onnx")
+    report = verify(lowered.checkpoint, tmp_path / "model.onnx")
+    assert report.differences == ("extra.weight is in the file and belongs to no tensor",)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+def test_more_experts_than_a_graph_has_small_constants_for(tmp_path: Path, recipe: str) -> None:
+    config = replace(SMALL, num_mlp_experts=17, num_ssm_experts=17, num_hidden_layers=1)
+    checkpoint = write_model(tmp_path / "model", random_model(config, dtype=torch.float32), dtype=torch.bfloat16)
+    quantize(checkpoint, tmp_path / "quantized", recipe=recipe)
+    report = verify(tmp_path / "quantized", export(tmp_path / "quantized", tmp_path / "out").folder)
+    assert report.differences == ()
+
+
+@pytest.mark.usefixtures("any_graph")
+def test_what_is_missing(workshop: Workshop, tmp_path: Path) -> None:
+    lowered = workshop("experts", "int4")
+    proto = lowered.proto()
+    for node in proto.graph.node:
+        if node.name == "layers.1.mixer.out_proj":
+            node.name = "something"
+    onnx.save(proto, tmp_path / "model.onnx")
+    report = verify(lowered.checkpoint, tmp_path / "model.onnx")
+    assert report.differences[0] == "backbone.layers.1.mixer.out_proj.weight: is not in the file"
+
+
+def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:
+    report = verify(workshop.checkpoint("wide", "int4"), workshop("wide", "int8").artifact)
+    assert "has 8-bit codes in blocks of 32, the checkpoint has int4_g32 (and " in report.summary
+    assert report.to_json()["passed"] is False
+
+
+def test_an_artifact_of_another_model(workshop: Workshop) -> None:
+    with pytest.raises(InputError, match="is a model of another shape than"):
+        verify(workshop.checkpoint("wide", "int4"), workshop("experts", "int4").artifact)
+
+
+def test_paths_the_wrong_way_round(workshop: Workshop) -> None:
+    lowered = workshop("experts", "int4")
+    with pytest.raises(InputError, match="is of kind 'onnx', but verify needs: checkpoint or quantized checkpoint"):
+        verify(lowered.artifact, lowered.checkpoint)
+
+
+def test_weights_from_a_file_of_another(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "EXTERNAL_ABOVE", 0)
+    checkpoint = workshop.checkpoint("mamba48")
+    artifact = export(checkpoint, tmp_path / "external")
+    proto = onnx.load(artifact.program("onnx"), load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../secret" if entry.key == "location" else entry.value
+    onnx.save(proto, artifact.program("onnx"))
+    shutil.copy(artifact.folder / "model.onnx.data", tmp_path / "secret")
+    with pytest.raises(InputError, match=r"reads weights from other files than its own: \.\./secret"):
+        verify(checkpoint, artifact.folder)
