@@ -22,7 +22,6 @@ import transformers
 from mossquant import bench, export, generate, import_mamba, quantize, verify
 from mossquant.checkpoint.locate import asset_folder
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.eval.open import open_model
 from mossquant.targets.artifact import Artifact
 
 SIZE = {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280, "state_size": 16}
@@ -49,22 +48,22 @@ def main() -> None:
         formats: dict[str, int] = {}
         for name, spec in checkpoint.specs.items():
             if spec.site is not None:
-                made = checkpoint.quantized(name).format.name if checkpoint.is_quantized(name) else "kept"
+                made = checkpoint.quantized(name).format.name if checkpoint.format(name) is not None else "kept"
                 formats[made] = formats.get(made, 0) + 1
         entry = checkpoint.plan.by_name["backbone.layers.0.mixer.dt_proj.weight"]
         written = {}
         for name in ("int4-onnx", "int4-pte"):
-            opened = open_model(folder / name, threads=1)
-            written[name] = generate(opened.runner, opened.tokenizer, "def main(", max_tokens=16).text
+            written[name] = generate(folder / name, "def main(", max_tokens=16, threads=1).text
         paths = [folder / "full-onnx", folder / "int4-onnx", folder / "int4-pte"]
         timed = bench(paths, threads=1, prompt=128, decode=32, repeats=5)
         full = timed.artifacts[0]
-        print(f"parameters {checkpoint.parameters:,}, bits a weight {checkpoint.bits_per_weight:.3f}")
+        print(f"parameters {checkpoint.origin.parameters:,}, bits a weight {checkpoint.plan.bits_per_weight:.3f}")
         print(f"linears and embedding by format: {formats}")
         print(f"dt_proj: {entry.columns} columns, stored as {entry.padded_columns}")
-        ratio = program.bytes / checkpoint.payload_bytes
-        print(f"payload {checkpoint.payload_bytes:,} bytes, .onnx {program.bytes:,}: {ratio:.4f}")
-        with_table = checkpoint.payload_bytes + checkpoint.plan.by_name["backbone.embeddings.weight"].predicted_bytes
+        ratio = program.bytes / checkpoint.origin.payload_bytes
+        print(f"payload {checkpoint.origin.payload_bytes:,} bytes, .onnx {program.bytes:,}: {ratio:.4f}")
+        table = checkpoint.plan.by_name["backbone.embeddings.weight"].predicted_bytes
+        with_table = checkpoint.origin.payload_bytes + table
         print(
             f"payload and one copy of the tied table {with_table:,} bytes, .pte {pte.bytes:,}: "
             f"{pte.bytes / with_table:.4f}; peak memory of lowering, Python with its imports included: {peak:.2f} GB"

@@ -126,7 +126,7 @@ def main() -> None:
         f"{config.state_size}, dt_rank {config.time_step_rank}, {config.ssm_experts(0)} SSM experts top-"
         f"{config.ssm_chosen(0)}, {config.mlp_experts(0)} MLP experts top-{config.mlp_chosen(0)} of width "
         f"{config.mlp_intermediate_size}, vocabulary {config.vocab_size} (BPE) |",
-        f"| stored | {checkpoint.torch_dtype}, {checkpoint.stored_bytes:,} bytes, sha256 "
+        f"| stored | {checkpoint.torch_dtype}, {checkpoint.origin.payload_bytes:,} bytes, sha256 "
         f"`{file_sha256(folder / 'model.safetensors')}` |",
         f"| tokenizer | sha256 `{tokenizer.sha256}` |",
         f"| trained with | `mossquant train --preset tiny --text python-stdlib --steps {record['schedule']['steps']} "

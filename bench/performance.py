@@ -30,7 +30,7 @@ from mossquant.eval.bench import BenchReport
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
-from mossquant.plan.capabilities import get_target
+from mossquant.plan.capabilities import get_capabilities
 from mossquant.release import release
 from mossquant.targets.executorch.lower import lower_module
 from mossquant.targets.executorch.matrices import XnnpackMatrices
@@ -122,7 +122,7 @@ def pte_parts(path: Path, repeats: int) -> list[tuple[str, float]]:
     source = QuantizedCheckpoint.open(path)
     config = source.config
     D, E, N, W = config.hidden_size, config.d_inner, config.state_size, config.conv_kernel
-    tensors = QuantizedSource(source, get_target("executorch"))
+    tensors = QuantizedSource(source, get_capabilities("executorch"))
     model = Model(config, list(source.specs.values()), XnnpackMatrices(tensors)).eval()
     u, wide, states = torch.randn(PIECE, D), torch.randn(PIECE, E), torch.randn(PIECE, N)
     mixer = (_Mixer(model.mixers[0]), (u, torch.zeros(1, E, W - 1), torch.zeros(1, E, N)))

@@ -12,17 +12,15 @@ in a fixed order of additions, whatever the machine's vectors and threads: the s
 Clipping by mean squared error: Sung, Shin & Hwang 2015 (arXiv 1511.06488), sec. 3; per group.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from mossquant.calibration.solver import Solver
 from mossquant.formats import NumberFormat, QuantizedTensor
 
-__all__ = ["SOLVERS", "Solver", "fixed_sum", "nearest", "nearest_mse"]
-
-Solver = Callable[[Tensor, NumberFormat], QuantizedTensor]
-"""(fp32 matrix [rows, columns], format) → the quantized matrix. Rows are solved independently of one another."""
+__all__ = ["NEAREST", "NEAREST_MSE", "fixed_sum", "nearest", "nearest_mse"]
 
 # 4-bit groups clip deep; 8-bit groups gain from where the steps happen to fall.
 _RATIOS = {
@@ -32,36 +30,36 @@ _RATIOS = {
 _ROUNDS = 3
 
 
-def nearest(matrix: Tensor, form: NumberFormat) -> QuantizedTensor:
+def nearest(number_format: NumberFormat, matrix: Tensor) -> QuantizedTensor:
     """Scale = largest absolute value / code_max."""
-    return form.quantize(matrix, form.absmax_scales(matrix))
+    return number_format.quantize(matrix, number_format.absmax_scales(matrix))
 
 
-def nearest_mse(matrix: Tensor, form: NumberFormat) -> QuantizedTensor:
+def nearest_mse(number_format: NumberFormat, matrix: Tensor) -> QuantizedTensor:
     """Clip each group (row) by least squares."""
-    grouped = form.grouped(matrix)
+    grouped = number_format.grouped(matrix)
     # Groups side by side, [G, rows · groups]: scales then lie along the long axis, where arithmetic is fast.
-    search = _Search(grouped.flatten(0, 1).T.contiguous(), form)
-    scales = form.absmax_scales(matrix).flatten()
+    search = _Search(grouped.flatten(0, 1).T.contiguous(), number_format)
+    scales = number_format.absmax_scales(matrix).flatten()
     error = search.error(scales)
-    widest = grouped.abs().amax(-1).flatten() / form.code_max
-    for ratio in _RATIOS[form.bits]:
-        scales, error = search.better(form.round_scales(widest * ratio), scales, error)
+    widest = grouped.abs().amax(-1).flatten() / number_format.code_max
+    for ratio in _RATIOS[number_format.bits]:
+        scales, error = search.better(number_format.round_scales(widest * ratio), scales, error)
     for _ in range(_ROUNDS):
-        scales, error = search.better(form.round_scales(search.fitted(scales)), scales, error)
-    return form.quantize(matrix, scales.view(grouped.shape[:2]))
+        scales, error = search.better(number_format.round_scales(search.fitted(scales)), scales, error)
+    return number_format.quantize(matrix, scales.view(grouped.shape[:2]))
 
 
 class _Search:
     """Judges scales of many groups at once: weights [G, n], scales and errors [n]."""
 
-    def __init__(self, weights: Tensor, form: NumberFormat) -> None:
-        self._weights, self._form = weights, form
+    def __init__(self, weights: Tensor, number_format: NumberFormat) -> None:
+        self._weights, self._format = weights, number_format
         self._work = torch.empty_like(weights)
 
     def _codes(self, scales: Tensor) -> Tensor:
         codes = torch.div(self._weights, scales.float(), out=self._work)
-        return codes.round_().clamp_(self._form.code_min, self._form.code_max)
+        return codes.round_().clamp_(self._format.code_min, self._format.code_max)
 
     def error(self, scales: Tensor) -> Tensor:
         """Σ (w − s · q)² of each group."""
@@ -79,8 +77,8 @@ class _Search:
         return torch.where(smaller, tried, scales), torch.where(smaller, found, error)
 
 
-SOLVERS: dict[str, Solver] = {"nearest": nearest, "nearest-mse": nearest_mse}
-"""Every solver, by the name that recipes use."""
+NEAREST = Solver("nearest", (), lambda number_format, statistics: partial(nearest, number_format))
+NEAREST_MSE = Solver("nearest-mse", (), lambda number_format, statistics: partial(nearest_mse, number_format))
 
 
 def fixed_sum(values: Tensor) -> Tensor:

@@ -13,16 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mossquant.calibration.nearest import SOLVERS, Solver, fixed_sum
-from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.calibration.nearest import fixed_sum
+from mossquant.calibration.registry import planned_solvers
+from mossquant.calibration.solver import Measured, Solve
 from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.packing import pack
 from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
+from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
+from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import NumberFormat, get_format
-from mossquant.plan.capabilities import check
+from mossquant.plan.capabilities import Held, check
 from mossquant.plan.plan import KEPT_DTYPES, Ledger, Plan, make_plan
 from mossquant.plan.recipe import load_recipe, recipe_files
 from mossquant.text.tokenizer_checks import check_tokenizer_size
@@ -40,20 +44,22 @@ _REST_BYTES = 1 << 24
 
 
 def quantize(
-    model: str | Path,
+    model: str | Path | Weights,
     output: str | Path,
     *,
     recipe: str | Path = "int4",
+    measured: Measured | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Ledger:
-    """Quantize a full-precision checkpoint.
+    """Quantize a full-precision model.
 
     Args:
-        model: a checkpoint folder, or the name "tiny".
+        model: a checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
         output: folder to write; nothing may be there, unless `force`.
         recipe: a recipe's name ("int8", "int4") or a YAML file (`mossquant.plan.recipe`).
+        measured: gives what was measured for a tensor to solvers that need it.
         force: replace what is at `output`.
         dry_run: make and check the plan, write nothing.
         progress: called after each tensor.
@@ -63,34 +69,40 @@ def quantize(
 
     Raises:
         InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a plan that the recipe's targets
-            cannot hold, an output that cannot be written, too little disk or memory: before any work.
+            cannot hold, a solver that is unknown or lacks statistics, an output that cannot be written, too little disk
+            or memory: before any work.
     """
-    asked = load_recipe(recipe)
-    folder, destination = locate(model).require("checkpoint", verb="quantize"), Path(output)
+    asked, destination = load_recipe(recipe), Path(output)
+    inputs = recipe_files(recipe)
+    if isinstance(model, str | Path):
+        inputs.append(locate(model).require("checkpoint", verb="quantize"))
     if not dry_run:
-        check_free(destination, force=force, inputs=[folder, *recipe_files(recipe)])
-    checkpoint = Checkpoint.open(folder)
-    if checkpoint.tokenizer_path is not None:
-        check_tokenizer_size(checkpoint.tokenizer_path)
-    plan = make_plan(checkpoint.config, {name: checkpoint.dtype(name) for name in checkpoint.specs}, asked)
-    check(plan, asked.targets)
+        check_free(destination, force=force, inputs=inputs)
+    weights = open_weights(model, verb="quantize")
+    origin = weights.origin
+    if origin.recipe is not None:
+        raise InputError(f"{origin.path} is quantized already; give the full-precision model that it was made from")
+    if origin.tokenizer is not None:
+        check_tokenizer_size(origin.tokenizer)
+    plan = make_plan(weights.config, {name: weights.kept(name).dtype for name in weights.specs}, asked)
+    check(Held.by(plan), asked.targets)
+    solvers = planned_solvers(plan, measured=measured is not None)
     if dry_run:
         return plan
-    copied = sum(path.stat().st_size for path in checkpoint.beside)
+    copied = sum(path.stat().st_size for path in origin.beside)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan))
     total, done = sum(entry.count for entry in plan.tensors), 0
-    with (
-        new_folder(destination, force=force) as partial,
-        QuantizedWriter(partial, checkpoint, asked, plan) as writer,
-    ):
+    with new_folder(destination, force=force) as partial, QuantizedWriter(partial, weights, asked, plan) as writer:
         for entry in plan.tensors:
-            tensor = checkpoint.tensor(entry.name)
+            tensor = weights.kept(entry.name)
             if entry.kept is not None:
                 writer.add_kept(entry.name, tensor.to(KEPT_DTYPES[entry.kept]))
             else:
-                matrix = checkpoint.specs[entry.name].to_matrix(tensor)
-                words, scales, error = _execute(matrix, get_format(entry.format or ""), SOLVERS[entry.solver or ""])
-                writer.add_quantized(entry.name, words, scales, relative_error=error)
+                solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
+                statistics = measured(entry.name) if measured is not None and solver.needs else {}
+                matrix = weights.specs[entry.name].to_matrix(tensor)
+                solved = _solve(matrix, number_format, solver.prepare(number_format, statistics))
+                writer.add_quantized(entry.name, *solved)
             before, done = done, done + entry.count
             if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
                 trim_heap()
@@ -116,18 +128,19 @@ def memory_bytes(plan: Plan) -> int:
     return held + container_bytes(plan) + _BLOCK_ARRAYS * 4 * max(BLOCK_WEIGHTS, longest) + _REST_BYTES
 
 
-def _execute(matrix: Tensor, form: NumberFormat, solver: Solver) -> tuple[Tensor, Tensor, float]:
+def _solve(matrix: Tensor, number_format: NumberFormat, solve: Solve) -> tuple[Tensor, Tensor, float]:
     """Packed codes, scales and ‖W − Q‖ / ‖W‖ of a matrix in its stored type, block of rows by block of rows."""
     rows, columns = matrix.shape
-    words = torch.empty((rows, form.padded_columns(columns) * form.bits // 32), dtype=torch.int32)
-    scales = torch.empty((rows, form.groups(columns)), dtype=form.scale_dtype)
+    padded = number_format.padded_columns(columns)
+    words = torch.empty((rows, padded * number_format.bits // 32), dtype=torch.int32)
+    scales = torch.empty((rows, number_format.groups(columns)), dtype=number_format.scale_dtype)
     lost = norm = 0.0
-    for block_rows in row_blocks(rows, form.padded_columns(columns)):
+    for block_rows in row_blocks(rows, padded):
         block = matrix[block_rows].float().contiguous()
-        found = solver(block, form)
-        words[block_rows] = pack(found.codes, form.bits)
-        scales[block_rows] = found.scales
+        solved = solve(block)
+        words[block_rows] = pack(solved.codes, number_format.bits)
+        scales[block_rows] = solved.scales
         exact = block.double()
-        lost += float(fixed_sum((found.dequantize().double() - exact).square().flatten()))
+        lost += float(fixed_sum((solved.dequantize().double() - exact).square().flatten()))
         norm += float(fixed_sum(exact.square().flatten()))
     return words, scales, math.sqrt(lost / norm) if norm > 0 else 0.0

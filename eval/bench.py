@@ -22,10 +22,8 @@ from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine
 from mossquant.eval.scores import Progress
-from mossquant.model.config import MossNetConfig
-from mossquant.model.mossnet import tensor_specs
 
-__all__ = ["BenchReport", "Speed", "Timing", "active_share", "bench"]
+__all__ = ["BenchReport", "Speed", "Timing", "bench"]
 
 
 @dataclass(frozen=True)
@@ -186,30 +184,7 @@ def bench(
     )
 
 
-def active_share(config: MossNetConfig, *, kind: str = "checkpoint") -> float:
-    """Share of the parameters that one token uses: of a layer's experts the chosen ones, of an untied table one row.
-
-    An .onnx computes all SSM experts (they lie in one matmul), so that there every one of them is read; a .pte computes
-    all experts of both kinds.
-    """
-    active = total = 0.0
-    for spec in tensor_specs(config):
-        share = 1.0
-        if spec.expert is not None and spec.layer is not None:
-            is_mlp = spec.role.startswith("mlp.")
-            chosen = config.mlp_chosen(spec.layer) if is_mlp else config.ssm_chosen(spec.layer)
-            share = chosen / (config.mlp_experts(spec.layer) if is_mlp else config.ssm_experts(spec.layer))
-            if kind == "executorch" or (kind == "onnx" and not is_mlp):
-                share = 1.0
-        elif spec.role == "embedding" and not config.tie_word_embeddings:
-            share = 1 / config.vocab_size
-        active += share * spec.count
-        total += spec.count
-    return active / total
-
-
 def _timing(opened: Mapping[str, Any], closed: Mapping[str, Any], *, prefill: Speed, decode: Speed) -> Timing:
-    config = MossNetConfig.from_json(opened["config"], where=opened["path"])
     return Timing(
         path=opened["path"],
         kind=opened["kind"],
@@ -220,7 +195,7 @@ def _timing(opened: Mapping[str, Any], closed: Mapping[str, Any], *, prefill: Sp
         load_ms=opened["load_ms"],
         peak_rss_mb=closed["peak_rss_mb"],
         idle_rss_mb=opened["idle_rss_mb"],
-        bytes_per_token=round(opened["weight_bytes"] * active_share(config, kind=opened["kind"])),
+        bytes_per_token=round(opened["weight_bytes"] * opened["active_share"]),
     )
 
 

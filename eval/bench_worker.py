@@ -5,7 +5,6 @@ It reads one JSON object a line and answers each with one: "open" loads, "turn" 
 says how much was used. A user's mistake is answered as "bad_input"; the end of the input ends the process.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -21,8 +20,9 @@ from mossquant.errors import InputError
 from mossquant.eval.machine import peak_rss_mb
 from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance
-from mossquant.files.outputs import file_sha256
+from mossquant.model.config import MossNetConfig
 from mossquant.runner import Runner
+from mossquant.targets.target import target_of
 
 __all__ = ["main"]
 
@@ -62,27 +62,20 @@ def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:
     load_ms = (time.perf_counter() - start) * 1e3
     info = opened.runner.info
     return opened.runner, {
-        "path": opened.located.given,
+        "path": opened.path,
         "kind": info.kind,
         "weights": info.weights,
         "activations": info.activations,
         "weight_bytes": info.weight_bytes,
-        "config": dict(info.config),
+        "active_share": target_of(located).active_share(MossNetConfig.from_json(info.config, where=info.path)),
         "load_ms": load_ms,
         "idle_rss_mb": idle,
     }
 
 
-_RUNTIMES = {"onnx": "mossquant.targets.onnx", "executorch": "mossquant.targets.executorch"}
-
-
 def _warm(located: Located) -> None:
     """Import the runtime and bring the files into memory: an application's second start is what is timed."""
-    importlib.import_module(_RUNTIMES.get(located.kind, "mossquant.targets.torch.runner"))
-    if located.kind == "executorch":
-        from mossquant.targets.executorch.trial import try_apart
-
-        try_apart(located.path, file_sha256(located.path))
+    target_of(located).warm(located)
     files = [located.path] if located.path.is_file() else sorted(located.path.glob("*.safetensors"))
     for path in files:
         with path.open("rb") as file:

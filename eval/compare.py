@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.locate import Located, locate
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.open import open_model
@@ -171,8 +172,8 @@ def paired_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> PairedD
 
 
 def compare(
-    base: str | Path,
-    candidates: Sequence[str | Path],
+    base: str | Path | Weights,
+    candidates: Sequence[str | Path | Weights],
     *,
     text: str | Path | Text | None = None,
     tokens: int | None = None,
@@ -186,8 +187,8 @@ def compare(
     """Measure candidates against the original.
 
     Args:
-        base: the original, a PATH argument; usually the full-precision checkpoint.
-        candidates: PATH arguments.
+        base: the original, a PATH argument or weights; usually the full-precision checkpoint.
+        candidates: PATH arguments, or weights.
         text: a file or a text; None: the bundled held-out text, for models with the bundled model's tokenizer.
         tokens: only so many tokens from the text's beginning.
         streams: consecutive parts of the text, each run from the initial state.
@@ -206,10 +207,12 @@ def compare(
         raise InputError(f"the gate {max_ppl_increase} is not a number of per cent; give one, e.g. 1%")
     at_once, each = shared_out(threads, 1 + len(candidates))
     opened = [open_model(base, threads=each)]
-    for located in map(locate, candidates):
+    for candidate in candidates:
+        source = locate(candidate) if isinstance(candidate, str | Path) else candidate
+        kind = source.kind if isinstance(source, Located) else source.origin.kind
         # Only a quantized checkpoint has a choice.
-        wanted = activations if located.kind == "quantized checkpoint" else None
-        opened.append(open_model(located, activations=wanted, threads=each))
+        wanted = activations if kind == "quantized checkpoint" else None
+        opened.append(open_model(source, activations=wanted, threads=each))
     passage = held_out_passage(opened, text=text, tokens=tokens, streams_wanted=streams, allow_seen=allow_seen)
     runners = [model.runner for model in opened]
     scores = score(runners, passage.tokens, at_once=at_once, progress=progress)

@@ -20,13 +20,15 @@ from typing import Literal
 import numpy as np
 
 from mossquant import state_file
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
+from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance, not_finite
 from mossquant.runner import Floats, Runner, Tokens
 from mossquant.state_file import SavedState
 from mossquant.text.text import Tokenizer
 
-__all__ = ["Generation", "StopReason", "generate", "sample"]
+__all__ = ["Generation", "StopReason", "continue_text", "generate", "sample"]
 
 StopReason = Literal["max_tokens", "stop", "end_of_text"]
 
@@ -49,6 +51,47 @@ class Generation:
 
 
 def generate(
+    model: str | Path | Weights,
+    prompt: str | bytes = "",
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    load_state: str | Path | None = None,
+    save_state: str | Path | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt with a model or artifact, token by token.
+
+    Args:
+        model: a PATH argument, or weights.
+        threads: CPU threads; None leaves it to the runtime.
+
+    The other arguments, what is returned and the errors are those of `continue_text`; besides, an `InputError` where
+    nothing that runs is at `model`, or it has no tokenizer.
+    """
+    opened = open_model(model, threads=threads)
+    return continue_text(
+        opened.runner,
+        opened.tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        load_state=load_state,
+        save_state=save_state,
+        force=force,
+        on_text=on_text,
+    )
+
+
+def continue_text(
     runner: Runner,
     tokenizer: Tokenizer,
     prompt: str | bytes = "",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mossquant.errors import InputError
+from mossquant.targets.target import runtimes
 
 __all__ = ["copy_bandwidth", "cpu_count", "machine", "peak_rss_mb", "shared_out"]
 
@@ -50,7 +51,7 @@ def machine() -> dict[str, Any]:
         "usable_cores": cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "onnxruntime", "executorch")},
+        **{name: _version(name) for name in runtimes()},
     }
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.open import open_weights
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.noise import with_noise
 from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
-from mossquant.eval.open import OpenModel, open_model
+from mossquant.eval.open import open_model
 from mossquant.eval.parity_measures import continuation, forms, growth
 from mossquant.eval.passage import held_out_passage
 from mossquant.eval.scores import score
@@ -129,7 +130,7 @@ class ParityReport:
 
 
 def parity(
-    quantized: str | Path,
+    quantized: str | Path | Weights,
     artifact: str | Path,
     *,
     text: str | Path | Text | None = None,
@@ -142,7 +143,7 @@ def parity(
     """Hold an artifact against the checkpoint that it was lowered from.
 
     Args:
-        quantized: the quantized checkpoint; the full-precision one for an artifact of that.
+        quantized: the quantized checkpoint; the full-precision one for an artifact of that; or weights.
         artifact: a PATH argument.
         text: a file or a text; None: the bundled held-out text.
         positions: of the one-step comparison (`mossquant.eval.one_step.compared_positions`).
@@ -157,19 +158,16 @@ def parity(
     if positions < 1 or stream < 2 * PROMPT_TOKENS:
         needed = f"1 or more positions and {2 * PROMPT_TOKENS} or more tokens"
         raise InputError(f"{positions} positions and {stream} tokens cannot be measured; give {needed}")
-    located = locate(quantized)
-    located.require("checkpoint", "quantized checkpoint", verb="parity")
+    weights = open_weights(quantized, verb="parity")
     at_once, each = shared_out(threads, 3)
     program = open_model(artifact, threads=each)
-    plain = TorchRunner.open(located, threads=each)
+    plain = open_model(weights, threads=each)
     formats = program.runner.info.activations
     # An artifact with several formats has those of the plan.
     wanted = "planned" if formats == "mixed" else formats
     # In float64, so that what is left between the two is the artifact's own rounding.
-    modelled = TorchRunner.open(located, activations=wanted, dtype=torch.float64, threads=each)
-    passage = held_out_passage(
-        [OpenModel(located, plain), program], text=text, tokens=stream + 1, allow_seen=allow_seen, allow_fewer=True
-    )
+    modelled = TorchRunner.open(weights, activations=wanted, dtype=torch.float64, threads=each)
+    passage = held_out_passage([plain, program], text=text, tokens=stream + 1, allow_seen=allow_seen, allow_fewer=True)
     if passage.predicted < positions:
         raise InputError(
             f"the text has {passage.predicted} tokens to predict, too few for {positions} positions; give a longer "
@@ -180,13 +178,13 @@ def parity(
         program.runner,
         passage.tokens[0],
         positions=positions,
-        unquantized_activations=None if formats == "fp32" else plain,
+        unquantized_activations=None if formats == "fp32" else plain.runner,
         at_once=at_once,
         on_stage=on_stage,
     )
     return ParityReport(
-        reference=located.given,
-        artifact=program.located.given,
+        reference=weights.origin.path,
+        artifact=program.path,
         activations=formats,
         text_sha256=passage.sha256,
         positions=compared_positions(passage.tokens.shape[1], positions),

@@ -77,17 +77,17 @@ def held_out_passage(
     tokenizer = models[0].tokenizer
     vocab_size = models[0].runner.info.vocab_size
     others = [
-        f"{model.located.given} (vocabulary {model.runner.info.vocab_size})"
+        f"{model.path} (vocabulary {model.runner.info.vocab_size})"
         for model in models[1:]
         if (model.tokenizer.sha256, model.runner.info.vocab_size) != (tokenizer.sha256, vocab_size)
     ]
     if others:
-        first = f"{models[0].located.given} (vocabulary {vocab_size})"
+        first = f"{models[0].path} (vocabulary {vocab_size})"
         raise InputError.listing(
             f"another tokenizer or vocabulary than {first}", others, "Compare models that share a tokenizer."
         )
     source = _text(models[0], text)
-    seen_by = tuple(model.located.given for model in models if source.sha256 in model.runner.info.seen_text)
+    seen_by = tuple(model.path for model in models if source.sha256 in model.runner.info.seen_text)
     if seen_by and not allow_seen:
         raise InputError(
             f"{source.name} was used to train or calibrate {', '.join(seen_by)}, so that a figure on it would flatter; "
@@ -106,5 +106,5 @@ def _text(model: OpenModel, text: str | Path | Text | None) -> Text:
     if text is not None:
         return read_text(Path(text), as_bytes=model.tokenizer.takes_any_bytes)
     if not model.has_bundled_tokenizer:
-        raise InputError(f"{model.located.given} has another tokenizer than the bundled text is for; give --text FILE")
+        raise InputError(f"{model.path} has another tokenizer than the bundled text is for; give --text FILE")
     return bundled_text("heldout")

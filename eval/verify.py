@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.open import open_weights
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.parity import STAGES, ParityReport, parity
 from mossquant.eval.scores import Progress
+from mossquant.targets.target import target_of
 from mossquant.targets.weights_report import WeightsReport
 from mossquant.text.text import Text
 
@@ -98,7 +101,7 @@ class VerifyReport:
 
 
 def verify(
-    quantized: str | Path,
+    quantized: str | Path | Weights,
     artifacts: Sequence[str | Path],
     *,
     weights_only: bool = False,
@@ -112,7 +115,7 @@ def verify(
     """Hold artifacts against their checkpoint.
 
     Args:
-        quantized: the quantized checkpoint; the full-precision one for an artifact of that.
+        quantized: the quantized checkpoint; the full-precision one for an artifact of that; or weights.
         artifacts: PATH arguments.
         weights_only: compare the weights and run nothing.
         text: what to run on; None: the bundled held-out text.
@@ -135,14 +138,16 @@ def verify(
         if progress is not None:
             progress(done, stages)
 
+    weights = open_weights(quantized, verb="verify")
     verdicts = []
     for path in artifacts:
-        weights = _read_back(quantized, path)
+        located = locate(path)
+        read_back = target_of(located).read_back(weights, located)
         stage_done("weights")
         found = None
-        if weights.passed and not weights_only:
+        if read_back.passed and not weights_only:
             found = parity(
-                quantized,
+                weights,
                 path,
                 text=text,
                 positions=positions,
@@ -151,19 +156,8 @@ def verify(
                 allow_seen=allow_seen,
                 on_stage=stage_done,
             )
-        verdicts.append(ArtifactVerdict(str(path), weights, found))
-    return VerifyReport(str(quantized), tuple(verdicts))
-
-
-def _read_back(quantized: str | Path, artifact: str | Path) -> WeightsReport:
-    located = locate(artifact)
-    if located.kind == "executorch":
-        from mossquant.targets.executorch.read_back import verify as verify_executorch
-
-        return verify_executorch(quantized, located)
-    from mossquant.targets.onnx.read_back import verify as verify_onnx
-
-    return verify_onnx(quantized, located)
+        verdicts.append(ArtifactVerdict(str(path), read_back, found))
+    return VerifyReport(weights.origin.path, tuple(verdicts))
 
 
 def _verdict(passed: bool) -> str:

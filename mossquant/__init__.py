@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """mossquant compresses MossNet and Mamba language models for phones, and measures what ships.
 
-The public functions, one for each verb of the command line. They are loaded when first used, so that importing
-`mossquant` stays quick and a target's runtime is needed only by who uses that target.
+The public functions, one for each verb of the command line, and what their arguments are made of. They are loaded when
+first used, so that importing `mossquant` stays quick and a target's runtime is needed only by who uses that target.
 """
 
 from importlib import import_module
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mossquant.calibration.quantize import quantize
+    from mossquant.checkpoint.open import open_weights
+    from mossquant.errors import InputError
     from mossquant.eval.bench import bench
     from mossquant.eval.compare import compare
     from mossquant.eval.generate import generate
@@ -20,11 +22,18 @@ if TYPE_CHECKING:
     from mossquant.eval.report.demo import demo
     from mossquant.eval.verify import verify
     from mossquant.importing.mamba import import_mamba
-    from mossquant.state_file import load_state, save_state
+    from mossquant.plan.recipe import recipes
+    from mossquant.state_file import SavedState, load_state, save_state
     from mossquant.targets.export import export, export_needs
+    from mossquant.text.text import Tokenizer
     from mossquant.training.train import train
+    from mossquant.training.trainer import Schedule
 
 __all__ = [
+    "InputError",
+    "SavedState",
+    "Schedule",
+    "Tokenizer",
     "bench",
     "compare",
     "demo",
@@ -35,30 +44,36 @@ __all__ = [
     "info",
     "load_state",
     "open_runner",
+    "open_weights",
     "perplexity",
     "quantize",
+    "recipes",
     "save_state",
     "train",
     "verify",
 ]
 
 _WHERE = {
-    "bench": "mossquant.eval.bench",
-    "compare": "mossquant.eval.compare",
-    "demo": "mossquant.eval.report.demo",
-    "export": "mossquant.targets.export",
-    "export_needs": "mossquant.targets.export",
-    "generate": "mossquant.eval.generate",
-    "import_mamba": "mossquant.importing.mamba",
-    "info": "mossquant.eval.info",
-    "load_state": "mossquant.state_file",
-    "open_runner": "mossquant.eval.open",
-    "perplexity": "mossquant.eval.perplexity",
-    "quantize": "mossquant.calibration.quantize",
-    "save_state": "mossquant.state_file",
-    "train": "mossquant.training.train",
-    "verify": "mossquant.eval.verify",
+    "mossquant.calibration.quantize": ["quantize"],
+    "mossquant.checkpoint.open": ["open_weights"],
+    "mossquant.errors": ["InputError"],
+    "mossquant.eval.bench": ["bench"],
+    "mossquant.eval.compare": ["compare"],
+    "mossquant.eval.generate": ["generate"],
+    "mossquant.eval.info": ["info"],
+    "mossquant.eval.open": ["open_runner"],
+    "mossquant.eval.perplexity": ["perplexity"],
+    "mossquant.eval.report.demo": ["demo"],
+    "mossquant.eval.verify": ["verify"],
+    "mossquant.importing.mamba": ["import_mamba"],
+    "mossquant.plan.recipe": ["recipes"],
+    "mossquant.state_file": ["SavedState", "load_state", "save_state"],
+    "mossquant.targets.export": ["export", "export_needs"],
+    "mossquant.text.text": ["Tokenizer"],
+    "mossquant.training.train": ["train"],
+    "mossquant.training.trainer": ["Schedule"],
 }
+_MODULE = {name: module for module, names in _WHERE.items() for name in names}
 
 
 if find_spec("mossquant.eval") is None:
@@ -68,9 +83,9 @@ if find_spec("mossquant.eval") is None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULE:
         raise AttributeError(f"module 'mossquant' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(_MODULE[name]), name)
 
 
 def __dir__() -> list[str]:

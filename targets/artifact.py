@@ -38,7 +38,7 @@ _AGAIN = "Copy the folder again, or export again."
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
 class Port(_Strict):
@@ -164,7 +164,8 @@ def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str,
     if changed:
         raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)
     records = [record for record in manifest.programs.values() if record.file == program.name]
-    if [record.model for record in records] != [model]:
+    # A release that knew more said more: what this one knows decides.
+    if [{key: record.model.get(key) for key in model} for record in records] != [model]:
         raise InputError(f"{path} says something else about {program.name} than the program itself. {_AGAIN}")
 
 

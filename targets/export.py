@@ -2,20 +2,20 @@
 """`export`: lower a checkpoint, quantized or not, to an artifact of one target or of several; and what that needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from mossquant.checkpoint.checkpoint import Checkpoint
-from mossquant.checkpoint.locate import Located, locate
-from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.open import open_weights
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.files.space import check_space
-from mossquant.plan.capabilities import Activations, check
+from mossquant.plan.capabilities import Activations
 from mossquant.release import release
 from mossquant.targets.artifact import MANIFEST, TOKENIZER, Artifact, read_artifact_manifest, write_artifact_manifest
-from mossquant.targets.registry import Exporter, Prepared, Progress, get_exporters
-from mossquant.targets.source import open_checkpoint
+from mossquant.targets.taken import check_held
+from mossquant.targets.target import Prepared, Progress, get_target, program_targets
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = ["Needs", "export", "export_needs"]
@@ -49,16 +49,16 @@ class Needs:
 
 
 def export_needs(
-    model: str | Path, *, target: str | Sequence[str] = "onnx", activations: Activations | None = None
+    model: str | Path | Weights, *, target: str | Sequence[str] = "onnx", activations: Activations | None = None
 ) -> Needs:
     """What `export` would need; arguments and errors are those of `export`. Writes nothing."""
-    found, located = _asked(model, target)
-    source, prepared = _prepare(located, found, activations, None)
-    return _needs(source, prepared)
+    names = _named(target)
+    weights = open_weights(model, verb="export")
+    return _needs(weights, _prepare(weights, names, activations, None))
 
 
 def export(
-    model: str | Path,
+    model: str | Path | Weights,
     output: str | Path,
     *,
     target: str | Sequence[str] = "onnx",
@@ -73,7 +73,7 @@ def export(
 
     Args:
         model: a quantized checkpoint folder; or a full-precision one, or "tiny": its artifact is the full-precision
-            program to compare with.
+            program to compare with; or weights.
         output: folder to write; nothing may be there, unless `force`.
         target: what to lower to: "onnx", "executorch", or several of them.
         activations: format of the inputs of quantized linears: "int8", as the target rounds them at run time, or
@@ -90,22 +90,24 @@ def export(
             for a full-precision checkpoint, an output that cannot be written, too little disk or memory: before any
             work.
     """
-    found, located = _asked(model, target)
-    destination = Path(output)
-    check_free(destination, force=force, inputs=[located.path])
-    source, prepared = _prepare(located, found, activations, progress)
-    needs = _needs(source, prepared)
-    dropped = _programs_there(destination) - set(found)
+    names, destination = _named(target), Path(output)
+    inputs = [locate(model).path] if isinstance(model, str | Path) else []
+    check_free(destination, force=force, inputs=inputs)
+    weights = open_weights(model, verb="export")
+    prepared = _prepare(weights, names, activations, progress)
+    needs = _needs(weights, prepared)
+    dropped = _programs_there(destination) - set(names)
     check_space(destination, disk_bytes=needs.disk_bytes, memory_bytes=needs.memory_bytes)
+    tokenizer = weights.origin.tokenizer
     with new_folder(destination, force=force) as partial:
-        exported = {name: each.write(partial) for name, each in prepared.items()}
-        if source.tokenizer_path is not None:
-            (partial / TOKENIZER).write_bytes(source.tokenizer_path.read_bytes())
-        programs = {name: one.program for name, one in exported.items()}
+        exported = {name: lowering.write(partial) for name, lowering in prepared.items()}
+        if tokenizer is not None:
+            (partial / TOKENIZER).write_bytes(tokenizer.read_bytes())
+        programs = {name: program.program for name, program in exported.items()}
         manifest = write_artifact_manifest(partial, release=release(), programs=programs)
-    notes = [note for one in exported.values() for note in one.notes]
+    notes = [note for program in exported.values() for note in program.notes]
     if dropped:
-        both = ",".join([*found, *sorted(dropped)])
+        both = ",".join([*names, *sorted(dropped)])
         notes.append(f"the {' and '.join(sorted(dropped))} program that was there is gone; --target {both} makes both")
     return Artifact(destination, manifest, tuple(notes))
 
@@ -118,37 +120,45 @@ def _programs_there(folder: Path) -> set[str]:
         return set()
 
 
-def _asked(model: str | Path, target: str | Sequence[str]) -> tuple[dict[str, Exporter], Located]:
-    """The exporters of known targets, and a model that can be lowered."""
-    found = get_exporters([target] if isinstance(target, str) else target)
-    located = locate(model)
-    located.require("checkpoint", "quantized checkpoint", verb="export")
-    return found, located
+def _named(target: str | Sequence[str]) -> list[str]:
+    """Names of targets that can be lowered to.
+
+    Raises:
+        InputError: no target, one named twice, or unknown ones; the known ones are listed.
+    """
+    names, known = [target] if isinstance(target, str) else list(target), program_targets()
+    if not all(names):
+        raise InputError("a target's name is empty; give names with a comma between, e.g. onnx,executorch")
+    if not names:
+        raise InputError(f"no target was given; known targets: {', '.join(known)}")
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise InputError(f"target {twice[0][:40]!r} is named twice; name each once")
+    unknown = [repr(name[:40]) for name in names if name not in known]
+    if unknown:
+        raise InputError(f"unknown target {', '.join(unknown)}; known targets: {', '.join(known)}")
+    return names
 
 
 def _prepare(
-    located: Located, found: dict[str, Exporter], activations: Activations | None, progress: Progress | None
-) -> tuple[Checkpoint | QuantizedCheckpoint, dict[str, Prepared]]:
+    weights: Weights, names: Sequence[str], activations: Activations | None, progress: Progress | None
+) -> dict[str, Prepared]:
     """Check all that can be checked before any work."""
-    if located.kind == "checkpoint" and activations == "int8":
+    origin = weights.origin
+    if origin.recipe is None and activations == "int8":
         raise InputError(
-            f"{located.given} is not quantized, and int8 activations meet quantized weights only; "
+            f"{origin.path} is not quantized, and int8 activations meet quantized weights only; "
             "leave --activations out, or run `mossquant quantize` first"
         )
-    source = open_checkpoint(located)
-    source.seen_text()  # is taken along, and so must be readable
-    if isinstance(source, QuantizedCheckpoint):
-        # Formats that are overridden need not be any that the targets can take.
-        check(source.plan if activations is None else replace(source.plan, activations=()), found)
-    prepared = {name: each(source, activations=activations, progress=progress) for name, each in found.items()}
-    return source, prepared
+    check_held(weights, names, planned_activations=activations is None)
+    return {name: get_target(name).prepare(weights, activations=activations, progress=progress) for name in names}
 
 
-def _needs(source: Checkpoint | QuantizedCheckpoint, prepared: dict[str, Prepared]) -> Needs:
-    tokenizer = source.tokenizer_path
+def _needs(weights: Weights, prepared: dict[str, Prepared]) -> Needs:
+    tokenizer = weights.origin.tokenizer
     if tokenizer is not None:
         check_tokenizer_size(tokenizer)
     return Needs(
-        {name: (each.disk_bytes, each.memory_bytes) for name, each in prepared.items()},
+        {name: (lowering.disk_bytes, lowering.memory_bytes) for name, lowering in prepared.items()},
         _MANIFEST_BYTES + (tokenizer.stat().st_size if tokenizer is not None else 0),
     )

@@ -6,14 +6,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.manifest import FileName, Sha256
-from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.files.json import parse_json
 from mossquant.files.outputs import file_sha256
 from mossquant.release import release
-from mossquant.targets.source import Source
 
 __all__ = ["Count", "ProgramMetadata", "activations_of", "common_metadata", "parsed"]
 
@@ -38,7 +36,7 @@ class ProgramMetadata(BaseModel):
         seen_text: SHA-256 of texts that the model was trained or calibrated on.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     version: Literal[1] = 1
     kind: Literal["artifact"] = "artifact"
@@ -54,35 +52,27 @@ class ProgramMetadata(BaseModel):
     seen_text: list[Sha256]
 
 
-def common_metadata(source: Checkpoint | QuantizedCheckpoint) -> dict[str, Any]:
+def common_metadata(weights: Weights) -> dict[str, Any]:
     """The fields of `ProgramMetadata` for what is lowered."""
-    quantized = isinstance(source, QuantizedCheckpoint)
-    tokenizer = source.tokenizer_path
+    origin = weights.origin
     return {
         "release": release(),
-        "config": source.config.to_json(torch_dtype=source.torch_dtype),
-        "weights": source.recipe_name if isinstance(source, QuantizedCheckpoint) else source.torch_dtype,
-        "parameters": source.parameters,
-        "payload_bytes": source.payload_bytes if isinstance(source, QuantizedCheckpoint) else source.stored_bytes,
-        "source_kind": "quantized checkpoint" if quantized else "checkpoint",
-        "source_files": source.hashes(),
-        "tokenizer_sha256": None if tokenizer is None else file_sha256(tokenizer),
-        "seen_text": list(source.seen_text()),
+        "config": weights.config.to_json(torch_dtype=origin.torch_dtype),
+        "weights": origin.name,
+        "parameters": origin.parameters,
+        "payload_bytes": origin.payload_bytes,
+        "source_kind": origin.kind,
+        "source_files": dict(origin.files),
+        "tokenizer_sha256": None if origin.tokenizer is None else file_sha256(origin.tokenizer),
+        "seen_text": list(origin.seen_text),
     }
 
 
-def activations_of(source: Source, names: list[str]) -> str:
+def activations_of(weights: Weights) -> str:
     """The activation format of the inputs of quantized linears, "fp32" where there are none, "mixed" for several."""
-    found = {source.activations(name) for name in names if source.format(name) is not None}
-    return "mixed" if len(found) > 1 else next(iter(found), "fp32")
-
-
-def changed_inputs(source: Checkpoint | QuantizedCheckpoint, tensors: Source, names: list[str]) -> tuple[str, ...]:
-    """A note for every planned activation format that the target rounds in its own way instead."""
-    if isinstance(source, Checkpoint):
-        return ()
-    pairs = {(planned[0], tensors.activations(name)) for name in names if (planned := source.input_format(name))}
-    return tuple(f"inputs are {now} in place of the planned {was}" for was, now in sorted(pairs) if was != now)
+    sites = {spec.site for name, spec in weights.specs.items() if weights.format(name) is not None}
+    formats = {weights.activation(site) for site in sites if site is not None}
+    return "mixed" if len(formats) > 1 else next(iter(formats), "fp32")
 
 
 M = TypeVar("M", bound=ProgramMetadata)

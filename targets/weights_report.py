@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mossquant.checkpoint.checkpoint import Checkpoint
-from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import Weights
 from mossquant.files.space import row_blocks
 
 __all__ = ["WeightsReport", "first_difference"]
@@ -37,14 +36,14 @@ class WeightsReport:
     def of(
         cls,
         path: str,
-        source: Checkpoint | QuantizedCheckpoint,
+        weights: Weights,
         recorded: Mapping[str, str],
         differences: Sequence[str],
     ) -> "WeightsReport":
-        """A report of all tensors of `source`; `recorded` is file name → SHA-256 of what was lowered, as it says."""
-        count = sum(spec.count for spec in source.specs.values())
-        another = bool(differences) and source.hashes() != dict(recorded)
-        return cls(path, len(source.specs), count, tuple(differences), another)
+        """A report of all tensors of `weights`; `recorded` is file name → SHA-256 of what was lowered, as it says."""
+        count = sum(spec.count for spec in weights.specs.values())
+        another = bool(differences) and dict(weights.origin.files) != dict(recorded)
+        return cls(path, len(weights.specs), count, tuple(differences), another)
 
     @property
     def passed(self) -> bool:

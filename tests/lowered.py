@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from small import CONFIGS, random_model, random_tokens, write_model
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.open import open_weights
 from mossquant.eval.open import open_runner
 from mossquant.model.config import MossNetConfig
 from mossquant.plan.capabilities import Activations
 from mossquant.runner import Runner
 from mossquant.targets.export import export
+from mossquant.targets.target import target_of
 from mossquant.targets.torch.runner import TorchRunner
+from mossquant.targets.weights_report import WeightsReport
 
-__all__ = ["MODELS", "RECIPES", "Lowered", "Workshop", "relative"]
+__all__ = ["MODELS", "RECIPES", "Lowered", "Workshop", "read_back", "relative"]
 
 WIDE = MossNetConfig(
     vocab_size=80,
@@ -188,3 +192,9 @@ def relative(found: NDArray[np.floating], expected: NDArray[np.floating]) -> NDA
     assert found.shape == expected.shape
     scale = np.abs(expected).max()
     return np.asarray(np.abs(found.astype(np.float64) - expected).max(-1) / scale)
+
+
+def read_back(checkpoint: str | Path, artifact: str | Path) -> WeightsReport:
+    """What reading back the weights of an artifact finds."""
+    located = locate(artifact)
+    return target_of(located).read_back(open_weights(checkpoint, verb="verify"), located)

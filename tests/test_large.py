@@ -12,6 +12,7 @@ import bounds
 import pytest
 import torch
 from commands import forked, refused
+from lowered import read_back as verify
 from memory import grown
 from small import random_model, write_model
 
@@ -21,7 +22,6 @@ from mossquant.eval.info import info
 from mossquant.model.config import MossNetConfig
 from mossquant.targets.export import export, export_needs
 from mossquant.targets.onnx import save
-from mossquant.targets.onnx.read_back import verify
 
 ROOT = Path(__file__).parents[1]
 MANY = MossNetConfig(vocab_size=256, hidden_size=256, num_hidden_layers=40, time_step_rank=16)

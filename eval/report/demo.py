@@ -10,12 +10,13 @@ from pathlib import Path
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.locate import BUNDLED, asset_folder
+from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.bench import bench
 from mossquant.eval.compare import compare
 from mossquant.eval.generate import generate
-from mossquant.eval.open import open_model
 from mossquant.eval.report.demo_report import DemoReport
 from mossquant.eval.report.picture import write_picture
 from mossquant.eval.scores import Progress
@@ -86,7 +87,7 @@ def demo(
     artifacts: dict[str, dict[str, Path]] = {}
     for name, path in folders.items():
         source, targets = checkpoints.get(name), ("onnx",) if name == "original" else TARGETS
-        if _is_current_artifact(path, targets, original if source is None else QuantizedCheckpoint.open(source)):
+        if _is_current_artifact(path, targets, original if source is None else open_weights(source, verb="demo")):
             say(f"{path}: kept, its hashes match")
         else:
             say(f"{path}: lowering {source or BUNDLED} to {' and '.join(targets)}")
@@ -102,15 +103,14 @@ def demo(
     say("timing")
     # One core unless more are asked for: the figures then do not depend on what else the machine is doing.
     timed = bench([BUNDLED, *candidates], threads=threads or 1, repeats=_REPEATS, progress=progress)
-    smallest = open_model(artifacts["int4"]["onnx"], threads=threads)
     report = DemoReport(
         comparison=comparison,
         bench=timed,
-        original_bytes=sum(path.stat().st_size for path in original.folder.glob("*.safetensors")),
+        original_bytes=original.origin.file_bytes,
         checkpoints=checkpoints,
         artifacts=artifacts,
         prompt=_PROMPT,
-        generation=generate(smallest.runner, smallest.tokenizer, _PROMPT, max_tokens=_CONTINUED),
+        generation=generate(artifacts["int4"]["onnx"], _PROMPT, max_tokens=_CONTINUED, threads=threads),
         picture=folder / _PICTURE,
     )
     write_picture(report, report.picture)
@@ -128,7 +128,7 @@ def _check_writable(folder: Path, paths: list[Path]) -> None:
         )
 
 
-def _is_current_checkpoint(path: Path, recipe: str, original: Checkpoint) -> bool:
+def _is_current_checkpoint(path: Path, recipe: str, original: Weights) -> bool:
     """Whether a quantized checkpoint is whole, and what this release makes of this original by this recipe."""
     if not path.exists():
         return False
@@ -137,13 +137,13 @@ def _is_current_checkpoint(path: Path, recipe: str, original: Checkpoint) -> boo
     except InputError:
         return False
     return (
-        found.manifest.parent.files == original.hashes()
+        found.manifest.parent.files == dict(original.origin.files)
         and found.manifest.release == release()
         and (path / "recipe.yaml").read_text(encoding="utf-8") == Recipe.named(recipe).text
     )
 
 
-def _is_current_artifact(path: Path, targets: Sequence[str], source: Checkpoint | QuantizedCheckpoint) -> bool:
+def _is_current_artifact(path: Path, targets: Sequence[str], source: Weights) -> bool:
     """Whether an artifact is whole, and what this release makes of this source for these targets."""
     if not path.exists():
         return False
@@ -155,5 +155,5 @@ def _is_current_artifact(path: Path, targets: Sequence[str], source: Checkpoint 
     return (
         found.manifest.release == release()
         and list(programs) == list(targets)
-        and all(program.model.get("source_files") == source.hashes() for program in programs.values())
+        and all(program.model.get("source_files") == dict(source.origin.files) for program in programs.values())
     )

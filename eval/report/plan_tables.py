@@ -11,7 +11,7 @@ from mossquant.eval.report.grid import Head, grid, spaced
 from mossquant.model.config import PRESETS
 from mossquant.model.mossnet import tensor_specs
 from mossquant.plan.plan import Plan, TensorEntry, make_plan
-from mossquant.plan.recipe import RECIPES, Recipe, Rule
+from mossquant.plan.recipe import Recipe, Rule, recipes
 
 __all__ = ["plan_tables", "recipe_tables"]
 
@@ -60,7 +60,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
 
 def recipe_tables() -> list[Table | str]:
     """The recipes that ship with the package: their rules, and what they cost on the smallest preset."""
-    return spaced([_recipe_table(Recipe.named(name)) for name in RECIPES])
+    return spaced(list(map(_recipe_table, recipes())))
 
 
 def _recipe_table(recipe: Recipe) -> Table:

@@ -8,7 +8,6 @@ from rich.table import Table
 
 from mossquant.eval.bench import BenchReport, Speed
 from mossquant.eval.compare import Candidate, ComparisonReport
-from mossquant.eval.info import InfoReport
 from mossquant.eval.perplexity import PerplexityReport
 from mossquant.eval.report.demo_report import DemoReport
 from mossquant.eval.report.grid import Head, grid, spaced
@@ -16,6 +15,7 @@ from mossquant.eval.report.plan_tables import plan_tables, recipe_tables
 from mossquant.eval.verify import VerifyReport
 from mossquant.eval.windows import Interval
 from mossquant.targets.export import Needs
+from mossquant.targets.info_report import InfoReport
 
 __all__ = [
     "bench_table",

@@ -8,6 +8,7 @@ and `training.json` (how it was made, with the hashes of the texts that it has s
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from mossquant.checkpoint.tensorfiles import TensorFiles, TensorWriter, all_finite
+from mossquant.checkpoint.weights import Origin, Weights, value
 from mossquant.errors import InputError
 from mossquant.files.inputs import is_there
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.files.outputs import file_sha256, write_json
+from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import MossNet, parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
@@ -33,27 +36,30 @@ _BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Config and tensors of a full-precision model.
+    """A full-precision model: `mossquant.checkpoint.weights.Weights` of which every tensor is kept.
 
     Attributes:
         folder: where it lies.
         config: its shape.
         torch_dtype: stored type of the weights ("bfloat16").
         specs: tensor name → what it is, in processing order.
+        path: the folder as the user named it.
     """
 
     folder: Path
     config: MossNetConfig
     torch_dtype: str
     specs: Mapping[str, TensorSpec]
+    path: str
     _files: TensorFiles
 
     @classmethod
-    def open(cls, folder: Path, *, check_values: bool = True) -> "Checkpoint":
+    def open(cls, folder: Path, *, path: str | None = None, check_values: bool = True) -> "Checkpoint":
         """Open a checkpoint and check every tensor against the config.
 
         Args:
             folder: the checkpoint folder.
+            path: how the user named it, the folder if not given.
             check_values: also read every value once, and refuse NaN and infinities.
 
         Raises:
@@ -77,48 +83,49 @@ class Checkpoint:
             raise InputError.listing(
                 f"{folder} does not fit its config.json", offenders, "Export the checkpoint again, or mend the config."
             )
-        return cls(folder, config, torch_dtype, specs, files)
+        return cls(folder, config, torch_dtype, specs, path or str(folder), files)
 
-    @property
-    def parameters(self) -> int:
-        """Number of parameters; a tied table counts once."""
-        return parameter_count(self.config)
+    @cached_property
+    def origin(self) -> Origin:
+        """What it is, with the hashes of its files: each is read once for it.
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all tensors' data."""
-        return sum(self._files.stored_bytes(name) for name in self.specs)
+        Raises:
+            InputError: the training record cannot be understood.
+        """
+        stored = sum(self._files.stored_bytes(name) for name in self.specs)
+        return Origin(
+            path=self.path,
+            kind="checkpoint",
+            recipe=None,
+            torch_dtype=self.torch_dtype,
+            parameters=parameter_count(self.config),
+            payload_bytes=stored,
+            file_bytes=sum((self.folder / name).stat().st_size for name in self._files.files),
+            files={name: file_sha256(self.folder / name) for name in ["config.json", *self._files.files]},
+            training_text=seen_text(self.folder),
+            calibration_text=(),
+            beside=_beside(self.folder),
+        )
 
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """The `tokenizer.json`, if there is one."""
-        path = self.folder / _TOKENIZER
-        return path if is_there(path) else None
+    def format(self, name: str) -> NumberFormat | None:
+        """None."""
+        return None
 
-    @property
-    def beside(self) -> tuple[Path, ...]:
-        """Files beside the weights that are taken along with them: tokenizer and training, where there are any."""
-        return _beside(self.folder)
+    def quantized(self, name: str) -> QuantizedTensor:
+        """Nothing is."""
+        raise ValueError(f"{name} is not quantized; use kept(name)")
 
-    def tensor(self, name: str) -> Tensor:
+    def kept(self, name: str) -> Tensor:
         """One tensor as stored, read from the mapped file."""
         return self._files.tensor(name)
 
-    def tensor_bytes(self, name: str) -> int:
-        """Bytes of one tensor's data as stored."""
-        return self._files.stored_bytes(name)
+    def activation(self, site: str) -> str:
+        """fp32."""
+        return "fp32"
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of one tensor."""
-        return self._files.dtypes[name]
-
-    def hashes(self) -> dict[str, str]:
-        """File name → SHA-256 of the config and the tensor files."""
-        return {name: file_sha256(self.folder / name) for name in ["config.json", *self._files.files]}
-
-    def seen_text(self) -> tuple[str, ...]:
-        """SHA-256 of the texts that this model was trained on, as far as the checkpoint says."""
-        return seen_text(self.folder)
+    def state(self, name: str) -> str:
+        """fp32."""
+        return "fp32"
 
 
 def _structure_offenders(specs: Mapping[str, TensorSpec], files: TensorFiles, stored: torch.dtype) -> list[str]:
@@ -195,9 +202,9 @@ def write_checkpoint(
         write_json(folder / _TRAINING, dict(training))
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> MossNet:
-    """The PyTorch model with the checkpoint's weights, converted to `dtype`."""
-    model = MossNet(checkpoint.config, dtype=dtype)
-    for spec in checkpoint.specs.values():
-        model.parameter_of(spec).copy_(checkpoint.tensor(spec.name).view(spec.shape))
+def load_model(weights: Weights, *, dtype: torch.dtype = torch.float32) -> MossNet:
+    """The PyTorch model with these weights: values that were kept, or that codes mean, converted to `dtype`."""
+    model = MossNet(weights.config, dtype=dtype)
+    for name, spec in weights.specs.items():
+        model.parameter_of(spec).copy_(value(weights, name).view(spec.shape))
     return model.requires_grad_(False).eval()

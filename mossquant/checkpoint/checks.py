@@ -16,7 +16,6 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.plan import KEPT_DTYPES, Plan, SiteEntry, TensorEntry
-from mossquant.plan.recipe import SOLVER_NAMES
 
 __all__ = ["plan_offenders", "structure_offenders", "value_offenders"]
 
@@ -62,7 +61,7 @@ def _expected(spec: TensorSpec, entry: TensorEntry) -> dict[str, Any]:
 def _came_from_a_checkpoint(entry: TensorEntry) -> bool:
     """What only the run could know, as far as it can be told: bytes that were there, the solver, the error."""
     sizes = {entry.count * dtype.itemsize for dtype in KEPT_DTYPES.values()}
-    solver = entry.solver is None if entry.format is None else entry.solver in SOLVER_NAMES
+    solver = (entry.solver is None) == (entry.format is None)
     return entry.stored_bytes in sizes and solver and entry.relative_error is not None and entry.relative_error >= 0
 
 

@@ -4,19 +4,17 @@
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.plan.capabilities import CAPABILITIES
 
-__all__ = ["BUNDLED", "Kind", "Located", "asset_folder", "locate"]
-
-Kind = Literal["checkpoint", "quantized checkpoint", "onnx", "executorch"]
+__all__ = ["BUNDLED", "Located", "asset_folder", "locate"]
 
 BUNDLED = "tiny"
 """Name of the checkpoint that ships in the package. It always means that one; a folder of this name is `./tiny`."""
 
-_PROGRAMS: dict[str, Kind] = {".onnx": "onnx", ".pte": "executorch"}
+_PROGRAMS = {known.suffix: name for name, known in CAPABILITIES.items() if known.suffix is not None}
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,14 @@ class Located:
     Attributes:
         given: what the user wrote.
         path: the checkpoint folder, or the program file of an artifact.
-        kind: what it is.
+        kind: "checkpoint", "quantized checkpoint", or the target of a program.
     """
 
     given: str
     path: Path
-    kind: Kind
+    kind: str
 
-    def require(self, *kinds: Kind, verb: str) -> Path:
+    def require(self, *kinds: str, verb: str) -> Path:
         """The path, if it is of one of these kinds.
 
         Raises:

@@ -13,8 +13,8 @@ Opening checks all of it: nothing is believed that can be compared.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -22,10 +22,10 @@ from mossquant.checkpoint.checks import plan_offenders, structure_offenders, val
 from mossquant.checkpoint.manifest import Manifest, file_offenders, read_manifest
 from mossquant.checkpoint.packing import quantization_config, stored_names, unpack
 from mossquant.checkpoint.tensorfiles import TensorFiles
+from mossquant.checkpoint.weights import Origin
 from mossquant.errors import InputError
-from mossquant.files.inputs import is_there
 from mossquant.files.json import LARGEST, read_json
-from mossquant.formats import NumberFormat, QuantizedTensor, get_format
+from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import tensor_specs
 from mossquant.model.tensors import TensorSpec
@@ -36,7 +36,7 @@ __all__ = ["QuantizedCheckpoint"]
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A quantized model, memory-mapped.
+    """A quantized model, memory-mapped: `mossquant.checkpoint.weights.Weights` by its ledger.
 
     Attributes:
         folder: where it lies.
@@ -45,6 +45,7 @@ class QuantizedCheckpoint:
         specs: tensor name → what it is, in processing order.
         plan: the ledger.
         manifest: files, hashes and parent.
+        path: the folder as the user named it.
     """
 
     folder: Path
@@ -53,14 +54,16 @@ class QuantizedCheckpoint:
     specs: Mapping[str, TensorSpec]
     plan: Plan
     manifest: Manifest
+    path: str
     _files: TensorFiles
 
     @classmethod
-    def open(cls, folder: Path, *, check_hashes: bool = True) -> "QuantizedCheckpoint":
+    def open(cls, folder: Path, *, path: str | None = None, check_hashes: bool = True) -> "QuantizedCheckpoint":
         """Open a quantized checkpoint and check it.
 
         Args:
             folder: its folder.
+            path: how the user named it, the folder if not given.
             check_hashes: compare the SHA-256 of every file with the manifest, and look at every code and value; without
                 it, only sizes, names, shapes and types are compared.
 
@@ -97,68 +100,42 @@ class QuantizedCheckpoint:
             offenders = [what for entry in plan.tensors for what in value_offenders(entry, files)]
         if offenders:
             raise InputError.listing(f"{folder} contradicts itself", offenders, again)
-        return cls(folder, config, torch_dtype, specs, plan, manifest, files)
+        return cls(folder, config, torch_dtype, specs, plan, manifest, path or str(folder), files)
 
-    @property
-    def recipe_name(self) -> str:
-        """Name of the recipe that made it."""
-        return self.plan.recipe
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the full-precision model, a tied table once."""
-        return self.plan.parameters
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of codes, padding, scales and kept tensors."""
-        return self.plan.predicted_bytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 · payload bytes / parameters."""
-        return self.plan.bits_per_weight
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes on disk of the tensor files (the index of shards included)."""
-        return sum(self.manifest.files[name].bytes for name in self._files.files)
-
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """The `tokenizer.json`, if there is one."""
-        path = self.folder / "tokenizer.json"
-        return path if is_there(path) else None
-
-    @property
-    def parent(self) -> dict[str, Any]:
-        """What it was made from: torch_dtype, parameters, bytes, and files with their SHA-256."""
-        return self.manifest.parent.model_dump()
-
-    def hashes(self) -> dict[str, str]:
-        """File name → SHA-256, as the manifest records it."""
-        return {name: record.sha256 for name, record in self.manifest.files.items()}
-
-    def seen_text(self) -> tuple[str, ...]:
-        """SHA-256 of the texts that the model was trained or calibrated on."""
-        return (*self.manifest.text.training, *self.manifest.text.calibration)
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether a tensor is stored as codes."""
-        return self.plan.by_name[name].format is not None
+    @cached_property
+    def origin(self) -> Origin:
+        """What it is and was made from, as ledger and manifest record it."""
+        manifest, files = self.manifest, self.manifest.files
+        beside = (self.folder / name for name in ("tokenizer.json", "training.json") if name in files)
+        return Origin(
+            path=self.path,
+            kind="quantized checkpoint",
+            recipe=self.plan.recipe,
+            torch_dtype=self.torch_dtype,
+            parameters=self.plan.parameters,
+            payload_bytes=self.plan.predicted_bytes,
+            file_bytes=sum(files[name].bytes for name in self._files.files),
+            files={name: record.sha256 for name, record in files.items()},
+            training_text=tuple(manifest.text.training),
+            calibration_text=tuple(manifest.text.calibration),
+            beside=tuple(beside),
+        )
 
     def packed(self, name: str) -> Tensor:
         """Codes of a quantized tensor as stored (`….packing`): int32 [rows, padded_columns · bits / 32]."""
         return self._files.tensor(stored_names(name)[0])
 
+    def format(self, name: str) -> NumberFormat | None:
+        """The number format of a tensor; None where it is kept."""
+        return self.plan.weight_format(name)
+
     def quantized(self, name: str) -> QuantizedTensor:
         """A quantized tensor in its matrix view."""
-        entry = self.plan.by_name[name]
-        if entry.format is None:
+        entry, number_format = self.plan.by_name[name], self.format(name)
+        if number_format is None:
             raise ValueError(f"{name} is kept in {entry.kept}; use kept(name)")
-        found = get_format(entry.format)
-        codes = unpack(self.packed(name), found.bits)
-        return QuantizedTensor(found, codes, self._files.tensor(stored_names(name)[1]), entry.rows, entry.columns)
+        codes, scales = unpack(self.packed(name), number_format.bits), self._files.tensor(stored_names(name)[1])
+        return QuantizedTensor(number_format, codes, scales, entry.rows, entry.columns)
 
     def kept(self, name: str) -> Tensor:
         """A tensor that was kept, in the type in which it is kept and the checkpoint's shape."""
@@ -167,21 +144,10 @@ class QuantizedCheckpoint:
             raise ValueError(f"{name} is quantized to {entry.format}; use quantized(name)")
         return self._files.tensor(name)
 
-    def value(self, name: str) -> Tensor:
-        """The fp32 values of a tensor in the checkpoint's shape: what its codes mean, or what was kept."""
-        if self.is_quantized(name):
-            return self.specs[name].from_matrix(self.quantized(name).dequantize())
-        return self.kept(name).float()
+    def activation(self, site: str) -> str:
+        """The planned activation format of a site."""
+        return self.plan.site(site).format
 
-    def activation_format(self, site: str) -> tuple[str, int | None]:
-        """(format, block) of a site, e.g. of "layers.0.mixer.in_proj.input"; block None where the format has none."""
-        entry = next(entry for entry in self.plan.activations if entry.name == site)
-        return entry.format, entry.block
-
-    def weight_format(self, tensor: str) -> NumberFormat | None:
-        """The number format of a tensor; None where it is kept."""
-        return self.plan.weight_format(tensor)
-
-    def input_format(self, tensor: str) -> tuple[str, int] | None:
-        """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept."""
-        return self.plan.input_format(tensor)
+    def state(self, name: str) -> str:
+        """The planned format of a state array."""
+        return next(entry.format for entry in self.plan.state if entry.name == name)

@@ -10,9 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.packing import quantization_config, stored_names
 from mossquant.checkpoint.tensorfiles import TensorWriter
+from mossquant.checkpoint.weights import Weights
 from mossquant.files.outputs import file_sha256, json_bytes, write_json
 from mossquant.plan.plan import Ledger, Plan
 from mossquant.plan.recipe import Recipe
@@ -40,13 +40,13 @@ class QuantizedWriter:
 
     Args:
         folder: an existing, empty folder (itself written aside).
-        checkpoint: what is quantized.
+        weights: what is quantized.
         recipe: what was asked.
         plan: what was planned.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> None:
-        self._folder, self._checkpoint, self._recipe, self._plan = folder, checkpoint, recipe, plan
+    def __init__(self, folder: Path, weights: Weights, recipe: Recipe, plan: Plan) -> None:
+        self._folder, self._weights, self._recipe, self._plan = folder, weights, recipe, plan
         quantized = sum(entry.format is not None for entry in plan.tensors)
         self._tensors = TensorWriter(folder, total_bytes=plan.predicted_bytes + quantized * _SHAPE_BYTES)
         self._results: dict[str, tuple[int, float]] = {}
@@ -63,7 +63,7 @@ class QuantizedWriter:
         if kind is None:
             self._finish()
 
-    def add_quantized(self, name: str, words: Tensor, scales: Tensor, *, relative_error: float) -> None:
+    def add_quantized(self, name: str, words: Tensor, scales: Tensor, relative_error: float) -> None:
         """Store the packed codes and the scales of a tensor."""
         entry = self._plan.by_name[name]
         packed, scale, shape = stored_names(name)
@@ -83,14 +83,15 @@ class QuantizedWriter:
         self._results[name] = (written, relative_error)
 
     def _finish(self) -> None:
-        folder, checkpoint, recipe = self._folder, self._checkpoint, self._recipe
+        folder, weights, recipe = self._folder, self._weights, self._recipe
+        origin = weights.origin
         self.ledger = self._plan.with_results(self._results)
-        config = checkpoint.config.to_json(torch_dtype=checkpoint.torch_dtype)
-        config["quantization_config"] = quantization_config(checkpoint.specs, self.ledger)
+        config = weights.config.to_json(torch_dtype=origin.torch_dtype)
+        config["quantization_config"] = quantization_config(weights.specs, self.ledger)
         write_json(folder / "config.json", config)
         (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8", newline="")
         write_json(folder / "ledger.json", self.ledger.to_json())
-        for path in checkpoint.beside:
+        for path in origin.beside:
             (folder / path.name).write_bytes(path.read_bytes())
         files = {
             path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())
@@ -105,11 +106,11 @@ class QuantizedWriter:
                 "payload_bytes": self.ledger.predicted_bytes,
                 "files": files,
                 "parent": {
-                    "torch_dtype": checkpoint.torch_dtype,
-                    "parameters": checkpoint.parameters,
-                    "bytes": checkpoint.stored_bytes,
-                    "files": checkpoint.hashes(),
+                    "torch_dtype": origin.torch_dtype,
+                    "parameters": origin.parameters,
+                    "bytes": origin.payload_bytes,
+                    "files": dict(origin.files),
                 },
-                "text": {"training": list(checkpoint.seen_text()), "calibration": []},
+                "text": {"training": list(origin.training_text), "calibration": list(origin.calibration_text)},
             },
         )

@@ -422,7 +422,7 @@ def generate(
 
     Example: mossquant generate tiny "def main(" --max-tokens 64
     """
-    from mossquant.eval.generate import generate as run
+    from mossquant.eval.generate import continue_text as run
     from mossquant.eval.open import open_model
     from mossquant.state_file import check_state_free
 

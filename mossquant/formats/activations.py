@@ -11,7 +11,7 @@ multiplied (dividing by s moves a few codes in a million), ties to even, the las
 z in −128…127. All are dynamic: nothing is measured beforehand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat
 from mossquant.model.forward import GATED, Activation, ExpertInput
+from mossquant.model.tensors import TensorSpec
 
 __all__ = [
     "ACTIVATION_FORMATS",
@@ -110,14 +111,19 @@ def get_activation_format(name: str) -> ActivationFormat:
 
 
 class InputFormats(Protocol):
-    """Says how weights and the inputs of linear layers are planned: a plan, or a quantized checkpoint."""
+    """Says in which formats weights and the inputs of linear layers are: `mossquant.checkpoint.weights.Weights`."""
 
-    def weight_format(self, tensor: str) -> NumberFormat | None:
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Tensor name → what it is."""
+        ...
+
+    def format(self, name: str) -> NumberFormat | None:
         """The number format of a tensor; None where it is kept."""
         ...
 
-    def input_format(self, tensor: str) -> tuple[str, int] | None:
-        """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept."""
+    def activation(self, site: str) -> str:
+        """The activation format of a site."""
         ...
 
 
@@ -138,11 +144,10 @@ def activation_model(source: InputFormats, name: str = "planned") -> Activation:
     override = None if name == "planned" else get_activation_format(name)
 
     def seen(tensor: str, x: Tensor) -> Tensor:
-        planned = source.input_format(tensor)
-        if planned is None:
+        number_format, site = source.format(tensor), source.specs[tensor].site
+        if number_format is None or site is None:
             return x
-        format_name, block = planned
-        return (override or ACTIVATION_FORMATS[format_name]).apply(x, block)
+        return (override or ACTIVATION_FORMATS[source.activation(site)]).apply(x, number_format.activation_block)
 
     return seen
 
@@ -164,9 +169,9 @@ def expert_input_model(source: InputFormats, name: str = "planned") -> Callable[
     override = None if name == "planned" else get_activation_format(name)
 
     def way(tensor: str) -> ExpertInput | None:
-        planned, weights = source.input_format(tensor), source.weight_format(tensor)
-        if planned is None or weights is None or not (override or ACTIVATION_FORMATS[planned[0]]).joins:
+        number_format, site = source.format(tensor), source.specs[tensor].site
+        if number_format is None or site is None or not (override or ACTIVATION_FORMATS[source.activation(site)]).joins:
             return None
-        return GATED if weights.group_size is None else ExpertInput(gated=True, joined=weights.name)
+        return GATED if number_format.group_size is None else ExpertInput(gated=True, joined=number_format.name)
 
     return way

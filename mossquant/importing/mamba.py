@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint.checkpoint import DTYPE_NAMES, Checkpoint, write_checkpoint
+from mossquant.checkpoint.checkpoint import DTYPE_NAMES, Checkpoint, seen_text, write_checkpoint
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.tensorfiles import TensorFiles, all_finite
 from mossquant.errors import InputError
@@ -131,7 +131,7 @@ def import_mamba(
     stored = _stored_type(folder, dtype, {tensors.dtypes[name] for name in names.values()}, notes)
     _check_values(folder, read.config, names, tensors, stored)
     if mossnet is not None:
-        mossnet.seen_text()  # is taken along, and so must be readable
+        seen_text(folder)  # is taken along, and so must be readable
 
     def tensor(spec: TensorSpec) -> Tensor:
         if spec.name not in names:

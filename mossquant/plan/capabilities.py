@@ -6,7 +6,7 @@ role decides. "kept" are the types in which a tensor may stay as it is. A target
 the fp32 values that their codes mean, exactly. Lowering never changes a value: what a target cannot hold is an error.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -14,9 +14,19 @@ from typing import Literal
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS
 from mossquant.formats.activations import ACTIVATION_FORMATS, STATE_FORMATS
-from mossquant.plan.plan import KEPT_DTYPES, Plan, TensorEntry
+from mossquant.plan.plan import KEPT_DTYPES, Plan
 
-__all__ = ["CAPABILITIES", "TARGETS", "Activations", "Limits", "Row", "Target", "check", "get_target"]
+__all__ = [
+    "CAPABILITIES",
+    "TARGETS",
+    "Activations",
+    "Capabilities",
+    "Held",
+    "Limits",
+    "Row",
+    "check",
+    "get_capabilities",
+]
 
 Activations = Literal["int8", "fp32"]
 """What may be asked of the inputs of quantized linears in place of the plan: rounded at run time, or not at all."""
@@ -50,8 +60,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One target.
+class Capabilities:
+    """What one target can hold and run; the rest is its `TARGET` (`mossquant.targets.target`).
 
     Attributes:
         name: the name used in recipes and by `export`.
@@ -62,6 +72,7 @@ class Target:
             "int8" asks for; such formats round at run time, so nothing is lost by the change.
         state: state formats.
         limits: batch and chunk lengths.
+        suffix: of its program files; None where it has none.
     """
 
     name: str
@@ -71,6 +82,7 @@ class Target:
     dynamic_int8: str
     state: tuple[str, ...]
     limits: Limits
+    suffix: str | None
 
     def row(self, role: str) -> Row | None:
         """The row that decides about a role."""
@@ -109,10 +121,10 @@ _MATRICES = (
     "mlp.expert.*",
 )
 
-CAPABILITIES: dict[str, Target] = {
+CAPABILITIES: dict[str, Capabilities] = {
     known.name: known
     for known in (
-        Target(
+        Capabilities(
             "torch",
             (Row(("*",), _EVERY),),
             tuple(KEPT_DTYPES),
@@ -120,8 +132,9 @@ CAPABILITIES: dict[str, Target] = {
             "int8_block",
             STATE_FORMATS,
             Limits(),
+            None,
         ),
-        Target(
+        Capabilities(
             "onnx",
             # Routers and norms have no row: they are computed in fp32 and must be kept.
             (Row(_MATRICES, _EVERY), Row(_SMALL, _EVERY, decoded=True)),
@@ -130,8 +143,9 @@ CAPABILITIES: dict[str, Target] = {
             "int8_block",
             ("fp32",),
             Limits(),
+            ".onnx",
         ),
-        Target(
+        Capabilities(
             "executorch",
             # XNNPACK: whole rows in 8 bits or groups in 4, with int8 inputs, one range a row; or both in fp32.
             (Row(_MATRICES, ("int8", "int4_g32", "int4_g128")), Row(_SMALL, _EVERY, decoded=True)),
@@ -140,6 +154,7 @@ CAPABILITIES: dict[str, Target] = {
             "int8_row_asym",
             ("fp32",),
             Limits(max_batch=1, max_chunk=128),
+            ".pte",
         ),
     )
 }
@@ -148,8 +163,8 @@ CAPABILITIES: dict[str, Target] = {
 TARGETS = tuple(CAPABILITIES)
 
 
-def get_target(name: str) -> Target:
-    """The target of that name.
+def get_capabilities(name: str) -> Capabilities:
+    """What the target of that name can hold.
 
     Raises:
         InputError: no such target; the known names are listed.
@@ -159,8 +174,39 @@ def get_target(name: str) -> Target:
     return CAPABILITIES[name]
 
 
-def check(plan: Plan, targets: Iterable[str]) -> None:
-    """Check a plan against the targets that it must run on.
+@dataclass(frozen=True)
+class Held:
+    """What a target is asked to hold.
+
+    Attributes:
+        what: of whom this is, for the error.
+        tensors: (name, role, number format or None, type in which it is kept or None) of every tensor.
+        sites: (name, activation format) of every input of a linear with quantized weights.
+        states: (name, state format) of every state array.
+    """
+
+    what: str
+    tensors: Sequence[tuple[str, str, str | None, str | None]]
+    sites: Sequence[tuple[str, str]]
+    states: Sequence[tuple[str, str]]
+
+    @classmethod
+    def by(cls, plan: Plan) -> "Held":
+        """What a plan asks for."""
+        return cls(
+            f"recipe {plan.recipe}",
+            [(entry.name, entry.role, entry.format, entry.kept) for entry in plan.tensors],
+            [
+                (site.name, site.format)
+                for site in plan.activations
+                if any(plan.by_name[name].kept is None for name in site.tensors)
+            ],
+            [(state.name, state.format) for state in plan.state],
+        )
+
+
+def check(held: Held, targets: Iterable[str]) -> None:
+    """Check what is to be held against the targets that it must run on.
 
     Raises:
         InputError: an unknown target, or tensors, inputs and states that a target cannot hold: all offenders at once.
@@ -168,32 +214,26 @@ def check(plan: Plan, targets: Iterable[str]) -> None:
     names = list(dict.fromkeys(targets))
     unknown = [f"unknown target {name[:40]!r}" for name in names if name not in CAPABILITIES]
     if unknown:
-        raise InputError.listing(f"recipe {plan.recipe}", unknown, f"Known targets: {', '.join(TARGETS)}.")
-    offenders = [offender for name in names for offender in _offenders(plan, CAPABILITIES[name])]
+        raise InputError.listing(held.what, unknown, f"Known targets: {', '.join(TARGETS)}.")
+    offenders = [offender for name in names for offender in _offenders(held, CAPABILITIES[name])]
     if offenders:
         advice = "Change the recipe's rules, or take the target out of its list."
-        raise InputError.listing(f"recipe {plan.recipe} does not fit its targets", offenders, advice)
+        raise InputError.listing(f"{held.what} does not fit its targets", offenders, advice)
 
 
-def _offenders(plan: Plan, target: Target) -> list[str]:
-    found = [what for entry in plan.tensors if (what := _tensor_offender(entry, target))]
-    for site in plan.activations:
-        kept = all(plan.by_name[tensor].kept is not None for tensor in site.tensors)
-        if not kept and target.taken(site.format) is None:
-            known = ", ".join(target.activations)
-            found.append(f"{target.name} cannot take {site.format} at {site.name} (it takes {known})")
-    for state in plan.state:
-        if state.format not in target.state:
-            found.append(f"{target.name} cannot carry {state.name} in {state.format}")
-    return found
-
-
-def _tensor_offender(entry: TensorEntry, target: Target) -> str | None:
-    if entry.kept is not None:
-        return None if entry.kept in target.kept else f"{target.name} cannot keep {entry.name} in {entry.kept}"
-    row = target.row(entry.role)
-    if row is None:
-        return f"{target.name} holds no codes for {entry.name} (role {entry.role}): keep it"
-    if entry.format not in row.formats:
-        return f"{target.name} cannot hold {entry.name} in {entry.format} (it holds {', '.join(row.formats)})"
-    return None
+def _offenders(held: Held, target: Capabilities) -> Iterator[str]:
+    for name, role, number_format, kept in held.tensors:
+        row = target.row(role)
+        if kept is not None:
+            if kept not in target.kept:
+                yield f"{target.name} cannot keep {name} in {kept}"
+        elif row is None:
+            yield f"{target.name} holds no codes for {name} (role {role}): keep it"
+        elif number_format not in row.formats:
+            yield f"{target.name} cannot hold {name} in {number_format} (it holds {', '.join(row.formats)})"
+    for name, activation in held.sites:
+        if target.taken(activation) is None:
+            yield f"{target.name} cannot take {activation} at {name} (it takes {', '.join(target.activations)})"
+    for name, state in held.states:
+        if state not in target.state:
+            yield f"{target.name} cannot carry {name} in {state}"

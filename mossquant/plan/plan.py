@@ -59,23 +59,18 @@ class Plan:
         """Tensor name → its entry."""
         return {entry.name: entry for entry in self.tensors}
 
+    def site(self, name: str) -> SiteEntry:
+        """The entry of an activation site."""
+        return self._sites[name]
+
     @cached_property
-    def site_of(self) -> Mapping[str, SiteEntry]:
-        """Name of a linear's weight → the site that enters it."""
-        return {tensor: site for site in self.activations for tensor in site.tensors}
+    def _sites(self) -> Mapping[str, SiteEntry]:
+        return {entry.name: entry for entry in self.activations}
 
     def weight_format(self, tensor: str) -> NumberFormat | None:
         """The number format of a tensor; None where it is kept."""
         found = self.by_name[tensor].format
         return None if found is None else get_format(found)
-
-    def input_format(self, tensor: str) -> tuple[str, int] | None:
-        """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept.
-
-        The block is the weight's own, also where the format has none (another format may be tried in its place).
-        """
-        found = self.by_name[tensor].format
-        return None if found is None else (self.site_of[tensor].format, get_format(found).activation_block)
 
     @property
     def predicted_bytes(self) -> int:

@@ -4,7 +4,7 @@
     version: 1
     name: int4                      # letters, digits, - and _
     targets: [torch, onnx]          # where it must run; checked before any work
-    solver: nearest-mse             # default of the weight rules: nearest or nearest-mse
+    solver: nearest-mse             # default of the weight rules: nearest, nearest-mse
     weights:                        # every tensor must match a rule; the first match wins
       - {role: "*.router", keep: fp32, why: "chooses the experts", optional: true}
       - {match: "backbone.layers.0.*.in_proj.weight", format: int8, solver: nearest}
@@ -26,7 +26,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
@@ -37,7 +37,6 @@ from mossquant.formats.activations import STATE_FORMATS, get_activation_format
 
 __all__ = [
     "RECIPES",
-    "SOLVER_NAMES",
     "ActivationRule",
     "Recipe",
     "Rule",
@@ -46,14 +45,14 @@ __all__ = [
     "first_match",
     "load_recipe",
     "recipe_files",
+    "recipes",
 ]
 
 RECIPES = ("int8", "int4")
 """Recipes that ship with the package, by name."""
 
-Solver = Literal["nearest", "nearest-mse"]
-SOLVER_NAMES: tuple[str, ...] = get_args(Solver)
-"""Solvers that a recipe may name."""
+SolverName = Annotated[str, StringConstraints(min_length=1, max_length=40)]
+"""Which solvers there are, only calibration knows."""
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
@@ -111,7 +110,7 @@ class WeightRule(Rule):
     format: Annotated[str, AfterValidator(_known_format)] | None = None
     keep: Literal["fp32", "stored"] | None = None
     why: Why | None = None
-    solver: Solver | None = None
+    solver: SolverName | None = None
 
     @model_validator(mode="after")
     def _format_or_keep(self) -> "WeightRule":
@@ -144,7 +143,7 @@ class _Content(BaseModel):
     version: Literal[1]
     name: Annotated[str, AfterValidator(_recipe_name)]
     targets: list[Annotated[str, StringConstraints(min_length=1, max_length=40)]]
-    solver: Solver = "nearest-mse"
+    solver: SolverName = "nearest-mse"
     weights: list[WeightRule]
     activations: list[ActivationRule]
     state: list[StateRule]
@@ -171,7 +170,7 @@ class Recipe:
 
     name: str
     targets: tuple[str, ...]
-    solver: Solver
+    solver: str
     weights: tuple[WeightRule, ...]
     activations: tuple[ActivationRule, ...]
     state: tuple[StateRule, ...]
@@ -229,6 +228,11 @@ class Recipe:
     def place(self, section: str, index: int) -> str:
         """Where a rule stands, e.g. "line 7"."""
         return f"line {_line(self.lines, (section, index))}"
+
+
+def recipes() -> tuple[Recipe, ...]:
+    """The recipes that ship with the package."""
+    return tuple(map(Recipe.named, RECIPES))
 
 
 def load_recipe(recipe: str | Path) -> Recipe:

@@ -45,14 +45,14 @@ class Trained:
 
 def train(
     preset_name: str,
-    text: Sequence[str],
-    output: Path,
+    text: Sequence[str | Path],
+    output: str | Path,
     *,
     tokenizer: Literal["bpe", "bytes"] = "bpe",
-    schedule: Schedule,
+    schedule: Schedule | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16",
-    work: Path | None = None,
+    work: str | Path | None = None,
     force: bool = False,
     snapshot_every: int = 100,
     shown: Callable[[Progress], None] | None = None,
@@ -68,7 +68,7 @@ def train(
         text: paths of text files, or `python-stdlib` for the bundled model's own training text.
         output: folder to write; `force` replaces one that is there.
         tokenizer: train a byte-level BPE of the preset's vocabulary size on the text, or read bytes (vocabulary 256).
-        schedule: how long and how fast.
+        schedule: how long and how fast; None: 5,000 steps.
         device: "cpu" or "cuda".
         dtype: stored type of the checkpoint.
         work: the work folder.
@@ -80,7 +80,7 @@ def train(
         InputError: unknown preset; unreadable or too short text; no CUDA device; an output that exists; a work folder
             of another run.
     """
-    config = preset(preset_name)
+    config, output, schedule = preset(preset_name), Path(output), schedule or Schedule(steps=5000)
     check_free(output, force=force, inputs=[Path(item) for item in text if item != STDLIB])
     if not text:
         raise InputError(f"no text to train on; give --text PATH, or --text {STDLIB} for the bundled model's own")
@@ -95,7 +95,7 @@ def train(
             f"the training text has {most} bytes, {schedule.least_tokens} tokens are needed for one step; "
             "give more text, or a smaller --batch or --window"
         )
-    folder = work or output.with_name(f"{output.name}.training")
+    folder = Path(work) if work is not None else output.with_name(f"{output.name}.training")
     if folder.absolute().is_relative_to(output.absolute()):
         raise InputError(f"the work folder {folder} would lie in the output {output}; choose another one with --work")
     snapshot = folder / _SNAPSHOT
@@ -158,7 +158,7 @@ def _work_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _documents(text: Sequence[str], *, as_bytes: bool) -> tuple[list[bytes], list[Text]]:
+def _documents(text: Sequence[str | Path], *, as_bytes: bool) -> tuple[list[bytes], list[Text]]:
     """The documents in order, and the texts that they come from (what the checkpoint records)."""
     documents: list[bytes] = []
     texts: list[Text] = []

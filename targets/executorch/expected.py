@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mossquant.checkpoint.weights import Weights, value
 from mossquant.model.tensors import TensorSpec
-from mossquant.targets.source import Source, decoded
 
 __all__ = ["Expected", "Held", "expected_constants", "expected_linears"]
 
@@ -82,7 +82,7 @@ class Expected:
         return self.codes.tobytes() == other.codes.tobytes() and self.scales.tobytes() == other.scales.tobytes()
 
 
-def expected_linears(source: Source, specs: Sequence[TensorSpec]) -> list[Expected]:
+def expected_linears(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
     """Every linear, as the design lays it out: experts one below the other, or side by side where they are summed."""
     expected = []
     for layer in sorted({spec.layer for spec in specs if spec.layer is not None}):
@@ -90,21 +90,21 @@ def expected_linears(source: Source, specs: Sequence[TensorSpec]) -> list[Expect
             names = [spec.name for spec in specs if spec.layer == layer and spec.role == role]
             if role == "ssm.expert.dt_bias":
                 if len(names) > 1:
-                    columns = np.stack([_value(source, name) for name in names], 1)
+                    columns = np.stack([_value(weights, name) for name in names], 1)
                     expected.append(Expected(_title(names), columns))
                 continue
-            for run in _runs(source, names, apart=role in _SUMMED):
-                expected.append(_matrix(source, run, 1 if role in _SUMMED else 0))
+            for run in _runs(weights, names, apart=role in _SUMMED):
+                expected.append(_matrix(weights, run, 1 if role in _SUMMED else 0))
     head = next((spec for spec in specs if spec.role == "head"), None)
     embedding = next(spec for spec in specs if spec.role == "embedding")
-    return [*expected, _matrix(source, [(head or embedding).name], 0)]
+    return [*expected, _matrix(weights, [(head or embedding).name], 0)]
 
 
-def _runs(source: Source, names: Sequence[str], *, apart: bool) -> list[list[str]]:
+def _runs(weights: Weights, names: Sequence[str], *, apart: bool) -> list[list[str]]:
     """Experts of one format; weights with one scale a row cannot lie side by side."""
 
     def storage(item: tuple[int, str]) -> tuple[str, int]:
-        found = source.format(item[1])
+        found = weights.format(item[1])
         if found is None:
             return "kept", -1
         return found.name, item[0] if apart and found.group_size is None else -1
@@ -112,25 +112,25 @@ def _runs(source: Source, names: Sequence[str], *, apart: bool) -> list[list[str
     return [[name for _, name in run] for _, run in groupby(enumerate(names), key=storage)]
 
 
-def _matrix(source: Source, names: Sequence[str], axis: int) -> Expected:
-    found = source.format(names[0])
+def _matrix(weights: Weights, names: Sequence[str], axis: int) -> Expected:
+    found = weights.format(names[0])
     if found is None:
-        parts = [source.spec(name).to_matrix(source.kept(name)).float() for name in names]
+        parts = [weights.specs[name].to_matrix(weights.kept(name)).float() for name in names]
         return Expected(_title(names), torch.cat(parts, axis).numpy())
-    tensors = [source.quantized(name) for name in names]
+    tensors = [weights.quantized(name) for name in names]
     columns = tensors[0].columns if found.group_size is None else None
     codes = torch.cat([tensor.codes[:, :columns] for tensor in tensors], axis).numpy()
     scales = torch.cat([tensor.scales.float() for tensor in tensors], axis).numpy()
     return Expected(_title(names), codes, scales, found.bits, found.group_size or 0, rounds_input=True)
 
 
-def _tables(source: Source, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
+def _tables(weights: Weights, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
     name = next(spec.name for spec in specs if spec.role == "embedding")
-    found = source.format(name)
+    found = weights.format(name)
     if found is None:
-        yield Expected(name, source.kept(name).float().numpy())
+        yield Expected(name, weights.kept(name).float().numpy())
         return
-    table = source.quantized(name)
+    table = weights.quantized(name)
     codes = table.codes.numpy() if found.group_size is not None else table.codes[:, : table.columns].numpy()
     if found.bits == 4:
         unsigned = (codes.astype(np.int16) + 8).astype(np.uint8)
@@ -139,37 +139,37 @@ def _tables(source: Source, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
     yield Expected(f"{name}, scales", table.scales.float().numpy())
 
 
-def expected_constants(source: Source, specs: Sequence[TensorSpec]) -> list[Expected]:
+def expected_constants(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
     """Small tensors, and the table of the embedding."""
-    return [*_small(source, specs), *_tables(source, specs)]
+    return [*_small(weights, specs), *_tables(weights, specs)]
 
 
-def _small(source: Source, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
+def _small(weights: Weights, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
     """As the values that their codes mean: those of the mixers block by block, then the norms by role."""
     experts = {spec.layer for spec in specs if spec.role == "ssm.expert.dt_bias" and (spec.expert or 0) > 0}
     for layer in sorted({spec.layer for spec in specs if spec.layer is not None}):
         own = {spec.role: spec for spec in specs if spec.layer == layer}
-        taps = _value(source, own["ssm.conv"].name).reshape(own["ssm.conv"].shape[0], -1)
+        taps = _value(weights, own["ssm.conv"].name).reshape(own["ssm.conv"].shape[0], -1)
         for tap in range(taps.shape[1]):
             yield Expected(f"{own['ssm.conv'].name}, tap {tap}", np.ascontiguousarray(taps[:, tap]))
-        yield _plain(source, own["ssm.conv_bias"])
-        decay = (-np.exp(_value(source, own["ssm.A_log"].name).astype(np.float64))).astype(np.float32)
+        yield _plain(weights, own["ssm.conv_bias"])
+        decay = (-np.exp(_value(weights, own["ssm.A_log"].name).astype(np.float64))).astype(np.float32)
         yield Expected(own["ssm.A_log"].name, decay, tolerance=_EXP_TOLERANCE)
-        yield _plain(source, own["ssm.D"])
+        yield _plain(weights, own["ssm.D"])
         if layer not in experts:
-            yield _plain(source, own["ssm.expert.dt_bias"])
+            yield _plain(weights, own["ssm.expert.dt_bias"])
     for role in ("ssm.norm", "mlp.norm", "norm_f"):
         for spec in specs:
             if spec.role == role:
-                yield _plain(source, spec)
+                yield _plain(weights, spec)
 
 
-def _plain(source: Source, spec: TensorSpec) -> Expected:
-    return Expected(spec.name, _value(source, spec.name))
+def _plain(weights: Weights, spec: TensorSpec) -> Expected:
+    return Expected(spec.name, _value(weights, spec.name))
 
 
-def _value(source: Source, name: str) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = decoded(source, name).contiguous().numpy()
+def _value(weights: Weights, name: str) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = value(weights, name).contiguous().numpy()
     return found
 
 

@@ -3,14 +3,13 @@
 
 from pathlib import Path
 
-from mossquant.checkpoint.checkpoint import Checkpoint
-from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
-from mossquant.plan.capabilities import Activations, get_target
+from mossquant.plan.capabilities import Activations, get_capabilities
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
 from mossquant.targets.executorch.metadata import Metadata
@@ -18,12 +17,12 @@ from mossquant.targets.executorch.packages import EXECUTORCH, check_packages
 from mossquant.targets.executorch.program_file import ProgramFile
 from mossquant.targets.executorch.read_back import check_linears
 from mossquant.targets.executorch.trial import try_apart
-from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
+from mossquant.targets.metadata import activations_of, common_metadata
 from mossquant.targets.program import METHODS, MethodName
-from mossquant.targets.registry import Exported, Prepared, Progress, exporter
-from mossquant.targets.source import Source, source_of
+from mossquant.targets.taken import Taken, changed_inputs
+from mossquant.targets.target import Exported, Prepared, Progress
 
-__all__ = ["PROGRAM", "export_executorch"]
+__all__ = ["PROGRAM", "prepare"]
 
 PROGRAM = "model.pte"
 
@@ -33,29 +32,24 @@ _LOWERING_BYTES, _WEIGHT_BYTES = 10**9, 8
 """PyTorch's graphs with all that hangs on them; and codes, one a byte, in the copies that passes make."""
 
 
-@exporter("executorch")
-def export_executorch(
-    source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None, progress: Progress | None
-) -> Prepared:
-    """Prepare to lower a checkpoint; what writes the program also reads it back and runs it.
+def prepare(weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+    """Prepare to lower weights; what writes the program also reads it back and runs it.
 
     Raises:
         InputError: packages are missing, or fp32 activations are asked for with quantized weights.
     """
     check_packages()
-    if isinstance(source, QuantizedCheckpoint) and activations is not None:
-        get_target("executorch").rounded_to(activations)
-    tensors = source_of(source, "executorch", activations)
-    specs = list(source.specs.values())
-    linears = [spec.name for spec in specs if spec.site is not None]
+    asked = activations if weights.origin.recipe is not None else None
+    taken = Taken(weights, get_capabilities("executorch"), asked)
+    specs = list(weights.specs.values())
 
     def write(folder: Path) -> Exported:
-        said = {"activations": activations_of(tensors, linears), "max_chunk": CHUNK}
-        metadata = Metadata.model_validate(common_metadata(source) | said)
-        lower(tensors, specs, metadata.model_dump(), folder / PROGRAM, progress)
+        said = {"activations": activations_of(taken), "max_chunk": CHUNK}
+        metadata = Metadata.model_validate(common_metadata(weights) | said)
+        lower(taken, specs, metadata.model_dump(), folder / PROGRAM, progress)
         try:
             file = ProgramFile(folder / PROGRAM)
-            check_linears(file, tensors, specs)
+            check_linears(file, taken, specs)
             try_apart(file.path, file_sha256(file.path))
         except InputError as error:  # a fault of the lowering, not of the user
             raise RuntimeError(f"what was lowered cannot be used: {error}") from error
@@ -70,20 +64,20 @@ def export_executorch(
             domains={},
             operators={"delegates": ["XnnpackBackend"]} | {key: sorted(names) for key, names in operators.items()},
         )
-        methods: dict[str, MethodPorts] = {name: _ports(source.config, name) for name in METHODS}
+        methods: dict[str, MethodPorts] = {name: _ports(weights.config, name) for name in METHODS}
         record = ProgramRecord(file=PROGRAM, methods=methods, runtime=runtime, model=metadata.model_dump())
-        changed = changed_inputs(source, tensors, linears) if activations is None else ()
+        changed = changed_inputs(weights, taken) if activations is None else ()
         return Exported(record, tuple(f"{PROGRAM}: {note}" for note in changed))
 
-    return Prepared(write, _disk_bytes(tensors, specs), _memory_bytes(specs))
+    return Prepared(write, _disk_bytes(taken, specs), _memory_bytes(specs))
 
 
-def _disk_bytes(tensors: Source, specs: list[TensorSpec]) -> int:
+def _disk_bytes(weights: Weights, specs: list[TensorSpec]) -> int:
     """Room that the program takes, at most: codes as they are, what is decoded or kept in fp32, the table once more."""
     tied = not any(spec.role == "head" for spec in specs)
     total = _LAYER_BYTES * (2 + len({spec.layer for spec in specs}))
     for spec in specs:
-        found, table, linear = tensors.format(spec.name), spec.role == "embedding", spec.site is not None
+        found, table, linear = weights.format(spec.name), spec.role == "embedding", spec.site is not None
         own = found.payload_bytes(*spec.matrix_shape) if found is not None and (table or linear) else 4 * spec.count
         total += own + (_LINEAR_BYTES if linear else 0)
         if table:  # scales for look-ups are fp32; and the head's own copy

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mossquant.checkpoint.weights import Weights
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
-from mossquant.plan.capabilities import get_target
+from mossquant.plan.capabilities import get_capabilities
 from mossquant.targets.executorch.matrices import XnnpackMatrices
 from mossquant.targets.executorch.packages import check_packages, quiet
 from mossquant.targets.executorch.program_file import METADATA
 from mossquant.targets.executorch.scan import loop, step
 from mossquant.targets.program import METHODS, Method, Model
-from mossquant.targets.source import Source
 
 __all__ = ["CHUNK", "lower", "lower_module"]
 
-CHUNK = get_target("executorch").limits.max_chunk or 1
+CHUNK = get_capabilities("executorch").limits.max_chunk or 1
 """Most tokens of one call of prefill or score. Memory is planned for so many, so that it is a limit of the file."""
 
 _EXAMPLE = 16
@@ -30,7 +30,7 @@ _SCANS = {"prefill": loop, "score": loop, "decode": step}
 
 
 def lower(
-    source: Source,
+    weights: Weights,
     specs: list[TensorSpec],
     metadata: Mapping[str, Any],
     path: Path,
@@ -55,12 +55,12 @@ def lower(
             on_stage(stages[done - 1], done, len(stages))
 
     check_packages()
-    model = Model(source.config, specs, XnnpackMatrices(source)).eval()
+    model = Model(weights.config, specs, XnnpackMatrices(weights)).eval()
     programs: dict[str, torch.export.ExportedProgram] = {}
     with torch.no_grad():
         for name in METHODS:
             with quiet():
-                programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), source.config, name)
+                programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), weights.config, name)
             stage_done()
         _write(programs, {METADATA: json.dumps(metadata, sort_keys=True)}, path, stage_done)
 

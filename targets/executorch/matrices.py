@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mossquant.checkpoint.weights import Weights, value
 from mossquant.formats import QuantizedTensor
 from mossquant.targets.executorch.packages import intx_tensor
-from mossquant.targets.source import Source, decoded
 
 __all__ = ["XnnpackMatrices"]
 
@@ -120,22 +120,22 @@ class _FloatTable(nn.Module):
 class XnnpackMatrices:
     """Linears and tables of a model."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
 
     def stacked(self, names: Sequence[str]) -> nn.Module:
         """x [T, K] → [T, X · N]."""
         runs = []
         for run in self._runs(names):
             weight = self._weight(run, 0)
-            runs.append(_Linear(weight, self._source.spec(run[0]).matrix_shape[1]))
+            runs.append(_Linear(weight, self._weights.specs[run[0]].matrix_shape[1]))
         return runs[0] if len(runs) == 1 else _Runs(runs)
 
     def summed(self, names: Sequence[str]) -> nn.Module:
         """x [T, X, K] → [T, N]."""
         runs, counts, padding = [], [], []
         for run in self._runs(names, apart=True):
-            weight, columns = self._weight(run, 1), self._source.spec(run[0]).matrix_shape[1]
+            weight, columns = self._weight(run, 1), self._weights.specs[run[0]].matrix_shape[1]
             runs.append(_Linear(weight, weight.shape[1]))
             counts.append(len(run))
             padding.append(weight.shape[1] // len(run) - columns)
@@ -143,19 +143,19 @@ class XnnpackMatrices:
 
     def table(self, name: str) -> nn.Module:
         """tokens [T] → [T, D]."""
-        if self._source.format(name) is None:
-            return _FloatTable(self._source.kept(name).float())
-        return _Table(self._source.quantized(name))
+        if self._weights.format(name) is None:
+            return _FloatTable(self._weights.kept(name).float())
+        return _Table(self._weights.quantized(name))
 
     def value(self, name: str) -> Tensor:
         """A small tensor as fp32, in its shape in the checkpoint."""
-        return decoded(self._source, name)
+        return value(self._weights, name)
 
     def _runs(self, names: Sequence[str], *, apart: bool = False) -> list[list[str]]:
         """Cut a list of experts into runs of one format; `apart`: those with one scale a row, each alone."""
 
         def storage(item: tuple[int, str]) -> tuple[str, int]:
-            found = self._source.format(item[1])
+            found = self._weights.format(item[1])
             alone = apart and found is not None and found.group_size is None
             return "kept" if found is None else found.name, item[0] if alone else -1
 
@@ -163,10 +163,10 @@ class XnnpackMatrices:
 
     def _weight(self, run: Sequence[str], axis: int) -> Tensor:
         """The matrices of a run, one after the other along an axis."""
-        found = self._source.format(run[0])
+        found = self._weights.format(run[0])
         if found is None:
-            return torch.cat([self._source.spec(one).to_matrix(self._source.kept(one)).float() for one in run], axis)
-        tensors = [self._source.quantized(name) for name in run]
+            return torch.cat([self._weights.specs[one].to_matrix(self._weights.kept(one)).float() for one in run], axis)
+        tensors = [self._weights.quantized(name) for name in run]
         # Whole groups, and not the whole words in which a checkpoint stores rows.
         columns = tensors[0].columns if found.group_size is None else tensors[0].padded_columns
         codes = torch.cat([tensor.codes[:, :columns] for tensor in tensors], axis)

@@ -9,20 +9,19 @@ router has the shape of a kept matrix of its block, the program's order is not o
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-from mossquant.checkpoint.locate import Located, locate
+from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.model.tensors import TensorSpec
 from mossquant.targets.executorch.expected import Expected, Held, expected_constants, expected_linears
 from mossquant.targets.executorch.metadata import open_program
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
-from mossquant.targets.source import Source, open_checkpoint, source_of
 from mossquant.targets.weights_report import WeightsReport, first_difference
 
-__all__ = ["check_linears", "verify"]
+__all__ = ["check_linears", "read_back"]
 
 _Array = TypeVar("_Array", bound=Held)
 _SCALARS = 16
@@ -31,43 +30,34 @@ _MOST_TIMES = 4
 """With more linears of a kind than so many times those expected, none is looked for among them."""
 
 
-def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> WeightsReport:
-    """Compare every weight in a .pte with the checkpoint that it was lowered from.
-
-    Args:
-        checkpoint: the quantized checkpoint; the full-precision one for an artifact of that.
-        artifact: the .pte, or the folder that holds it.
+def read_back(weights: Weights, located: Located) -> WeightsReport:
+    """Compare every weight in a .pte with the weights that it was lowered from.
 
     Raises:
-        InputError: one of them cannot be read, or the artifact is of a model of another shape.
+        InputError: the program cannot be read, or is of a model of another shape.
     """
-    source_at = checkpoint if isinstance(checkpoint, Located) else locate(checkpoint)
-    source_at.require("checkpoint", "quantized checkpoint", verb="verify")
-    at = artifact if isinstance(artifact, Located) else locate(artifact)
-    program = open_program(at.require("executorch", verb="verify"))
-    file, metadata = program.file, program.metadata
-    opened = open_checkpoint(source_at)
-    source = source_of(opened, "executorch")
-    if opened.config.to_json(torch_dtype=opened.torch_dtype) != metadata.config:
+    program = open_program(located.path)
+    file, metadata, origin = program.file, program.metadata, weights.origin
+    if weights.config.to_json(torch_dtype=origin.torch_dtype) != metadata.config:
         raise InputError(
-            f"{at.given} is a model of another shape than {source_at.given}; give what it was lowered from"
+            f"{located.given} is a model of another shape than {origin.path}; give what it was lowered from"
         )
-    specs = list(opened.specs.values())
-    linears, constants = expected_linears(source, specs), expected_constants(source, specs)
+    specs = list(weights.specs.values())
+    linears, constants = expected_linears(weights, specs), expected_constants(weights, specs)
     differences = [f"method {name} is missing" for name in METHODS if name not in file.methods]
     for method in file.methods.values():
         differences += [f"{method.name}: {what}" for what in _compare(method, linears, constants)]
-    return WeightsReport.of(at.given, opened, metadata.source_files, differences)
+    return WeightsReport.of(located.given, weights, metadata.source_files, differences)
 
 
-def check_linears(file: ProgramFile, source: Source, specs: Sequence[TensorSpec]) -> None:
+def check_linears(file: ProgramFile, weights: Weights, specs: Sequence[TensorSpec]) -> None:
     """Whether every matrix became the linear that the plan says, inside a delegate, in every method.
 
     Raises:
         RuntimeError: quantized linears are missing, or there are fp32 ones that the plan does not keep: the lowering
             lost what it was given. They are named.
     """
-    expected = expected_linears(source, specs)
+    expected = expected_linears(weights, specs)
     for method in file.methods.values():
         outside = [name for name in method.operators if name.split("::")[-1].split(".")[0] in _MATMULS]
         if outside:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
-from mossquant.plan.capabilities import get_target
+from mossquant.plan.capabilities import get_capabilities
 from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
 from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
 from mossquant.targets.artifact import check_listed, check_tokenizer
@@ -31,18 +31,19 @@ __all__ = ["ExecutorchRunner"]
 class ExecutorchRunner:
     """A `mossquant.runner.Runner` of a .pte file or the artifact folder that holds it."""
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, given: str | None = None, threads: int | None = None) -> None:
         """Open a .pte. It is read and checked, then run apart (`mossquant.targets.executorch.trial`), then loaded.
 
         Args:
             path: the file, or the artifact's folder.
+            given: how the user named it, the path if not given.
             threads: threads of XNNPACK, for the whole process and all its .pte programs; None leaves them.
 
         Raises:
             InputError: no .pte of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
                 beside it; a tokenizer that does not belong to it; packages that are missing.
         """
-        self._given = str(path)
+        self._given = given or str(path)
         self._path = locate(path).require("executorch", verb="the ExecuTorch Runner")
         check_packages()
         opened = open_program(self._path)
@@ -79,7 +80,7 @@ class ExecutorchRunner:
             parameters=metadata.parameters,
             config=metadata.config,
             source_files=metadata.source_files,
-            max_batch=get_target("executorch").limits.max_batch,
+            max_batch=get_capabilities("executorch").limits.max_batch,
             files={self._path.name: self._sha256},
             seen_text=tuple(metadata.seen_text),
             tokenizer_sha256=metadata.tokenizer_sha256,

@@ -6,19 +6,18 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mossquant.checkpoint.checkpoint import Checkpoint
-from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.plan.capabilities import Activations
+from mossquant.checkpoint.weights import Weights
+from mossquant.plan.capabilities import Activations, get_capabilities
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
-from mossquant.targets.metadata import activations_of, changed_inputs, common_metadata
+from mossquant.targets.metadata import activations_of, common_metadata
 from mossquant.targets.onnx.graph import OPSETS
 from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, Metadata
 from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save_data, save_program
-from mossquant.targets.registry import Exported, Prepared, Progress, exporter
-from mossquant.targets.source import Source, source_of
+from mossquant.targets.taken import Taken, changed_inputs
+from mossquant.targets.target import Exported, Prepared, Progress
 
-__all__ = ["PROGRAM", "export_onnx"]
+__all__ = ["PROGRAM", "prepare"]
 
 PROGRAM = "model.onnx"
 
@@ -26,19 +25,15 @@ _METADATA_BYTES = 1 << 16
 _STANDARD = "ai.onnx"
 
 
-@exporter("onnx")
-def export_onnx(
-    source: Checkpoint | QuantizedCheckpoint, *, activations: Activations | None, progress: Progress | None
-) -> Prepared:
-    """Lower a checkpoint to a graph; what writes it, writes weights beside it where they are large."""
-    tensors = source_of(source, "onnx", activations)
-    model, weight_bytes = lower(tensors, list(source.specs.values()), progress)
+def prepare(weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+    """Lower weights to a graph; what writes it, writes weights beside it where they are large."""
+    taken = Taken(weights, get_capabilities("onnx"), activations)
+    model, weight_bytes = lower(taken, list(weights.specs.values()), progress)
 
     def write(folder: Path) -> Exported:
         data = save_data(model, folder) if external(weight_bytes) else None
-        linears = [name for name, spec in source.specs.items() if spec.site is not None]
-        said = {"activations": activations_of(tensors, linears), "weight_bytes": weight_bytes, "data": data}
-        metadata = Metadata.model_validate(common_metadata(source) | said)
+        said = {"activations": activations_of(taken), "weight_bytes": weight_bytes, "data": data}
+        metadata = Metadata.model_validate(common_metadata(weights) | said)
         model.metadata_props.update(metadata.to_props())
         save_program(model, folder / PROGRAM)
         ports = MethodPorts(
@@ -52,19 +47,21 @@ def export_onnx(
             operators=_operators(model),
         )
         record = ProgramRecord(file=PROGRAM, methods={"run": ports}, runtime=runtime, model=metadata.model_dump())
-        changed = changed_inputs(source, tensors, linears) if activations is None else ()
-        notes = [*changed, *_notes(tensors, linears)]
-        return Exported(record, tuple(f"{PROGRAM}: {note}" for note in notes))
+        changed = changed_inputs(weights, taken) if activations is None else ()
+        return Exported(record, tuple(f"{PROGRAM}: {note}" for note in (*changed, *_notes(taken))))
 
     # The metadata, which lies in the program, names every file of the source.
     return Prepared(write, disk_bytes(model, weight_bytes) + _METADATA_BYTES, memory_bytes(model, weight_bytes))
 
 
-def _notes(tensors: Source, linears: list[str]) -> tuple[str, ...]:
+def _notes(weights: Weights) -> tuple[str, ...]:
     slow = [
         name
-        for name in linears
-        if tensors.activations(name) == "fp32" and (found := tensors.format(name)) is not None and found.bits == 8
+        for name, spec in weights.specs.items()
+        if spec.site is not None
+        and (number_format := weights.format(name)) is not None
+        and number_format.bits == 8
+        and weights.activation(spec.site) == "fp32"
     ]
     if not slow:
         return ()

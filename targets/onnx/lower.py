@@ -9,6 +9,7 @@ onnxruntime's own operators, and one graph holds every batch and length, none of
 
 import onnx_ir as ir
 
+from mossquant.checkpoint.weights import Weights as Source
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.targets.onnx.graph import IR_VERSION, Graph, Value
@@ -17,7 +18,6 @@ from mossquant.targets.onnx.mlp import lower_mlp
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 from mossquant.targets.onnx.shapes import Shapes
 from mossquant.targets.onnx.weights import Progress, Weights
-from mossquant.targets.source import Source
 
 __all__ = ["lower"]
 

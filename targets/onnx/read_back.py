@@ -6,57 +6,46 @@ may be left over.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mossquant.checkpoint.checkpoint import Checkpoint
-from mossquant.checkpoint.locate import Located, locate
-from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.formats import QuantizedTensor
 from mossquant.model.tensors import TensorSpec, View
 from mossquant.targets.onnx.file_graph import FileGraph, Matrix, expanded
 from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.packing import to_numpy
-from mossquant.targets.source import open_checkpoint
 from mossquant.targets.weights_report import WeightsReport, first_difference
 
-__all__ = ["verify"]
+__all__ = ["read_back"]
 
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) is computed when the file is loaded, to within a rounding or two of any other exp."""
 
 
-def verify(checkpoint: str | Path | Located, artifact: str | Path | Located) -> WeightsReport:
-    """Compare every weight in an .onnx with the checkpoint that it was lowered from.
-
-    Args:
-        checkpoint: the quantized checkpoint; the full-precision one for an artifact of that.
-        artifact: the .onnx, or the folder that holds it.
+def read_back(weights: Weights, located: Located) -> WeightsReport:
+    """Compare every weight in an .onnx with the weights that it was lowered from.
 
     Raises:
-        InputError: one of them cannot be read, or the artifact is of a model of another shape.
+        InputError: the program cannot be read, or is of a model of another shape.
     """
-    source_at = checkpoint if isinstance(checkpoint, Located) else locate(checkpoint)
-    source_at.require("checkpoint", "quantized checkpoint", verb="verify")
-    at = artifact if isinstance(artifact, Located) else locate(artifact)
-    opened = open_program(at.require("onnx", verb="verify"))
-    source = open_checkpoint(source_at)
-    if source.config != opened.config:
+    opened = open_program(located.path)
+    if weights.config != opened.config:
         raise InputError(
-            f"{at.given} is a model of another shape than {source_at.given}; give what it was lowered from"
+            f"{located.given} is a model of another shape than {weights.origin.path}; give what it was lowered from"
         )
     graph = FileGraph(opened)
     differences: list[str] = []
-    for spec in source.specs.values():
-        differences += _differences(graph, source, spec)
+    for spec in weights.specs.values():
+        differences += _differences(graph, weights, spec)
         graph.forget()
     differences += [f"{name[:100]} is in the file and belongs to no tensor" for name in _left_over(graph)]
-    return WeightsReport.of(at.given, source, opened.metadata.source_files, differences)
+    return WeightsReport.of(located.given, weights, opened.metadata.source_files, differences)
 
 
 def _left_over(graph: FileGraph) -> list[str]:
@@ -65,14 +54,13 @@ def _left_over(graph: FileGraph) -> list[str]:
     return sorted(name for name in graph.stored.keys() - graph.read if "." in name)
 
 
-def _differences(graph: FileGraph, source: Checkpoint | QuantizedCheckpoint, spec: TensorSpec) -> Iterator[str]:
+def _differences(graph: FileGraph, weights: Weights, spec: TensorSpec) -> Iterator[str]:
     """At most one line for each place where the file holds the tensor."""
     expected: QuantizedTensor | NDArray[np.generic]
-    if isinstance(source, QuantizedCheckpoint):
-        kept = not source.is_quantized(spec.name)
-        expected = _values(spec, source.kept(spec.name)) if kept else source.quantized(spec.name)
+    if weights.format(spec.name) is None:
+        expected = _values(spec, weights.kept(spec.name))
     else:
-        expected = _values(spec, source.tensor(spec.name))
+        expected = weights.quantized(spec.name)
     name = spec.name.removeprefix("backbone.").removesuffix(".weight") if spec.layer is not None else spec.name
     if spec.view is View.MATRIX and spec.role != "ssm.A_log":
         places = _matrices(graph, name, spec)

@@ -10,7 +10,7 @@ __all__ = ["route"]
 
 def route(graph: Graph, weights: Weights, shapes: Shapes, u: Value, router: str, chosen: int) -> Value:
     """Gates [B · T, X] of rows u [B · T, D]: softmax over the `chosen` largest logits, zero elsewhere."""
-    experts = weights.source.spec(router).matrix_shape[0]
+    experts = weights.source.specs[router].matrix_shape[0]
     logits = weights.linear(graph, u, [router])
     if chosen == experts:
         return graph.op("Softmax", [logits], {"axis": -1})

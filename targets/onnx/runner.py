@@ -46,18 +46,19 @@ _LOAD_ERRORS = (
 class OnnxRunner:
     """A `mossquant.runner.Runner` of an .onnx file or the artifact folder that holds it."""
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, given: str | None = None, threads: int | None = None) -> None:
         """Open an .onnx.
 
         Args:
             path: the file, or the artifact's folder.
+            given: how the user named it, the path if not given.
             threads: threads inside an operator; None: as many as there are cores.
 
         Raises:
             InputError: no .onnx of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
                 beside it; external weights or a tokenizer that do not belong to it; an onnxruntime that is too old.
         """
-        self._given = str(path)
+        self._given = given or str(path)
         self._path = locate(path).require("onnx", verb="the ONNX Runner")
         self._metadata = read_metadata(self._path)
         _check_runtime(self._path, self._metadata)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
+from mossquant.checkpoint.weights import Origin
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS, NumberFormat, QuantizedTensor
 from mossquant.model.config import MossNetConfig
@@ -188,7 +189,7 @@ class _Formats:
         missing = [name for name in self.specs if name not in self._holder]
         if missing:
             raise _Different(f"{missing[0]} is not in it, nor {len(missing) - 1} other tensors")
-        self._int8 = {tensor for tensor, _ in _held(_int8_nodes(proto.graph), names)}
+        self._int8 = {self.specs[tensor].site for tensor, _ in _held(_int8_nodes(proto.graph), names)}
         self._read = {holder: self._format(holder) for holder in self._holder.values()}
 
     @property
@@ -196,29 +197,31 @@ class _Formats:
         """The model's shape."""
         return self._config
 
-    def spec(self, name: str) -> TensorSpec:
-        """What a tensor is."""
-        return self.specs[name]
+    @property
+    def origin(self) -> Origin:
+        """Nobody asks."""
+        raise AssertionError
 
     def format(self, name: str) -> NumberFormat | None:
         """The number format of a tensor, None where it is kept in a float type."""
         return self._read[self._holder[name]]
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor that is kept."""
-        return _KEPT[self._stored[self._holder[name]].data_type]
+    def activation(self, site: str) -> str:
+        """The activation format of a site."""
+        return "int8_block" if site in self._int8 else "fp32"
 
-    def activations(self, name: str) -> str:
-        """The activation format of the inputs of a linear, by its weight's name."""
-        return "int8_block" if name in self._int8 else "fp32"
+    def state(self, name: str) -> str:
+        """fp32."""
+        return "fp32"
 
     def quantized(self, name: str) -> QuantizedTensor:
         """Nothing is read."""
         raise AssertionError(name)
 
     def kept(self, name: str) -> Tensor:
-        """Nothing is read."""
-        raise AssertionError(name)
+        """Nothing is read but the type."""
+        dtype = _KEPT[self._stored[self._holder[name]].data_type]
+        return torch.empty(self.specs[name].shape, dtype=dtype, device="meta")
 
     def of_initializer(self, holder: str) -> NumberFormat | None:
         """The number format of the tensors that an initializer holds."""

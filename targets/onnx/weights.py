@@ -22,10 +22,11 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from mossquant.checkpoint.weights import Weights as Source
 from mossquant.formats import NumberFormat
 from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
 from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_matrix, to_numpy
-from mossquant.targets.source import Source
+from mossquant.targets.taken import activation_of
 
 __all__ = ["SCALE", "Progress", "Stack", "Weights", "initializer_name"]
 
@@ -66,14 +67,14 @@ class Weights:
         def storage(name: str) -> tuple[str, bool]:
             found = self.source.format(name)
             if found is None:
-                return str(self.source.dtype(name)), False
-            return found.name, self.source.spec(name).site is not None and self.source.activations(name) == "int8_block"
+                return str(self.source.kept(name).dtype), False
+            return found.name, activation_of(self.source, name) == "int8_block"
 
         return [list(run) for _, run in groupby(names, key=storage)]
 
     def padded_inputs(self, name: str) -> int:
         """Inputs of a linear with padding to whole blocks."""
-        columns = self.source.spec(name).matrix_shape[1]
+        columns = self.source.specs[name].matrix_shape[1]
         found = self.source.format(name)
         return columns if found is None else blocks_of(found, columns) * found.activation_block
 
@@ -90,7 +91,7 @@ class Weights:
             bias: [N].
         """
         number_format, name = self.source.format(names[0]), initializer_name(names)
-        rows, columns = self.source.spec(names[0]).matrix_shape
+        rows, columns = self.source.specs[names[0]].matrix_shape
         if stack == "outputs":
             rows *= len(names)
         elif len(names) > 1:
@@ -106,14 +107,14 @@ class Weights:
             "bits": number_format.bits,
             "block_size": number_format.activation_block,
         }
-        if self.source.activations(names[0]) == "int8_block":
+        if activation_of(self.source, names[0]) == "int8_block":
             attributes["accuracy_level"] = 4
         inputs = [x, codes, scales] + ([None, None, bias] if bias is not None else [])
         return graph.op("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)
 
     def table(self, graph: Graph, tokens: Value, name: str) -> Value:
         """Rows of an embedding [V, D] for tokens [B, T] → [B · T, D]."""
-        count, width = self.source.spec(name).matrix_shape
+        count, width = self.source.specs[name].matrix_shape
         number_format = self.source.format(name)
         if number_format is None:
             table = self._float(graph, [name], (count, width), "outputs")
@@ -128,7 +129,7 @@ class Weights:
 
     def decoded(self, graph: Graph, names: Sequence[str]) -> Value:
         """The fp32 matrix view [rows, columns] of small tensors, stacked along the rows."""
-        one_rows, columns = self.source.spec(names[0]).matrix_shape
+        one_rows, columns = self.source.specs[names[0]].matrix_shape
         rows, number_format, name = one_rows * len(names), self.source.format(names[0]), initializer_name(names)
         if number_format is None:
             return self._float(graph, names, (rows, columns), "outputs")
@@ -155,7 +156,7 @@ class Weights:
         name = initializer_name(names)
         if name in self._tables:
             return self._tables[name]
-        rows, columns = self.source.spec(names[0]).matrix_shape
+        rows, columns = self.source.specs[names[0]].matrix_shape
         blocks, many = blocks_of(number_format, columns), len(names)
         axis: Literal[0, 1] = 0 if stack == "outputs" else 1
         N, each = (rows * many, 1) if stack == "outputs" else (rows, many)
@@ -171,7 +172,7 @@ class Weights:
             row_scales = self._scales(graph, names, number_format, stack, (N, each, 1))
             spread = graph.op("Expand", [row_scales, graph.ints(N, each, blocks)])
             scales = graph.reshape(spread, N, each * blocks)
-        if self.source.spec(names[0]).layer is None:
+        if self.source.specs[names[0]].layer is None:
             self._tables[name] = (codes, scales)
         return codes, scales
 
@@ -194,13 +195,13 @@ class Weights:
             return self._tables[name][0]
 
         def read() -> NDArray[np.generic]:
-            parts = [self.source.spec(one).to_matrix(self.source.kept(one)) for one in names]
+            parts = [self.source.specs[one].to_matrix(self.source.kept(one)) for one in names]
             # One alone stays where it is, in the mapped file.
             return to_numpy(torch.cat(parts, 0 if stack == "outputs" else 1) if len(parts) > 1 else parts[0])
 
-        kind = DTYPES[self.source.dtype(names[0])]
+        kind = DTYPES[self.source.kept(names[0]).dtype]
         value = _as_float(graph, self._store(graph, name, kind, shape, read))
-        if self.source.spec(names[0]).layer is None:
+        if self.source.specs[names[0]].layer is None:
             self._tables[name] = (value, value)
         return value
 

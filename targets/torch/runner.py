@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.checkpoint.checkpoint import Checkpoint, load_model
-from mossquant.checkpoint.locate import Located, locate
-from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.checkpoint import load_model
+from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.open import open_weights
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.formats.activations import activation_model, expert_input_model
 from mossquant.model.forward import Activation, Forward
@@ -56,7 +57,7 @@ class TorchRunner:
     @classmethod
     def open(
         cls,
-        path: str | Path | Located,
+        source: str | Path | Located | Weights,
         *,
         activations: str = "fp32",
         dtype: torch.dtype = torch.float32,
@@ -67,7 +68,7 @@ class TorchRunner:
         """Load a checkpoint or a quantized checkpoint.
 
         Args:
-            path: a folder, or the name of the bundled model.
+            source: a folder, or the name of the bundled model; or weights.
             activations: "planned" models the activation formats of a quantized checkpoint's plan, the name of a format
                 that one at every input of quantized weights; "fp32" models none.
             dtype: float32 or float64; weights are converted, activations and state computed in it.
@@ -79,24 +80,15 @@ class TorchRunner:
             InputError: nothing that can be run is there, an unknown activation format, or one for a checkpoint that is
                 not quantized.
         """
-        located = path if isinstance(path, Located) else locate(path)
-        folder = located.require("checkpoint", "quantized checkpoint", verb="the PyTorch Runner")
+        weights = open_weights(source, verb="the PyTorch Runner")
+        origin = weights.origin
+        if activations != "fp32" and origin.recipe is None:
+            raise InputError(f"{origin.path} is not quantized, so it has no {activations} activations; take fp32")
         if threads is not None:
             torch.set_num_threads(threads)
-        if located.kind == "checkpoint":
-            if activations != "fp32":
-                raise InputError(f"{located.given} is not quantized, so it has no {activations} activations; take fp32")
-            checkpoint = Checkpoint.open(folder)
-            info = _checkpoint_info(located.given, checkpoint, dtype)
-            return cls(load_model(checkpoint, dtype=dtype).to(device), info, form=form)
-        quantized = QuantizedCheckpoint.open(folder)
-        model = MossNet(quantized.config, dtype=dtype)
-        for name, spec in quantized.specs.items():
-            model.parameter_of(spec).copy_(quantized.value(name).view(spec.shape))
-        info = _quantized_info(located.given, quantized, activations, dtype)
-        runner = cls(model.requires_grad_(False).eval().to(device), info, form=form)
+        runner = cls(load_model(weights, dtype=dtype).to(device), _info(weights, activations, dtype), form=form)
         if activations != "fp32":
-            activation, way = activation_model(quantized, activations), expert_input_model(quantized, activations)
+            activation, way = activation_model(weights, activations), expert_input_model(weights, activations)
             runner._forward = replace(runner._forward, activation=activation, expert_input=way)
         return runner
 
@@ -218,42 +210,20 @@ def _numpy_type(dtype: torch.dtype) -> type[np.floating[Any]]:
     return np.float64 if dtype == torch.float64 else np.float32
 
 
-def _state_format(dtype: torch.dtype) -> str:
-    return "fp64" if dtype == torch.float64 else "fp32"
-
-
-def _checkpoint_info(given: str, checkpoint: Checkpoint, dtype: torch.dtype) -> RunnerInfo:
-    files = checkpoint.hashes()
+def _info(weights: Weights, activations: str, dtype: torch.dtype) -> RunnerInfo:
+    origin = weights.origin
     return RunnerInfo(
-        path=given,
-        kind="checkpoint",
-        vocab_size=checkpoint.config.vocab_size,
-        activations="fp32",
-        state_format=_state_format(dtype),
-        weights=checkpoint.torch_dtype,
-        weight_bytes=checkpoint.stored_bytes,
-        file_bytes=sum((checkpoint.folder / name).stat().st_size for name in files if name != "config.json"),
-        parameters=checkpoint.parameters,
-        config=checkpoint.config.to_json(torch_dtype=checkpoint.torch_dtype),
-        source_files=files,
-        files=files,
-        seen_text=checkpoint.seen_text(),
-    )
-
-
-def _quantized_info(given: str, quantized: QuantizedCheckpoint, activations: str, dtype: torch.dtype) -> RunnerInfo:
-    return RunnerInfo(
-        path=given,
-        kind="quantized checkpoint",
-        vocab_size=quantized.config.vocab_size,
+        path=origin.path,
+        kind=origin.kind,
+        vocab_size=weights.config.vocab_size,
         activations=activations,
-        state_format=_state_format(dtype),
-        weights=quantized.recipe_name,
-        weight_bytes=quantized.payload_bytes,
-        file_bytes=quantized.file_bytes,
-        parameters=quantized.parameters,
-        config=quantized.config.to_json(torch_dtype=quantized.torch_dtype),
-        source_files=quantized.hashes(),
-        files=quantized.hashes(),
-        seen_text=quantized.seen_text(),
+        state_format="fp64" if dtype == torch.float64 else "fp32",
+        weights=origin.name,
+        weight_bytes=origin.payload_bytes,
+        file_bytes=origin.file_bytes,
+        parameters=origin.parameters,
+        config=weights.config.to_json(torch_dtype=origin.torch_dtype),
+        source_files=origin.files,
+        files=origin.files,
+        seen_text=origin.seen_text,
     )

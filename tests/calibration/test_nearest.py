@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Solvers against one another, against an exhaustive search, and their promise of the same bytes everywhere."""
 
-from typing import get_args
-
 import bounds
 import pytest
 import torch
 
-from mossquant.calibration.nearest import SOLVERS, fixed_sum, nearest, nearest_mse
+from mossquant.calibration.nearest import fixed_sum, nearest, nearest_mse
+from mossquant.calibration.registry import SOLVERS
 from mossquant.formats import FORMATS, NumberFormat, QuantizedTensor
-from mossquant.plan.recipe import Solver
 
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
 SHAPES = [(1, 1), (1, 33), (5, 48), (3, 40), (64, 256), (7, 24)]
@@ -31,10 +29,10 @@ def group_errors(found: QuantizedTensor, values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_rows_in_pieces_equal_the_whole(form: NumberFormat, shape: tuple[int, int], name: str) -> None:
     """Bit for bit, however the rows are cut: quantizing works on a few at a time."""
-    values, solver = matrix(*shape, tails=True), SOLVERS[name]
-    whole = solver(values, form)
+    values, solve = matrix(*shape, tails=True), SOLVERS[name].prepare(form, {})
+    whole = solve(values)
     for rows in (1, 3):
-        parts = [solver(part, form) for part in values.split(rows)]
+        parts = [solve(part) for part in values.split(rows)]
         assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
         assert torch.equal(torch.cat([part.scales for part in parts]), whole.scales)
 
@@ -44,7 +42,7 @@ def test_rows_in_pieces_equal_the_whole(form: NumberFormat, shape: tuple[int, in
 @pytest.mark.parametrize("tails", [False, True])
 def test_mse_is_never_worse_in_any_group(form: NumberFormat, shape: tuple[int, int], tails: bool) -> None:
     values = matrix(*shape, tails=tails)
-    plain, clipped = (group_errors(solver(values, form), values) for solver in (nearest, nearest_mse))
+    plain, clipped = (group_errors(solver(form, values), values) for solver in (nearest, nearest_mse))
     assert bool((clipped <= plain * (1 + bounds.SUM_ROUNDING)).all())
     if values.numel() > 1000:
         # A whole row of heavy tails has little to clip at 8 bits: its largest value is worth more than finer steps.
@@ -55,7 +53,7 @@ def test_mse_is_never_worse_in_any_group(form: NumberFormat, shape: tuple[int, i
 def test_mse_is_near_the_best_scale(form: NumberFormat) -> None:
     """Of a thousand scales a group, the best is better by little: 1 % of the error at 4 bits, 20 % at 8 (jitter)."""
     values = matrix(32, 128, tails=False)
-    found = group_errors(nearest_mse(values, form), values)
+    found = group_errors(nearest_mse(form, values), values)
     widest = form.grouped(values).abs().amax(-1) / form.code_max
     ratios = torch.linspace(0.3, 1.2, 1000)
     best = torch.stack([group_errors(form.quantize(values, widest * ratio), values) for ratio in ratios]).amin(0)
@@ -64,7 +62,7 @@ def test_mse_is_near_the_best_scale(form: NumberFormat) -> None:
 
 def test_nearest_by_hand() -> None:
     values = torch.tensor([[0.7, -0.35, 0.1, 0.04]])
-    found = nearest(values, FORMATS["int4_g32"])
+    found = nearest(FORMATS["int4_g32"], values)
     assert found.scales.item() == torch.tensor(0.1).bfloat16().item()
     assert found.codes[0, :4].tolist() == [7, -3, 1, 0]  # 0.35 / 0.10009765625 = 3.4966
     assert not found.codes[0, 4:].any()
@@ -73,9 +71,9 @@ def test_nearest_by_hand() -> None:
 def test_mse_uses_the_eighth_code_below_zero() -> None:
     """−0.8 alone decides the range: with s = 0.1 it is −8, and everything else fits; ±7 would need s = 0.114."""
     values = torch.tensor([[-0.8, 0.1, 0.2, 0.3, -0.5, 0.6, 0.7, -0.4]])
-    found = nearest_mse(values, FORMATS["int4_g32"])
+    found = nearest_mse(FORMATS["int4_g32"], values)
     assert found.codes[0, :8].tolist() == [-8, 1, 2, 3, -5, 6, 7, -4]
-    assert nearest(values, FORMATS["int4_g32"]).codes.min() == -7
+    assert nearest(FORMATS["int4_g32"], values).codes.min() == -7
 
 
 @EVERY
@@ -83,7 +81,7 @@ def test_mse_uses_the_eighth_code_below_zero() -> None:
 def test_extreme_values(form: NumberFormat, size: float) -> None:
     values = torch.tensor([[size, -size / 2, 0.0], [0.0, 0.0, 0.0]])
     for solver in SOLVERS.values():
-        found = solver(values, form)
+        found = solver.prepare(form, {})(values)
         assert bool((torch.isfinite(found.scales.float()) & (found.scales > 0)).all())
         assert bool(torch.isfinite(found.dequantize()).all())
         assert not found.codes[1].any()
@@ -104,10 +102,10 @@ def test_rows_are_independent(form: NumberFormat, solver: str) -> None:
 def test_threads_change_nothing(form: NumberFormat) -> None:
     """One long row and many short ones: the two ways in which PyTorch shares out a sum."""
     for values in (matrix(1, 1 << 16, tails=True), matrix(1 << 10, 64, tails=True)):
-        one = nearest_mse(values, form)
+        one = nearest_mse(form, values)
         torch.set_num_threads(2)
         try:
-            two = nearest_mse(values, form)
+            two = nearest_mse(form, values)
         finally:
             torch.set_num_threads(1)
         assert torch.equal(one.codes, two.codes)
@@ -125,7 +123,3 @@ def test_fixed_sum_adds_halves(count: int) -> None:
         return halves([row + rows[half + i] if half + i < len(rows) else row for i, row in enumerate(rows[:half])])
 
     assert torch.equal(fixed_sum(values.clone()), halves(list(values)))
-
-
-def test_names_are_those_of_recipes() -> None:
-    assert tuple(SOLVERS) == get_args(Solver)

@@ -94,9 +94,9 @@ def test_copies_tokenizer_and_training(checkpoint_folder: Path, tmp_path: Path) 
     (source / "tokenizer.json").write_text("{}")
     quantize(source, tmp_path / "out")
     opened = QuantizedCheckpoint.open(tmp_path / "out")
-    assert opened.tokenizer_path == tmp_path / "out" / "tokenizer.json"
+    assert opened.origin.tokenizer == tmp_path / "out" / "tokenizer.json"
     assert opened.seen_text() == (seen,)
-    assert opened.parent["files"] == Checkpoint.open(source).hashes()
+    assert opened.manifest.parent.files == Checkpoint.open(source).origin.files
 
 
 def test_progress_reaches_the_end(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_refusals(checkpoint_folder: Path, tmp_path: Path) -> None:
     refused(out, tmp_path / "again", "is of kind 'quantized checkpoint', but quantize needs: checkpoint")
     refused(checkpoint_folder, out, "exists already")
     quantize(checkpoint_folder, out, force=True, recipe="int8")
-    assert QuantizedCheckpoint.open(out).recipe_name == "int8"
+    assert QuantizedCheckpoint.open(out).origin.recipe == "int8"
 
 
 def test_refused_by_a_target(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -284,4 +284,4 @@ def test_killed_from_outside_leaves_nothing(checkpoint_folder: Path, tmp_path: P
         if out.exists():
             QuantizedCheckpoint.open(out)
         quantize(checkpoint_folder, out, force=True)
-        assert QuantizedCheckpoint.open(out).recipe_name == "int4"
+        assert QuantizedCheckpoint.open(out).origin.recipe == "int4"

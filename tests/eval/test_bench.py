@@ -2,17 +2,14 @@
 """Timing runs every artifact in a process of its own and reports what the format promises. No speed is asserted."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small import SMALL
 
 from mossquant.errors import InputError
-from mossquant.eval.bench import Speed, active_share, bench
+from mossquant.eval.bench import Speed, bench
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine, peak_rss_mb
 from mossquant.files.outputs import json_bytes
-from mossquant.model.mossnet import parameter_count, tensor_specs
 
 
 def test_report_of_two_checkpoints(byte_model: Path, other_byte_model: Path) -> None:
@@ -51,17 +48,6 @@ def test_report_of_two_checkpoints(byte_model: Path, other_byte_model: Path) -> 
 
 def test_median_and_range() -> None:
     assert Speed.of([3.0, 1.0, 2.0]) == Speed(2.0, 1.0, 3.0)
-
-
-def test_active_share_counts_the_chosen_experts() -> None:
-    active = sum(
-        spec.count * (0.5 if spec.expert is not None else 1.0)
-        for spec in tensor_specs(SMALL)  # two of four
-    )
-    assert active_share(SMALL) == pytest.approx(active / parameter_count(SMALL))
-    untied = replace(SMALL, tie_word_embeddings=False)
-    more = untied.hidden_size * (untied.vocab_size + 1 - untied.vocab_size)
-    assert active_share(untied) == pytest.approx((active + more) / parameter_count(untied))
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"prompt": 0}, {"decode": 0}, {"repeats": 0}])

@@ -9,7 +9,7 @@ import pytest
 from mossquant.errors import InputError
 from mossquant.eval.bench import bench
 from mossquant.eval.compare import compare
-from mossquant.eval.generate import generate
+from mossquant.eval.generate import continue_text
 from mossquant.eval.info import info
 from mossquant.eval.open import open_model, open_runner
 from mossquant.eval.perplexity import perplexity
@@ -52,9 +52,9 @@ def test_perplexity_and_comparison(
 
 def test_generation(pte_folder: Path) -> None:
     runner, tokenizer = open_runner(pte_folder, threads=1), Tokenizer.byte_level()
-    found = generate(runner, tokenizer, "The quick brown fox", max_tokens=12)
+    found = continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12)
     assert len(found.tokens) == 12
-    assert generate(runner, tokenizer, "The quick brown fox", max_tokens=12).tokens == found.tokens
+    assert continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12).tokens == found.tokens
 
 
 def test_verification_of_the_weights_of_both_targets(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mossquant.checkpoint.locate import BUNDLED, asset_folder
 from mossquant.errors import InputError
-from mossquant.eval.generate import Generation, generate, sample
+from mossquant.eval.generate import Generation, continue_text, sample
 from mossquant.eval.open import open_runner
 from mossquant.runner import RunnerInfo, State
 from mossquant.text.text import Tokenizer
@@ -39,7 +39,7 @@ class Scripted:
 
 def _run(script: bytes, **options: object) -> tuple[Generation, list[str]]:
     pieces: list[str] = []
-    found = generate(
+    found = continue_text(
         Scripted(script),  # type: ignore[arg-type]
         Tokenizer.byte_level(),
         "prompt",
@@ -59,7 +59,7 @@ def test_greedy_follows_the_logits_and_streams() -> None:
 
 def test_the_model_reads_the_prompt_and_what_it_wrote_but_not_the_last_token() -> None:
     runner = Scripted(b"abc")
-    generate(runner, Tokenizer.byte_level(), "xy", max_tokens=3)  # type: ignore[arg-type]
+    continue_text(runner, Tokenizer.byte_level(), "xy", max_tokens=3)  # type: ignore[arg-type]
     assert runner.read_tokens == list(b"xyab")
 
 
@@ -83,7 +83,7 @@ def test_stop_strings_across_tokens(stop: tuple[str, ...], text: str, reason: st
 def test_what_might_begin_a_stop_string_is_held_back_and_then_given() -> None:
     seen: list[str] = []
     script = Scripted(b"aab.")
-    generate(script, Tokenizer.byte_level(), "p", max_tokens=4, stop=("aac",), on_text=seen.append)  # type: ignore[arg-type]
+    continue_text(script, Tokenizer.byte_level(), "p", max_tokens=4, stop=("aac",), on_text=seen.append)  # type: ignore[arg-type]
     assert seen == ["aab", "."]
 
 
@@ -103,7 +103,7 @@ def test_end_of_text_ends() -> None:
     assert tokenizer.end_of_text is not None
     word = tokenizer.encode("import").tolist()
     runner = Scripted([*word, tokenizer.end_of_text, *word], vocab_size=4096)
-    found = generate(runner, tokenizer, "x", max_tokens=50)  # type: ignore[arg-type]
+    found = continue_text(runner, tokenizer, "x", max_tokens=50)  # type: ignore[arg-type]
     assert (found.text, found.reason) == ("import", "end_of_text")
     assert found.tokens[-1] == tokenizer.end_of_text
 
@@ -111,16 +111,16 @@ def test_end_of_text_ends() -> None:
 def test_an_empty_prompt_begins_a_new_text() -> None:
     tokenizer = Tokenizer.from_file(asset_folder(BUNDLED) / "tokenizer.json")
     runner = Scripted([5], vocab_size=4096)
-    generate(runner, tokenizer, "", max_tokens=1)  # type: ignore[arg-type]
+    continue_text(runner, tokenizer, "", max_tokens=1)  # type: ignore[arg-type]
     assert runner.read_tokens == [tokenizer.end_of_text]
     with pytest.raises(InputError, match="prompt is empty"):
-        generate(Scripted([5]), Tokenizer.byte_level(), "", max_tokens=1)  # type: ignore[arg-type]
+        continue_text(Scripted([5]), Tokenizer.byte_level(), "", max_tokens=1)  # type: ignore[arg-type]
 
 
 def test_a_seed_gives_the_same_text(byte_model: Path) -> None:
     runner, tokenizer = open_runner(byte_model), Tokenizer.byte_level()
     texts = [
-        generate(runner, tokenizer, "The ", max_tokens=40, temperature=1.0, seed=seed).tokens for seed in (0, 0, 1)
+        continue_text(runner, tokenizer, "The ", max_tokens=40, temperature=1.0, seed=seed).tokens for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
 
@@ -161,7 +161,7 @@ class Broken(Scripted):
 
 def test_logits_that_are_not_finite_are_refused() -> None:
     with pytest.raises(InputError, match="computed logits that are not finite at token 7 of a stream"):
-        generate(Broken(b"text"), Tokenizer.byte_level(), "prompt", max_tokens=9)  # type: ignore[arg-type]
+        continue_text(Broken(b"text"), Tokenizer.byte_level(), "prompt", max_tokens=9)  # type: ignore[arg-type]
 
 
 def test_bad_options_are_all_named() -> None:

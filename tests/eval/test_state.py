@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mossquant.calibration.quantize import quantize
 from mossquant.errors import InputError
-from mossquant.eval.generate import generate
+from mossquant.eval.generate import continue_text
 from mossquant.eval.open import open_runner
 from mossquant.runner import Floats, Runner, State
 from mossquant.state_file import SavedState, load_state, save_state
@@ -90,9 +90,9 @@ def test_bit_for_bit_on_the_same_runtime(opened: Opener, name: str, first: int, 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_generation_in_two_parts_is_the_whole(opened: Opener, name: str, tmp_path: Path) -> None:
     runner = opened(name)
-    whole = generate(runner, BYTES, PROMPT, max_tokens=24, save_state=tmp_path / "whole")
-    one = generate(runner, BYTES, PROMPT, max_tokens=10, save_state=tmp_path / "part")
-    two = generate(runner, BYTES, max_tokens=14, load_state=tmp_path / "part", save_state=tmp_path / "end")
+    whole = continue_text(runner, BYTES, PROMPT, max_tokens=24, save_state=tmp_path / "whole")
+    one = continue_text(runner, BYTES, PROMPT, max_tokens=10, save_state=tmp_path / "part")
+    two = continue_text(runner, BYTES, max_tokens=14, load_state=tmp_path / "part", save_state=tmp_path / "end")
     assert one.tokens + two.tokens == whole.tokens
     assert two.prompt_tokens == 0
     assert (tmp_path / "end").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -102,9 +102,9 @@ def test_a_generation_in_two_parts_is_the_whole(opened: Opener, name: str, tmp_p
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_prompt_after_a_saved_prompt_is_the_second_of_two_calls(opened: Opener, name: str, tmp_path: Path) -> None:
     runner, path = opened(name), tmp_path / "state"
-    silent = generate(runner, BYTES, PROMPT, max_tokens=0, save_state=path)
+    silent = continue_text(runner, BYTES, PROMPT, max_tokens=0, save_state=path)
     assert (silent.text, silent.tokens, silent.reason) == ("", (), "max_tokens")
-    found = generate(runner, BYTES, "And then ", max_tokens=12, load_state=path, save_state=path, force=True)
+    found = continue_text(runner, BYTES, "And then ", max_tokens=12, load_state=path, save_state=path, force=True)
     at = read(runner, BYTES.encode(PROMPT)[None])
     logits, state = runner(BYTES.encode("And then ")[None], at.state)
     for token in found.tokens:
@@ -117,11 +117,11 @@ def test_a_prompt_after_a_saved_prompt_is_the_second_of_two_calls(opened: Opener
 
 def test_a_stop_string_has_been_read_when_the_state_is_saved(opened: Opener, tmp_path: Path) -> None:
     runner = opened("original")
-    whole = generate(runner, BYTES, PROMPT, max_tokens=12)
+    whole = continue_text(runner, BYTES, PROMPT, max_tokens=12)
     stop = BYTES.decode(whole.tokens[4:6])
-    found = generate(runner, BYTES, PROMPT, max_tokens=12, stop=[stop], save_state=tmp_path / "state")
+    found = continue_text(runner, BYTES, PROMPT, max_tokens=12, stop=[stop], save_state=tmp_path / "state")
     assert found.reason == "stop"
-    rest = generate(runner, BYTES, max_tokens=12 - len(found.tokens), load_state=tmp_path / "state")
+    rest = continue_text(runner, BYTES, max_tokens=12 - len(found.tokens), load_state=tmp_path / "state")
     assert found.tokens + rest.tokens == whole.tokens
 
 
@@ -168,12 +168,12 @@ def test_a_state_of_another_model_is_refused(
     runners = {"bfloat16": opened("original"), "int4": opened("int4 .onnx"), "int8": open_runner(tmp_path / "int8")}
     for saver, source in runners.items():
         path = tmp_path / f"{saver}.state"
-        generate(source, BYTES, PROMPT, max_tokens=0, save_state=path)
+        continue_text(source, BYTES, PROMPT, max_tokens=0, save_state=path)
         for name, runner in runners.items():
             if name == saver:
                 continue
             with pytest.raises(InputError) as caught:
-                generate(runner, BYTES, "x", load_state=path)
+                continue_text(runner, BYTES, "x", load_state=path)
             message = str(caught.value)
             assert f"{path} is the state of another model: {saver}, SHA-256 {source.info.model_sha256[:12]}" in message
             assert f"{runner.info.path} is {name}, {runner.info.model_sha256[:12]}" in message
@@ -182,12 +182,12 @@ def test_a_state_of_another_model_is_refused(
 def test_options_are_checked_before_anything_is_read(opened: Opener, tmp_path: Path) -> None:
     runner = opened("original")
     with pytest.raises(InputError, match="max_tokens is 0, needs 1 or more, or 0 with a state to save"):
-        generate(runner, BYTES, "x", max_tokens=0)
+        continue_text(runner, BYTES, "x", max_tokens=0)
     with pytest.raises(InputError, match="is not a file"):
-        generate(runner, BYTES, "x", load_state=tmp_path / "none")
+        continue_text(runner, BYTES, "x", load_state=tmp_path / "none")
     (tmp_path / "state").write_text("mine")
     with pytest.raises(InputError, match="exists already"):
-        generate(runner, BYTES, "x", save_state=tmp_path / "state", on_text=pytest.fail)
+        continue_text(runner, BYTES, "x", save_state=tmp_path / "state", on_text=pytest.fail)
     with pytest.raises(InputError, match="is not a state, so it is not replaced"):
-        generate(runner, BYTES, "x", save_state=tmp_path / "state", force=True, on_text=pytest.fail)
+        continue_text(runner, BYTES, "x", save_state=tmp_path / "state", force=True, on_text=pytest.fail)
     assert (tmp_path / "state").read_text() == "mine"

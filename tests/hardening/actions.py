@@ -12,7 +12,7 @@ import numpy as np
 import mossquant
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.eval.generate import generate
+from mossquant.eval.generate import continue_text
 from mossquant.eval.open import open_model
 from mossquant.eval.report.tables import info_tables
 from mossquant.files.outputs import json_bytes
@@ -92,7 +92,7 @@ def compare_base(place: Place) -> None:
 def write_text(place: Place) -> None:
     model = open_model(place.damaged, threads=1)
     for prompt in ("def größe(", ""):
-        found = generate(model.runner, model.tokenizer, prompt, max_tokens=4, temperature=0.7)
+        found = continue_text(model.runner, model.tokenizer, prompt, max_tokens=4, temperature=0.7)
         assert len(found.tokens) <= 4
         found.text.encode()
 

@@ -48,12 +48,12 @@ def test_round_trip(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert checkpoint.config == CONFIGS[kind]
     assert checkpoint.torch_dtype == str(dtype).removeprefix("torch.")
     assert list(checkpoint.specs) == [spec.name for spec in tensor_specs(CONFIGS[kind])]
-    assert checkpoint.parameters == parameter_count(CONFIGS[kind])
-    assert checkpoint.stored_bytes == checkpoint.parameters * dtype.itemsize
+    assert checkpoint.origin.parameters == parameter_count(CONFIGS[kind])
+    assert checkpoint.origin.payload_bytes == checkpoint.origin.parameters * dtype.itemsize
     for name, spec in checkpoint.specs.items():
-        assert torch.equal(checkpoint.tensor(name), model.parameter_of(spec).to(dtype)), name
-        assert checkpoint.dtype(name) == dtype
-        assert checkpoint.tensor_bytes(name) == spec.count * dtype.itemsize
+        assert torch.equal(checkpoint.kept(name), model.parameter_of(spec).to(dtype)), name
+        assert checkpoint.kept(name).dtype == dtype
+        assert checkpoint.kept(name).nbytes == spec.count * dtype.itemsize
     tokens = random_tokens(checkpoint.config, 2, 12)
     again = load_model(checkpoint, dtype=torch.float64)
     for parameter in model.parameters():
@@ -70,9 +70,9 @@ def test_shards_read_like_one_file(folder: Path, tmp_path: Path, monkeypatch: py
     files = sorted(path.name for path in shards.folder.iterdir())
     assert files[:3] == ["config.json", "model-00001.safetensors", "model-00002.safetensors"]
     assert files[-1] == "model.safetensors.index.json"
-    assert all(torch.equal(one.tensor(name), shards.tensor(name)) for name in one.specs)
-    assert sorted(shards.hashes()) == files
-    for name, digest in shards.hashes().items():
+    assert all(torch.equal(one.kept(name), shards.kept(name)) for name in one.specs)
+    assert sorted(shards.origin.files) == files
+    for name, digest in shards.origin.files.items():
         assert digest == hashlib.sha256((shards.folder / name).read_bytes()).hexdigest()
     (shards.folder / "model-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"model-00002\.safetensors is missing"):
@@ -81,7 +81,7 @@ def test_shards_read_like_one_file(folder: Path, tmp_path: Path, monkeypatch: py
 
 def test_the_same_model_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     again = write_model(tmp_path / "again", random_model(SMALL))
-    assert Checkpoint.open(folder).hashes() == Checkpoint.open(again).hashes()
+    assert Checkpoint.open(folder).origin.files == Checkpoint.open(again).origin.files
 
 
 def test_what_else_lies_in_the_folder(tmp_path: Path) -> None:
@@ -90,10 +90,10 @@ def test_what_else_lies_in_the_folder(tmp_path: Path) -> None:
     training = {"version": 1, "text": [{"name": "a", "sha256": "12" * 32}, {"name": "b", "sha256": "34" * 32}]}
     write_checkpoint(folder, SMALL, model.parameter_of, dtype=torch.bfloat16, training=training)
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.seen_text() == ("12" * 32, "34" * 32)
-    assert checkpoint.tokenizer_path is None
+    assert checkpoint.origin.training_text == ("12" * 32, "34" * 32)
+    assert checkpoint.origin.tokenizer is None
     (folder / "tokenizer.json").write_text("{}")
-    assert checkpoint.tokenizer_path == folder / "tokenizer.json"
+    assert checkpoint.origin.tokenizer == folder / "tokenizer.json"
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_routers_may_stay_in_fp32(tmp_path: Path) -> None:
     name = "backbone.layers.0.mlp.router.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].float()}))
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.dtype(name) == torch.float32
-    assert checkpoint.stored_bytes == 2 * (checkpoint.parameters + checkpoint.specs[name].count)
+    assert checkpoint.kept(name).dtype == torch.float32
+    assert checkpoint.origin.payload_bytes == 2 * (checkpoint.origin.parameters + checkpoint.specs[name].count)
 
 
 ONE = "backbone.layers.1.mixer.experts.2.x_proj.weight"

@@ -20,6 +20,7 @@ from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.packing import is_module_weight, pack, stored_names
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import input_format, value
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS
 from mossquant.formats.activations import activation_model, int8_block
@@ -75,8 +76,8 @@ def test_compressed_tensors_reads_every_linear(quantized_folders: dict[str, Path
             continue
         module = name.removesuffix(".weight")
         schemes = [s for s in config.config_groups.values() if any(match_name(module, t) for t in s.targets)]
-        assert len(schemes) == (1 if ours.is_quantized(name) else 0)
-        assert any(match_name(module, ignored) for ignored in config.ignore or []) != ours.is_quantized(name)
+        assert len(schemes) == (1 if (ours.format(name) is not None) else 0)
+        assert any(match_name(module, ignored) for ignored in config.ignore or []) != (ours.format(name) is not None)
         if not schemes:
             continue
         local = {key: stored[f"{module}.{key}"] for key in ("weight_packed", "weight_scale", "weight_shape")}
@@ -106,31 +107,30 @@ def test_api(
 ) -> None:
     folder = quantized_folders[recipe]
     opened, parent = QuantizedCheckpoint.open(folder), Checkpoint.open(checkpoint_folder)
-    assert (opened.config, opened.torch_dtype, opened.recipe_name) == (tiny_config, "bfloat16", recipe)
+    assert (opened.config, opened.torch_dtype, opened.origin.recipe) == (tiny_config, "bfloat16", recipe)
     assert list(opened.specs) == list(parent.specs)
-    assert opened.parameters == parent.parameters
-    assert opened.bits_per_weight == 8 * opened.payload_bytes / opened.parameters
-    assert opened.payload_bytes == opened.plan.written_bytes
-    assert opened.file_bytes == (folder / "model.safetensors").stat().st_size
-    assert opened.parent["files"] == parent.hashes()
-    assert opened.parent["bytes"] == parent.stored_bytes
-    assert opened.seen_text() == ()
-    assert opened.tokenizer_path is None
-    for name, digest in opened.hashes().items():
+    assert opened.origin.parameters == parent.origin.parameters
+    assert opened.origin.payload_bytes == opened.plan.written_bytes
+    assert opened.origin.file_bytes == (folder / "model.safetensors").stat().st_size
+    assert opened.manifest.parent.files == parent.origin.files
+    assert opened.manifest.parent.bytes == parent.origin.payload_bytes
+    assert opened.origin.seen_text == ()
+    assert opened.origin.tokenizer is None
+    for name, digest in opened.origin.files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    assert set(opened.hashes()) | {"manifest.json"} == {path.name for path in folder.iterdir()}
+    assert set(opened.origin.files) | {"manifest.json"} == {path.name for path in folder.iterdir()}
     for name, spec in opened.specs.items():
-        value = opened.value(name)
-        assert (tuple(value.shape), value.dtype, value.is_contiguous()) == (spec.shape, torch.float32, True)
-        if opened.is_quantized(name):
+        values = value(opened, name)
+        assert (tuple(values.shape), values.dtype, values.is_contiguous()) == (spec.shape, torch.float32, True)
+        if opened.format(name) is not None:
             found = opened.quantized(name)
             assert (found.rows, found.columns) == spec.matrix_shape
-            assert torch.equal(spec.to_matrix(value), found.dequantize())
+            assert torch.equal(spec.to_matrix(values), found.dequantize())
             assert torch.equal(opened.packed(name), pack(found.codes, found.format.bits))
             with pytest.raises(ValueError, match="is quantized to"):
                 opened.kept(name)
         else:
-            assert torch.equal(opened.kept(name).float(), parent.tensor(name).float())
+            assert torch.equal(opened.kept(name).float(), parent.kept(name).float())
             with pytest.raises(ValueError, match="is kept in"):
                 opened.quantized(name)
     assert QuantizedCheckpoint.open(folder, check_hashes=False).plan == opened.plan
@@ -144,9 +144,9 @@ def test_mixed_plan_is_what_the_rules_say(quantized_folders: dict[str, Path]) ->
     assert storage["backbone.layers.1.mixer.experts.2.x_proj.weight"] == "int8_g32"
     assert storage["backbone.embeddings.weight"] == "int4_g128"
     assert storage["backbone.norm_f.weight"] == "bfloat16"
-    assert opened.activation_format("lm_head.input") == ("int8_block", 128)
-    assert opened.activation_format("layers.1.mixer.in_proj.input") == ("int8_block", 32)
-    assert opened.activation_format("layers.1.mixer.out_proj.input") == ("fp32", None)
+    assert input_format(opened, "backbone.embeddings.weight") == ("int8_block", 128)
+    assert input_format(opened, "backbone.layers.1.mixer.in_proj.weight") == ("int8_block", 32)
+    assert input_format(opened, "backbone.layers.1.mixer.out_proj.weight") == ("fp32", 32)
 
 
 def test_activation_model(quantized_folders: dict[str, Path]) -> None:
@@ -157,7 +157,6 @@ def test_activation_model(quantized_folders: dict[str, Path]) -> None:
     assert planned(out_proj, x) is x
     assert torch.equal(planned(x_proj, x), int8_block(x, 32))
     assert torch.equal(planned("backbone.embeddings.weight", x), int8_block(x, 128))
-    assert torch.equal(activation_model(opened.plan)(x_proj, x), int8_block(x, 32))
     every = activation_model(opened, "int8_block")
     assert torch.equal(every(out_proj, x), int8_block(x, 32))
     none = activation_model(opened, "fp32")
@@ -173,7 +172,7 @@ def test_activation_model_runs_in_the_model(quantized_folders: dict[str, Path]) 
     for dtype in (torch.float32, torch.float64):
         model = MossNet(opened.config, dtype=dtype)
         for name, spec in opened.specs.items():
-            model.parameter_of(spec).copy_(opened.value(name))
+            model.parameter_of(spec).copy_(value(opened, name))
         seen: set[str] = set()
         inner = activation_model(opened)
 
@@ -196,7 +195,7 @@ def test_every_shape_opens(config: str, tmp_path: Path) -> None:
         quantize(source, tmp_path / recipe, recipe=recipe)
         opened = QuantizedCheckpoint.open(tmp_path / recipe)
         assert opened.config == CONFIGS[config]
-        assert sum(opened.is_quantized(name) for name in opened.specs) > 5
+        assert sum((opened.format(name) is not None) for name in opened.specs) > 5
 
 
 Tensors = dict[str, torch.Tensor]

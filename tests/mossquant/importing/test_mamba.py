@@ -90,7 +90,7 @@ def test_shards_and_pickles_read_like_one_file(source: Path, tmp_path: Path, mon
     import_mamba(source, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     many, one = Checkpoint.open(tmp_path / "many"), Checkpoint.open(tmp_path / "out")
-    assert all(torch.equal(many.tensor(name), one.tensor(name)) for name in one.specs)
+    assert all(torch.equal(many.kept(name), one.kept(name)) for name in one.specs)
 
 
 def test_stored_types(source: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_stored_types(source: Path, tmp_path: Path) -> None:
         done = import_mamba(source, tmp_path / asked, dtype=asked)
         assert done.torch_dtype == asked
         checkpoint = Checkpoint.open(tmp_path / asked)
-        assert all(torch.equal(checkpoint.tensor(n), tensors[n].to(getattr(torch, asked))) for n in checkpoint.specs)
+        assert all(torch.equal(checkpoint.kept(n), tensors[n].to(getattr(torch, asked))) for n in checkpoint.specs)
     change_tensors(source, lambda t: t.update({name: value.bfloat16() for name, value in t.items()}))
     assert import_mamba(source, tmp_path / "kept").torch_dtype == "bfloat16"
     change_tensors(
@@ -387,5 +387,5 @@ def test_a_mossnet_is_taken_to_add_a_tokenizer(tmp_path: Path) -> None:
     done = import_mamba(source, tmp_path / "out", tokenizer=words(tmp_path / "t.json", 53), dtype="bfloat16")
     checkpoint, before = Checkpoint.open(tmp_path / "out"), Checkpoint.open(source)
     assert (done.layout, done.torch_dtype, checkpoint.config) == ("mossnet", "bfloat16", SMALL)
-    assert checkpoint.seen_text() == ("12" * 32,)
-    assert all(torch.equal(checkpoint.tensor(name), before.tensor(name).bfloat16()) for name in before.specs)
+    assert checkpoint.origin.training_text == ("12" * 32,)
+    assert all(torch.equal(checkpoint.kept(name), before.kept(name).bfloat16()) for name in before.specs)

@@ -16,7 +16,7 @@ from mossquant.errors import InputError
 from mossquant.formats import get_format
 from mossquant.model.config import PRESETS, MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs, tensor_specs
-from mossquant.plan.capabilities import TARGETS, check, get_target
+from mossquant.plan.capabilities import TARGETS, Held, check, get_capabilities
 from mossquant.plan.plan import Plan, TensorEntry, make_plan
 from mossquant.plan.recipe import RECIPES, Recipe
 
@@ -67,7 +67,7 @@ def test_total(model: str, recipe: str) -> None:
             assert entry.predicted_bytes == 4 * entry.count
     assert sum(row.bytes for row in plan.summary()) == plan.predicted_bytes
     assert sum(row.weights for row in plan.summary()) == plan.parameters == parameter_count(config)
-    check(plan, plan.targets)
+    check(Held.by(plan), plan.targets)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -112,9 +112,8 @@ def test_what_would_not_get_smaller_is_kept_with_both_sizes(tiny_config: MossNet
     entry = plan.by_name["backbone.layers.0.mixer.experts.0.dt_proj.weight"]
     assert (entry.kept, entry.predicted_bytes, entry.stored_bytes) == ("bfloat16", 1024, 1024)
     assert entry.reason == "int4_g32 would take 2304 bytes, bfloat16 as stored takes 1024"
-    site = plan.site_of[entry.name]
+    site = plan.site("layers.0.mixer.dt_proj.input")
     assert (site.format, site.block, site.reason) == ("fp32", None, "all weights that read it are kept")
-    assert plan.input_format(entry.name) is None
     # 2048 bytes in fp32 are still fewer than 2304; three times as many columns are not.
     assert plan_of(config, Recipe.named("int4"), torch.float32).by_name[entry.name].kept == "float32"
     assert plan_of(tiny_config, Recipe.named("int4"), torch.float32).by_name[entry.name].format == "int4_g32"
@@ -142,7 +141,8 @@ def test_first_match_wins(tiny_config: MossNetConfig) -> None:
         "match 'backbone.layers.0.*in_proj*' in recipe mine",
     )
     assert (second.format, second.solver) == ("int4_g128", "nearest-mse")
-    assert [plan.input_format(entry.name) for entry in (first, second)] == [("int8_block", 32), ("int8_block", 128)]
+    sites = [plan.site(f"layers.{layer}.mixer.in_proj.input") for layer in (0, 1)]
+    assert [(site.format, site.block) for site in sites] == [("int8_block", 32), ("int8_block", 128)]
 
 
 @pytest.mark.parametrize(
@@ -210,20 +210,20 @@ def test_broken_json(tiny_config: MossNetConfig, name: str) -> None:
 
 def test_capabilities_list_all_offenders(tiny_config: MossNetConfig) -> None:
     plan = plan_of(tiny_config, rules('role: "*norm*", keep: stored, why: x', 'role: "*", format: int8'))
-    check(plan, ["torch"])
+    check(Held.by(plan), ["torch"])
     with pytest.raises(InputError) as caught:
-        check(plan, ["torch", "onnx"])
+        check(Held.by(plan), ["torch", "onnx"])
     message = str(caught.value)
     assert "onnx holds no codes for backbone.layers.0.mixer.router.weight (role ssm.router): keep it" in message
     assert message.count("router.weight") == 4
     exact = replace(plan_of(tiny_config, Recipe.named("int8")), targets=("torch",))
     exact = replace(exact, activations=tuple(replace(site, format="fp32") for site in exact.activations))
-    check(exact, ["torch", "onnx"])
+    check(Held.by(exact), ["torch", "onnx"])
     with pytest.raises(InputError, match=r"executorch cannot take fp32 at layers\.0\.mixer\.in_proj\.input"):
-        check(exact, ["executorch"])
+        check(Held.by(exact), ["executorch"])
     in_half = replace(plan, state=tuple(replace(state, format="fp16") for state in plan.state))
     with pytest.raises(InputError, match=r"torch cannot carry layers.0.mixer.conv in fp16"):
-        check(in_half, ["torch"])
+        check(Held.by(in_half), ["torch"])
 
 
 @pytest.mark.parametrize(("target", "own"), [("onnx", "int8_block"), ("executorch", "int8_row_asym")])
@@ -231,17 +231,18 @@ def test_a_target_rounds_inputs_in_its_own_way(tiny_config: MossNetConfig, targe
     """Formats that round at run time stand in for one another: nothing that was measured is lost."""
     plan = plan_of(tiny_config, Recipe.named("int8"))
     for planned in ("int8_block", "int8_row_asym"):
-        check(replace(plan, activations=tuple(replace(site, format=planned) for site in plan.activations)), [target])
-        assert get_target(target).taken(planned) == own
-    assert get_target(target).rounded_to("int8") == own
+        sites = tuple(replace(site, format=planned) for site in plan.activations)
+        check(Held.by(replace(plan, activations=sites)), [target])
+        assert get_capabilities(target).taken(planned) == own
+    assert get_capabilities(target).rounded_to("int8") == own
 
 
 def test_unknown_targets(tiny_config: MossNetConfig) -> None:
     plan = plan_of(tiny_config, Recipe.named("int8"))
     with pytest.raises(InputError, match=r"unknown target 'onxx'; unknown target 'npu'\. Known targets: torch, onnx"):
-        check(plan, ["onxx", "torch", "npu"])
+        check(Held.by(plan), ["onxx", "torch", "npu"])
     with pytest.raises(InputError, match="unknown target 'onxx'; known targets: torch, onnx"):
-        get_target("onxx")
+        get_capabilities("onxx")
     assert TARGETS == ("torch", "onnx", "executorch")
 
 

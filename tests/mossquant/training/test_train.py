@@ -59,8 +59,8 @@ def test_the_checkpoint_says_what_it_has_seen(text: str, tmp_path: Path) -> None
     trained = train("tiny", [text], tmp_path / "out", schedule=SCHEDULE)
     checkpoint = Checkpoint.open(tmp_path / "out")
     assert checkpoint.torch_dtype == "bfloat16"
-    assert checkpoint.seen_text() == (hashlib.sha256(Path(text).read_bytes()).hexdigest(),)
-    assert checkpoint.tokenizer_path is not None
+    assert checkpoint.origin.training_text == (hashlib.sha256(Path(text).read_bytes()).hexdigest(),)
+    assert checkpoint.origin.tokenizer is not None
     assert trained.tokens == 4 * 2 * 8
 
 
@@ -70,7 +70,7 @@ def test_a_byte_level_model_needs_no_tokenizer(tmp_path: Path) -> None:
     train("tiny", [str(path)], tmp_path / "out", tokenizer="bytes", schedule=SCHEDULE)
     checkpoint = Checkpoint.open(tmp_path / "out")
     assert checkpoint.config.vocab_size == 256
-    assert checkpoint.tokenizer_path is None
+    assert checkpoint.origin.tokenizer is None
 
 
 @pytest.mark.parametrize(

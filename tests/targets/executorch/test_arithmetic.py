@@ -14,6 +14,7 @@ from lowered import Lowered, Workshop, relative
 from torch import Tensor
 
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import input_format
 from mossquant.divergence import Predictions, kl
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.one_step import OneStep, one_step
@@ -137,7 +138,7 @@ def _rows_of(levels: int) -> Activation:
 
 def _kept_as_they_are(lowered: Lowered, model: Activation) -> Activation:
     source = QuantizedCheckpoint.open(lowered.checkpoint)
-    return lambda name, x: x if source.input_format(name) is None else model(name, x)
+    return lambda name, x: x if input_format(source, name) is None else model(name, x)
 
 
 def _rounded_apart(lowered: Lowered, monkeypatch: pytest.MonkeyPatch) -> TorchRunner:

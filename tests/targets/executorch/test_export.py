@@ -73,7 +73,7 @@ def test_metadata(int4: Lowered) -> None:
     assert (metadata.activations, metadata.state_format, metadata.max_chunk) == ("int8_row_asym", "fp32", CHUNK)
     assert metadata.runtime_minimum == packages.EXECUTORCH
     assert metadata.config == source.config.to_json(torch_dtype="bfloat16")
-    assert metadata.source_files == source.hashes()
+    assert metadata.source_files == source.origin.files
     assert metadata.source_kind == "quantized checkpoint"
     assert metadata.payload_bytes == source.payload_bytes
     assert metadata.parameters == source.parameters

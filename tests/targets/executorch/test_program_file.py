@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lowered import Lowered
+from lowered import read_back as verify
 from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
@@ -25,7 +26,6 @@ from mossquant.targets.executorch.flatbuffer import Budget, DamagedError, root
 from mossquant.targets.executorch.lower import CHUNK
 from mossquant.targets.executorch.metadata import open_program, read_metadata, weight_bytes
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
-from mossquant.targets.executorch.read_back import verify
 from mossquant.targets.export import export
 from mossquant.targets.program import METHODS
 
@@ -45,7 +45,7 @@ def test_sections_are_the_file(int4: Lowered, file: ProgramFile) -> None:
 
 def test_weights_take_the_bytes_of_the_checkpoint(int4: Lowered) -> None:
     """Beside it: small tensors as fp32, and rows without the checkpoint's padding to whole words."""
-    payload = QuantizedCheckpoint.open(int4.checkpoint).payload_bytes
+    payload = QuantizedCheckpoint.open(int4.checkpoint).origin.payload_bytes
     assert payload <= weight_bytes(open_program(int4.program)) <= 1.5 * payload
 
 

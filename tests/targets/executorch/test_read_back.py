@@ -11,25 +11,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from lowered import Lowered, Workshop
+from lowered import read_back as verify
 from numpy.typing import NDArray
 from small import CONFIGS, write_model
 
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import value
 from mossquant.errors import InputError
 from mossquant.model.mossnet import MossNet
-from mossquant.plan.capabilities import get_target
+from mossquant.plan.capabilities import get_capabilities
 from mossquant.targets.executorch.delegate import Delegate, Linear, read_delegate
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
-from mossquant.targets.executorch.read_back import check_linears, verify
+from mossquant.targets.executorch.read_back import check_linears
 from mossquant.targets.export import export
-from mossquant.targets.source import QuantizedSource
+from mossquant.targets.taken import Taken
 
 AT = "backbone.layers"
 
 
 @pytest.fixture(scope="module")
-def source(int4: Lowered) -> QuantizedSource:
-    return QuantizedSource(QuantizedCheckpoint.open(int4.checkpoint), get_target("executorch"))
+def source(int4: Lowered) -> Taken:
+    return Taken(QuantizedCheckpoint.open(int4.checkpoint), get_capabilities("executorch"))
 
 
 def test_int4_passes(int4: Lowered) -> None:
@@ -81,7 +83,7 @@ def _bf16(scales: NDArray[np.float32]) -> bytes:
     return (scales.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
-def _matrix(source: QuantizedSource, names: list[str], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def _matrix(source: Taken, names: list[str], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     tensors = [source.quantized(name) for name in names]
     return (
         np.concatenate([tensor.codes.numpy() for tensor in tensors], axis),
@@ -139,7 +141,7 @@ ROLES = {
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_flipped_nibble_is_named(int4: Lowered, source: QuantizedSource, tmp_path: Path, role: str) -> None:
+def test_a_flipped_nibble_is_named(int4: Lowered, source: Taken, tmp_path: Path, role: str) -> None:
     short, axis, place, message = ROLES[role]
     names = [f"{AT}.{name}.weight" for name in short]
     codes, _ = _matrix(source, names, axis)
@@ -148,14 +150,14 @@ def test_a_flipped_nibble_is_named(int4: Lowered, source: QuantizedSource, tmp_p
     assert what.endswith("(1 differ)")
 
 
-def test_a_changed_scale_is_named(int4: Lowered, source: QuantizedSource, tmp_path: Path) -> None:
+def test_a_changed_scale_is_named(int4: Lowered, source: Taken, tmp_path: Path) -> None:
     name = f"{AT}.1.mixer.out_proj.weight"
     _, scales = _matrix(source, [name], 0)
     (what,) = _differences(int4, _changed(int4.program, tmp_path, _bf16(scales), _flip(2 * 5, 1)))
     assert what.startswith(f"{name}: scale [1, 1] is")
 
 
-def test_a_changed_table_is_named(int4: Lowered, source: QuantizedSource, tmp_path: Path) -> None:
+def test_a_changed_table_is_named(int4: Lowered, source: Taken, tmp_path: Path) -> None:
     """The table of the embedding; the head, which has the same codes, has its own copy."""
     codes, scales = _matrix(source, ["backbone.embeddings.weight"], 0)
     table = _packed(codes, first_high=True)
@@ -178,8 +180,8 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_a_changed_small_tensor_is_named(int4: Lowered, tmp_path: Path, name: str) -> None:
     part, message = SMALL[name]
-    value = part(QuantizedCheckpoint.open(int4.checkpoint).value(f"{AT}.{name}").view(_shape(int4, name)).float())
-    array = np.ascontiguousarray(value.numpy()).tobytes()
+    values = value(QuantizedCheckpoint.open(int4.checkpoint), f"{AT}.{name}").view(_shape(int4, name))
+    array = np.ascontiguousarray(part(values).numpy()).tobytes()
     (what,) = _differences(int4, _changed(int4.program, tmp_path, array, _flip(4 * 5, 1)))
     assert what.startswith(f"{AT}.{message}")
 
@@ -196,9 +198,7 @@ def test_a_changed_decay_is_named(int4: Lowered, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("role", "axis"), [("w1", 0), ("w2", 1)])
-def test_two_experts_exchanged_are_seen(
-    int4: Lowered, source: QuantizedSource, tmp_path: Path, role: str, axis: int
-) -> None:
+def test_two_experts_exchanged_are_seen(int4: Lowered, source: Taken, tmp_path: Path, role: str, axis: int) -> None:
     names = [f"{AT}.0.mlp.experts.{e}.{role}.weight" for e in range(4)]
     codes, _ = _matrix(source, names, axis)
     blocks = np.split(codes, 4, axis)
@@ -222,7 +222,7 @@ def _exchanged(program: Path, folder: Path, one: bytes, other: bytes) -> Path:
     return path
 
 
-def test_whole_tensors_exchanged_are_seen(int4: Lowered, source: QuantizedSource, tmp_path: Path) -> None:
+def test_whole_tensors_exchanged_are_seen(int4: Lowered, source: Taken, tmp_path: Path) -> None:
     """w1 and w3 have one shape: each is whole, and neither is in its place."""
     both = [[f"{AT}.0.mlp.experts.{e}.{role}.weight" for e in range(4)] for role in ("w1", "w3")]
     (one, scales), (other, others) = (_matrix(source, names, 0) for names in both)
@@ -239,7 +239,7 @@ def test_whole_tensors_exchanged_are_seen(int4: Lowered, source: QuantizedSource
 
 
 def test_taps_exchanged_are_seen(int4: Lowered, tmp_path: Path) -> None:
-    taps = QuantizedCheckpoint.open(int4.checkpoint).value(f"{AT}.0.mixer.conv1d.weight").float().numpy()
+    taps = value(QuantizedCheckpoint.open(int4.checkpoint), f"{AT}.0.mixer.conv1d.weight").float().numpy()
     one, other = (np.ascontiguousarray(taps.reshape(128, 4)[:, tap]).tobytes() for tap in (0, 3))
     name = f"{AT}.0.mixer.conv1d.weight, tap"
     found = _differences(int4, _exchanged(int4.program, tmp_path, one, other))
@@ -268,7 +268,7 @@ def _with_linears(file: ProgramFile, change: Callable[[list[Linear]], list[Linea
     return SimpleNamespace(methods=methods)  # type: ignore[return-value]
 
 
-def test_what_the_lowering_lost_is_named(int4: Lowered, source: QuantizedSource) -> None:
+def test_what_the_lowering_lost_is_named(int4: Lowered, source: Taken) -> None:
     file, specs = ProgramFile(int4.program), list(QuantizedCheckpoint.open(int4.checkpoint).specs.values())
     check_linears(file, source, specs)
     check_linears(_with_linears(file, lambda linears: linears), source, specs)

@@ -9,6 +9,7 @@ from lowered import MODELS, Lowered, Workshop, relative
 from torch import Tensor
 
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import input_format
 from mossquant.formats.activations import activation_model, int8_block
 from mossquant.model.forward import Activation
 from mossquant.targets.torch.runner import TorchRunner
@@ -67,12 +68,12 @@ def test_int8_may_be_asked_for_where_the_plan_says_fp32(workshop: Workshop) -> N
 
 
 def _blocks_of_16(source: QuantizedCheckpoint) -> Activation:
-    return lambda name, x: x if source.input_format(name) is None else int8_block(x, 16)
+    return lambda name, x: x if input_format(source, name) is None else int8_block(x, 16)
 
 
 def _scale_of_128(source: QuantizedCheckpoint) -> Activation:
     def seen(name: str, x: Tensor) -> Tensor:
-        planned = source.input_format(name)
+        planned = input_format(source, name)
         if planned is None:
             return x
         columns, block = x.shape[-1], planned[1]

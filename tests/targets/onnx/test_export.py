@@ -59,7 +59,7 @@ def test_metadata(workshop: Workshop) -> None:
     assert (metadata.version, metadata.target, metadata.weights) == (1, "onnx", "int4")
     assert (metadata.activations, metadata.state_format) == ("int8_block", "fp32")
     assert metadata.config == source.config.to_json(torch_dtype="bfloat16")
-    assert metadata.source_files == source.hashes()
+    assert metadata.source_files == source.origin.files
     assert metadata.source_kind == "quantized checkpoint"
     assert metadata.payload_bytes == source.payload_bytes
     assert metadata.parameters == source.parameters
@@ -179,4 +179,4 @@ def test_the_graph_of_tiny_is_small(tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path / "model", random_model(PRESETS["tiny"], dtype=torch.float32))
     quantize(checkpoint, tmp_path / "int4", recipe="int4")
     artifact = export(tmp_path / "int4", tmp_path / "artifact")
-    assert artifact.bytes <= 1.03 * QuantizedCheckpoint.open(tmp_path / "int4").payload_bytes
+    assert artifact.bytes <= 1.03 * QuantizedCheckpoint.open(tmp_path / "int4").origin.payload_bytes

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from lowered import MODELS, Lowered, Workshop
+from lowered import read_back as verify
 from onnx import numpy_helper
 from small import SMALL, random_model, write_model
 
@@ -21,7 +22,6 @@ from mossquant.targets.onnx import open as opening
 from mossquant.targets.onnx import save as saving
 from mossquant.targets.onnx.file_graph import expanded
 from mossquant.targets.onnx.metadata import initializers
-from mossquant.targets.onnx.read_back import verify
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -4,57 +4,39 @@
 import onnx
 
 from mossquant.checkpoint.locate import Located
-from mossquant.eval.bench import active_share
-from mossquant.eval.info import FileRow, InfoReport, SectionRow, short_hashes
 from mossquant.targets.artifact import check_listed, check_tokenizer
+from mossquant.targets.info_report import InfoReport, program_info
 from mossquant.targets.onnx.metadata import Opened, file_hashes, initializers, read_metadata
 from mossquant.targets.onnx.open import open_program
+from mossquant.targets.onnx.target import TARGET
 from mossquant.targets.onnx.weights import SCALE
 
-__all__ = ["onnx_info", "sections"]
+__all__ = ["info", "sections"]
 
 _CODES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 
-def onnx_info(located: Located) -> InfoReport:
+def info(located: Located) -> InfoReport:
     """Say what an .onnx is. Raises `InputError` where it is none of ours, or not what its manifest says."""
     metadata = read_metadata(located.path)
     hashes = file_hashes(located.path, metadata)
     check_listed(located.path, hashes, model=metadata.model_dump())
     check_tokenizer(located.path, metadata.tokenizer_sha256)
     opened = open_program(located.path)
-    config = opened.config
-    return InfoReport(
-        path=located.given,
-        kind=located.kind,
-        weights=metadata.weights,
-        config=config,
-        torch_dtype=str(metadata.config["torch_dtype"]),
-        parameters=metadata.parameters,
-        active_parameters=round(metadata.parameters * active_share(config, kind="onnx")),
+    return program_info(
+        located,
+        metadata,
+        opened.config,
+        activations=metadata.activations,
+        active_share=TARGET.active_share(opened.config),
         weight_bytes=metadata.weight_bytes,
-        payload_bytes=metadata.payload_bytes,
-        rows=(),
-        files=tuple(
-            FileRow(name, (opened.path.parent / name).stat().st_size, digest) for name, digest in hashes.items()
-        ),
+        files=hashes,
         sections=sections(opened),
-        facts=(
-            ("made from", f"a {metadata.source_kind}: {short_hashes(metadata.source_files)}"),
-            ("activations", metadata.activations),
-            ("state", metadata.state_format),
-            ("runs on", f"onnxruntime {metadata.runtime_minimum} and later"),
-            (
-                "tokenizer",
-                short_hashes({"tokenizer.json": metadata.tokenizer_sha256}) if metadata.tokenizer_sha256 else "none",
-            ),
-            ("written by", f"mossquant {metadata.release}"),
-        ),
-        ledger=(),
+        facts=[("runs on", f"onnxruntime {metadata.runtime_minimum} and later")],
     )
 
 
-def sections(opened: Opened) -> tuple[SectionRow, ...]:
+def sections(opened: Opened) -> dict[str, int]:
     """What the bytes of a program and its external weights are for; they add up to the files' size."""
     codes = scales = kept = constants = frames = 0
     tensors = initializers(opened.proto.graph)
@@ -82,10 +64,7 @@ def sections(opened: Opened) -> tuple[SectionRow, ...]:
         "nodes": nodes,
         "metadata: config, recipe, hashes": metadata,
     }
-    rest = opened.bytes - sum(found.values())
-    return tuple(
-        SectionRow(name, size) for name, size in {**found, "inputs, outputs, alignment, headers": rest}.items()
-    )
+    return {**found, "inputs, outputs, alignment, headers": opened.bytes - sum(found.values())}
 
 
 def _data_bytes(tensor: onnx.TensorProto) -> int:

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a .pte is, and what each byte of it is for. The file is read, not run."""
+
+from mossquant.checkpoint.locate import Located
+from mossquant.files.outputs import file_sha256
+from mossquant.targets.artifact import check_listed, check_tokenizer
+from mossquant.targets.executorch.metadata import open_program, weight_bytes
+from mossquant.targets.executorch.target import TARGET
+from mossquant.targets.info_report import InfoReport, program_info
+
+__all__ = ["info"]
+
+
+def info(located: Located) -> InfoReport:
+    """Say what a .pte is. Raises `InputError` where it is none of ours, or not what its manifest says."""
+    opened = open_program(located.path)
+    file, metadata = opened.file, opened.metadata
+    hashes = {located.path.name: file_sha256(located.path)}
+    check_listed(located.path, hashes, model=metadata.model_dump())
+    check_tokenizer(located.path, metadata.tokenizer_sha256)
+    memory = max(method.planned_bytes for method in file.methods.values())
+    return program_info(
+        located,
+        metadata,
+        opened.config,
+        activations=metadata.activations,
+        active_share=TARGET.active_share(opened.config),
+        weight_bytes=weight_bytes(opened),
+        files=hashes,
+        sections=file.sections,
+        facts=[
+            ("methods", f"{', '.join(sorted(file.methods))}; up to {metadata.max_chunk} tokens a call"),
+            ("memory planned", f"{memory:,} bytes for values, besides the weights that XNNPACK packs when it loads"),
+            ("runs on", f"ExecuTorch {metadata.runtime_minimum} with XNNPACK and the quantized kernels"),
+        ],
+    )

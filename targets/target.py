@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a target is: one object that lowers, opens, explains and reads back. Whoever measures asks it and names none.
+
+Each is `TARGET` of `target.py` in the folder of its name, and is imported where it is used: a checkpoint in PyTorch
+needs no onnxruntime. Which there are stands in `mossquant.plan.capabilities`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.weights import Weights
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import tensor_specs
+from mossquant.plan.capabilities import CAPABILITIES, Activations
+from mossquant.runner import Runner
+from mossquant.targets.artifact import ProgramRecord
+from mossquant.targets.info_report import InfoReport
+from mossquant.targets.weights_report import WeightsReport
+
+__all__ = [
+    "Exported",
+    "Prepared",
+    "Progress",
+    "Target",
+    "active_share",
+    "get_target",
+    "program_targets",
+    "runtimes",
+    "target_of",
+]
+
+Progress = Callable[[str, int, int], None]
+"""(what was just done, amount done, amount in all): bytes, or stages."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: its entry of the manifest, and notes for the user, one line each."""
+
+    program: ProgramRecord
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an export will do.
+
+    Attributes:
+        write: writes the program and what lies beside it, but the tokenizer and the manifest, into a folder.
+        disk_bytes: room that this takes.
+        memory_bytes: anonymous memory that it takes, beside the interpreter's own with its imports.
+    """
+
+    write: Callable[[Path], Exported]
+    disk_bytes: int
+    memory_bytes: int
+
+
+class Target(Protocol):
+    """One target. `name` is its name in the capabilities, `runtime` the package that runs what it lowers to."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def runtime(self) -> str: ...
+
+    def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+        """Check all that can be checked before lowering weights that the target can hold, and say what it needs.
+
+        Raises:
+            InputError: a package is missing, or the target does not have these activations.
+        """
+        ...
+
+    def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:
+        """Open what it runs. Raises `InputError`: it cannot be opened, or not with these activations."""
+        ...
+
+    def warm(self, located: Located) -> None:
+        """Import the runtime, and do what only a first opening in this process does: what is timed comes after."""
+        ...
+
+    def info(self, located: Located) -> InfoReport:
+        """Say what is there, running nothing. Raises `InputError`: it is damaged, or not what its manifest says."""
+        ...
+
+    def read_back(self, weights: Weights, located: Located) -> WeightsReport:
+        """Compare every weight in a program with what it was lowered from.
+
+        Raises:
+            InputError: the program cannot be read, or is of a model of another shape.
+        """
+        ...
+
+    def active_share(self, config: MossNetConfig) -> float:
+        """Share of the parameters that a decode step reads."""
+        ...
+
+
+def get_target(name: str) -> Target:
+    """The target of a name in the capabilities."""
+    target: Target = import_module(f"mossquant.targets.{name}.target").TARGET
+    return target
+
+
+def target_of(located: Located) -> Target:
+    """The target that runs what a PATH argument points at: PyTorch for checkpoints."""
+    return get_target(located.kind if located.kind in CAPABILITIES else "torch")
+
+
+def program_targets() -> tuple[str, ...]:
+    """Names of the targets that have programs, and so can be lowered to."""
+    return tuple(name for name, known in CAPABILITIES.items() if known.suffix is not None)
+
+
+def runtimes() -> tuple[str, ...]:
+    """The packages that run what targets lower to, PyTorch first."""
+    return tuple(get_target(name).runtime for name in CAPABILITIES)
+
+
+def active_share(config: MossNetConfig, *, computes_all: Mapping[str, bool] | None = None) -> float:
+    """Share of the parameters that one token uses: of a layer's experts the chosen ones, of an untied table one row.
+
+    Args:
+        config: the model's shape.
+        computes_all: kind of block ("ssm", "mlp") → whether a target computes all of its experts at every token.
+    """
+    dense = computes_all or {}
+    active = total = 0.0
+    for spec in tensor_specs(config):
+        share = 1.0
+        if spec.expert is not None and spec.layer is not None:
+            kind = spec.role.partition(".")[0]
+            chosen = config.mlp_chosen(spec.layer) if kind == "mlp" else config.ssm_chosen(spec.layer)
+            experts = config.mlp_experts(spec.layer) if kind == "mlp" else config.ssm_experts(spec.layer)
+            share = 1.0 if dense.get(kind, False) else chosen / experts
+        elif spec.role == "embedding" and not config.tie_word_embeddings:
+            share = 1 / config.vocab_size
+        active += share * spec.count
+        total += spec.count
+    return active / total

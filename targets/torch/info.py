@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint, quantized or not, is. Nothing is run."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from mossquant.checkpoint.checkpoint import DTYPE_NAMES, Checkpoint
+from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import Weights
+from mossquant.targets.info_report import InfoReport, WeightsRow, file_rows
+from mossquant.targets.target import active_share
+
+__all__ = ["info"]
+
+
+def info(located: Located) -> InfoReport:
+    """Say what a checkpoint is. Raises `InputError` where it is damaged."""
+    if located.kind == "quantized checkpoint":
+        return _of_quantized(located)
+    weights = Checkpoint.open(located.path, path=located.given)
+    rows = [
+        WeightsRow(spec.role, DTYPE_NAMES[stored.dtype], 1, spec.count, stored.nbytes)
+        for name, spec in weights.specs.items()
+        if (stored := weights.kept(name)) is not None
+    ]
+    text = weights.origin.training_text[:1]
+    return _report(located, weights, rows, [("trained on text with SHA-256", digest) for digest in text], ())
+
+
+def _of_quantized(located: Located) -> InfoReport:
+    weights = QuantizedCheckpoint.open(located.path, path=located.given)
+    entries, manifest = weights.plan.tensors, weights.manifest
+    rows = [
+        WeightsRow(
+            entry.role,
+            entry.storage,
+            1,
+            entry.count,
+            entry.predicted_bytes,
+            entry.relative_error if entry.format is not None else None,
+            entry.reason,
+        )
+        for entry in entries
+    ]
+    parent = manifest.parent
+    facts = [
+        ("recipe", weights.plan.recipe),
+        ("targets", ", ".join(weights.plan.targets)),
+        ("activations", ", ".join(sorted({site.format for site in weights.plan.activations}))),
+        ("state", ", ".join(sorted({state.format for state in weights.plan.state}))),
+        ("made from", f"{parent.torch_dtype}, {parent.parameters} parameters, {parent.bytes} bytes"),
+        ("written by", f"mossquant {manifest.release}"),
+    ]
+    return _report(located, weights, rows, facts, tuple(asdict(entry) for entry in entries))
+
+
+def _report(
+    located: Located,
+    weights: Weights,
+    rows: Iterable[WeightsRow],
+    facts: Iterable[tuple[str, str]],
+    ledger: tuple[dict[str, object], ...],
+) -> InfoReport:
+    origin = weights.origin
+    return InfoReport(
+        path=located.given,
+        kind=located.kind,
+        weights=origin.name,
+        config=weights.config,
+        torch_dtype=origin.torch_dtype,
+        parameters=origin.parameters,
+        active_parameters=round(origin.parameters * active_share(weights.config)),
+        weight_bytes=origin.payload_bytes,
+        payload_bytes=origin.payload_bytes,
+        rows=_merged(rows),
+        files=file_rows(located.path, origin.files),
+        sections=(),
+        facts=tuple(facts),
+        ledger=ledger,
+    )
+
+
+def _merged(rows: Iterable[WeightsRow]) -> tuple[WeightsRow, ...]:
+    """One row for each role and format, in the order in which they come."""
+    merged: dict[tuple[str, str], WeightsRow] = {}
+    for row in rows:
+        old = merged.get((row.role, row.storage))
+        if old is None:
+            merged[row.role, row.storage] = row
+            continue
+        errors = [error for error in (old.relative_error, row.relative_error) if error is not None]
+        merged[row.role, row.storage] = WeightsRow(
+            row.role,
+            row.storage,
+            old.tensors + row.tensors,
+            old.weights + row.weights,
+            old.bytes + row.bytes,
+            max(errors) if errors else None,
+            old.reason,
+        )
+    return tuple(merged.values())

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch as a target, the reference: it runs weights as they are, and lowers nothing."""
+
+from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
+from mossquant.model.config import MossNetConfig
+from mossquant.plan.capabilities import Activations
+from mossquant.runner import Runner
+from mossquant.targets.info_report import InfoReport
+from mossquant.targets.target import Prepared, Progress, active_share
+from mossquant.targets.torch.info import info
+from mossquant.targets.torch.runner import TorchRunner
+from mossquant.targets.weights_report import WeightsReport
+
+__all__ = ["TARGET"]
+
+
+class _Torch:
+    """See `mossquant.targets.target.Target`."""
+
+    name, runtime = "torch", "torch"
+
+    def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+        raise InputError(f"{weights.origin.path} runs in PyTorch as it is; export it to another target")
+
+    def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:
+        return TorchRunner.open(source, activations=activations or "fp32", threads=threads)
+
+    def warm(self, located: Located) -> None:
+        """PyTorch is imported with this module."""
+
+    def info(self, located: Located) -> InfoReport:
+        return info(located)
+
+    def read_back(self, weights: Weights, located: Located) -> WeightsReport:
+        raise InputError(f"{located.given} is no program; give one that was lowered from a checkpoint")
+
+    def active_share(self, config: MossNetConfig) -> float:
+        return active_share(config)
+
+
+TARGET = _Torch()

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets by name, and what each says of itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small import SMALL
+
+from mossquant.errors import InputError
+from mossquant.model.mossnet import parameter_count, tensor_specs
+from mossquant.plan.capabilities import CAPABILITIES
+from mossquant.targets.export import export_needs
+from mossquant.targets.target import active_share, get_target, program_targets, runtimes
+
+
+def test_every_target_in_the_list_is_an_object() -> None:
+    assert [get_target(name).name for name in CAPABILITIES] == list(CAPABILITIES)
+    assert program_targets() == ("onnx", "executorch")
+    assert runtimes() == ("torch", "onnxruntime", "executorch")
+
+
+def test_targets_that_cannot_be_lowered_to(checkpoint_folder: Path) -> None:
+    for names, message in (
+        (["onnx", "tflite"], "unknown target 'tflite'; known targets: onnx, executorch"),
+        (["torch"], "unknown target 'torch'; known targets: onnx, executorch"),
+        (["onnx", "executorch", "onnx"], "target 'onnx' is named twice"),
+        ([], "no target was given"),
+        (["onnx", ""], "a target's name is empty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export_needs(checkpoint_folder, target=names)
+
+
+def test_active_share_counts_the_chosen_experts() -> None:
+    active = sum(
+        spec.count * (0.5 if spec.expert is not None else 1.0)
+        for spec in tensor_specs(SMALL)  # two of four
+    )
+    assert active_share(SMALL) == pytest.approx(active / parameter_count(SMALL))
+    untied = replace(SMALL, tie_word_embeddings=False)
+    more = untied.hidden_size * (untied.vocab_size + 1 - untied.vocab_size)
+    assert active_share(untied) == pytest.approx((active + more) / parameter_count(untied))
+    assert active_share(SMALL, computes_all={"ssm": True, "mlp": True}) == 1
+    assert active_share(SMALL) < get_target("onnx").active_share(SMALL) < get_target("executorch").active_share(SMALL)
