@@ -7,26 +7,34 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Quiet: pip warns about what a user of ours can do nothing about; errors are shown.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml $(shell find mossquant calibration kernels targets eval -type f \
   -not -name '*.so' -not -name '*.pyc' 2>/dev/null | grep -v -e __pycache__ -e partial-)
 export PYTHONDONTWRITEBYTECODE := 1
 # The installed package is what is tested: without this, the folder that make runs in would be imported instead.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-all lint cpp-test clean check-tools
+.PHONY: demo test test-all lint cpp-test sanitized clean check-tools
 
 demo: $(VENV)/.installed
 	$(BIN)/mossquant demo -o demo
 
-test: lint cpp-test
-	$(BIN)/python -m pytest -m "not slow"
+# Two processes of one thread each; what is slow to make they share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-all: lint cpp-test
+test:
+	$(MAKE) -j 2 lint cpp-test
+	$(PYTEST) -m "not slow"
+
+test-all:
+	$(MAKE) -j 2 lint cpp-test sanitized
+	$(PYTEST)
+
+sanitized: $(VENV)/.tools
 	$(BIN)/cmake -G Ninja -S kernels -B build/sanitized -DMOSS_PYTHON=OFF -DMOSS_TESTS=ON -DMOSS_SANITIZE=ON >/dev/null
 	$(BIN)/cmake --build build/sanitized
 	build/sanitized/kernels_tests
-	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed $(VENV)/.tools
 	$(BIN)/ruff check .
@@ -58,15 +66,18 @@ pinned = $(BIN)/python -c 'import sys, tomllib; \
 
 # torch first and exactly: a range would admit releases that bring gigabytes of CUDA.
 $(VENV)/.torch: pyproject.toml | $(VENV)/bin/python
-	$(call pinned,torch scikit-build-core nanobind cmake ninja) | xargs $(PIP) install --quiet
+	@echo "setting up $(VENV): PyTorch and the build tools (a minute, and the download of 200 MB)"
+	$(call pinned,torch scikit-build-core nanobind cmake ninja) | xargs $(PIP) install
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --quiet --no-build-isolation "$(CURDIR)[executorch]"
+	@echo "setting up $(VENV): mossquant, its kernels, and the runtimes of the targets (a minute or two)"
+	$(PIP) install --no-build-isolation "$(CURDIR)[executorch]"
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	$(call pinned,) | xargs $(PIP) install --quiet
+	@echo "setting up $(VENV): what the tests need"
+	$(call pinned,) | xargs $(PIP) install
 	touch $@
 
 clean:

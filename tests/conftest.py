@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One small model for tests of the whole line: two blocks, four experts of each kind, a dt_rank that fills no group."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from shared import once
 from small import random_model, write_model
 
 from mossquant.calibration.quantize import quantize
@@ -42,34 +44,40 @@ def tiny_config() -> MossNetConfig:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run share; see `shared.once`."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(shared: Path) -> Path:
     """Its checkpoint, in bf16, with routers that decide. Not to be changed: copy it first."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    return write_model(folder, random_model(TINY, seed=7, dtype=torch.float32), dtype=torch.bfloat16)
+    model = random_model(TINY, seed=7, dtype=torch.float32)
+    return once(shared / "tiny", lambda folder: write_model(folder, model, dtype=torch.bfloat16))
 
 
 @pytest.fixture(scope="session")
 def quantized_folder(checkpoint_folder: Path) -> Path:
     """What recipe int4 makes of it. Not to be changed."""
     folder = checkpoint_folder.with_name("tiny-int4")
-    quantize(checkpoint_folder, folder, recipe="int4")
-    return folder
+    return once(folder, lambda made: quantize(checkpoint_folder, made, recipe="int4"))
 
 
 @pytest.fixture(scope="session")
 def artifact_folder(quantized_folder: Path) -> Path:
     """The .onnx of that, with int8 activations. Not to be changed."""
     folder = quantized_folder.with_name("tiny-int4-onnx")
-    export(quantized_folder, folder)
-    return folder
+    return once(folder, lambda made: export(quantized_folder, made))
 
 
 @pytest.fixture(scope="session")
 def pte_folder(quantized_folder: Path) -> Path:
     """The .pte of that. Not to be changed."""
     folder = quantized_folder.with_name("tiny-int4-executorch")
-    export(quantized_folder, folder, target="executorch")
-    return folder
+    return once(folder, lambda made: export(quantized_folder, made, target="executorch"))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from shared import once
 from small import CONFIGS, random_model, random_tokens, write_model
 
 from mossquant.calibration.quantize import quantize
@@ -145,7 +146,7 @@ class Lowered:
 
 
 class Workshop:
-    """Makes checkpoints and artifacts when they are first asked for."""
+    """Makes checkpoints and artifacts when they are first asked for, in a folder that all processes share."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -163,28 +164,32 @@ class Workshop:
         key = (model, recipe, activations, target)
         if key not in self._made:
             checkpoint = self.checkpoint(model, recipe)
-            artifact = checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}")
-            export(checkpoint, artifact, target=target, activations=activations)
+            artifact = once(
+                checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}"),
+                lambda folder: export(checkpoint, folder, target=target, activations=activations),
+            )
             self._made[key] = Lowered(MODELS[model], checkpoint, artifact, target)
         return self._made[key]
 
     def checkpoint(self, model: str, recipe: str | None = None) -> Path:
         """The checkpoint of a model, or what the recipe makes of it."""
         name = model.replace(" ", "-")
-        folder = self._folder / name
-        if not folder.exists():
-            write_model(folder, random_model(MODELS[model], dtype=torch.float32), dtype=torch.bfloat16)
+        original = once(
+            self._folder / name,
+            lambda folder: write_model(folder, random_model(MODELS[model], dtype=torch.float32), dtype=torch.bfloat16),
+        )
         if recipe is None:
-            return folder
-        quantized = self._folder / f"{name}-{recipe.replace(' ', '-')}"
-        if not quantized.exists():
+            return original
+
+        def make(folder: Path) -> None:
             text = RECIPES[recipe]
             if text != recipe:
-                path = self._folder / f"{recipe}.yaml"
+                path = folder.with_name(f"{folder.name}.yaml")
                 path.write_text(text)
                 text = str(path)
-            quantize(folder, quantized, recipe=text)
-        return quantized
+            quantize(original, folder, recipe=text)
+
+        return once(self._folder / f"{name}-{recipe.replace(' ', '-')}", make)
 
 
 def relative(found: NDArray[np.floating], expected: NDArray[np.floating]) -> NDArray[np.float64]:

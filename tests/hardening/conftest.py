@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 from hardening.samples import make_samples
+from shared import once
 
 
 @pytest.fixture(scope="session")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def samples(shared: Path) -> Path:
     """Not to be changed."""
-    folder = tmp_path_factory.mktemp("samples")
-    make_samples(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        make_samples(folder)
+
+    return once(shared / "samples", make)
