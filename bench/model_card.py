@@ -35,7 +35,7 @@ SMALL_COST = 1e-3
 
 def losses(model: MossNet, tokens: Tensor, reroute: Reroute | None = None) -> np.ndarray:
     """Nats of each token after the first, in one stream."""
-    run = Forward(form="kernel", reroute=reroute)
+    run = Forward(scan="kernel", reroute=reroute)
     state = model.initial_state(1)
     out = []
     with torch.inference_mode():

@@ -7,7 +7,6 @@ or not at all; the same checkpoint, recipe and release give the same bytes.
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,15 +25,14 @@ from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import NumberFormat, get_format
+from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.plan.capabilities import Held, check
-from mossquant.plan.plan import KEPT_DTYPES, Ledger, Plan, make_plan
+from mossquant.plan.plan import Ledger, Plan, make_plan
 from mossquant.plan.recipe import load_recipe, recipe_files
+from mossquant.progress import Progress
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
-__all__ = ["Progress", "disk_bytes", "memory_bytes", "quantize"]
-
-Progress = Callable[[str, int, int], None]
-"""(tensor just finished, weights done, weights in all)."""
+__all__ = ["disk_bytes", "memory_bytes", "quantize"]
 
 _BLOCK_ARRAYS = 12
 """fp32 arrays of a block's size that solving it holds, at most."""
@@ -62,7 +60,7 @@ def quantize(
         measured: gives what was measured for a tensor to solvers that need it.
         force: replace what is at `output`.
         dry_run: make and check the plan, write nothing.
-        progress: called after each tensor.
+        progress: called after each tensor, with weights done and in all.
 
     Returns:
         The ledger: the plan with bytes written and relative errors (a plan without them where `dry_run`).
@@ -85,7 +83,7 @@ def quantize(
     if origin.tokenizer is not None:
         check_tokenizer_size(origin.tokenizer)
     plan = make_plan(weights.config, {name: weights.kept(name).dtype for name in weights.specs}, asked)
-    check(Held.by(plan), asked.targets)
+    check(Held.by(plan, weights.config), asked.targets)
     solvers = planned_solvers(plan, measured=measured is not None)
     if dry_run:
         return plan
@@ -96,7 +94,7 @@ def quantize(
         for entry in plan.tensors:
             tensor = weights.kept(entry.name)
             if entry.kept is not None:
-                writer.add_kept(entry.name, tensor.to(KEPT_DTYPES[entry.kept]))
+                writer.add_kept(entry.name, tensor.to(FLOAT_DTYPES[entry.kept]))
             else:
                 solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
                 statistics = measured(entry.name) if measured is not None and solver.needs else {}

@@ -21,7 +21,7 @@ from typing import Any
 from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine
-from mossquant.eval.scores import Progress
+from mossquant.progress import Count
 
 __all__ = ["BenchReport", "Speed", "Timing", "bench"]
 
@@ -122,7 +122,7 @@ def bench(
     prompt: int = 512,
     decode: int = 64,
     repeats: int = 5,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> BenchReport:
     """Time artifacts against one another.
 

@@ -22,8 +22,9 @@ from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.open import open_model
 from mossquant.eval.passage import Passage, held_out_passage
-from mossquant.eval.scores import Progress, Scores, score
+from mossquant.eval.scores import Scores, score
 from mossquant.eval.windows import RESAMPLES, WINDOW, Interval, Windows
+from mossquant.progress import Count
 from mossquant.runner import RunnerInfo
 from mossquant.text.text import Text
 
@@ -182,7 +183,7 @@ def compare(
     activations: str | None = None,
     threads: int | None = None,
     allow_seen: bool = False,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> ComparisonReport:
     """Measure candidates against the original.
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from mossquant.eval.open import open_model
 from mossquant.eval.passage import held_out_passage
-from mossquant.eval.scores import Progress, score
+from mossquant.eval.scores import score
 from mossquant.eval.windows import WINDOW, Windows
+from mossquant.progress import Count
 from mossquant.text.text import Text
 
 __all__ = ["PerplexityReport", "perplexity"]
@@ -72,7 +73,7 @@ def perplexity(
     activations: str | None = None,
     threads: int | None = None,
     allow_seen: bool = False,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> PerplexityReport:
     """Measure one model, checkpoint or artifact.
 

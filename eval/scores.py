@@ -6,7 +6,7 @@ logits are held, and what remains are nats a token. The pieces depend on the num
 the Runners can take, and change results by rounding only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from mossquant import divergence
 from mossquant.divergence import Predictions
 from mossquant.errors import InputError
+from mossquant.progress import Count
 from mossquant.runner import Floats, LogitsWanted, Runner, State, Tokens
 
-__all__ = ["LOGITS_BYTES", "MOST_NATS", "Progress", "Scores", "advance", "not_finite", "score"]
+__all__ = ["LOGITS_BYTES", "MOST_NATS", "Scores", "advance", "not_finite", "score"]
 
 LOGITS_BYTES = 256_000_000
 """Most memory for logits at a time, of all Runners together."""
@@ -32,9 +33,6 @@ PIECE = 512
 
 # Logits whose float64 log probabilities are worked on at a time, so that they stay in the cache of a core.
 _BLOCK_LOGITS = 1 << 17
-
-Progress = Callable[[int, int], None]
-"""Is told how many tokens are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Scores:
 
 
 def score(
-    runners: Sequence[Runner], tokens: Tokens, *, at_once: int = 1, progress: Progress | None = None
+    runners: Sequence[Runner], tokens: Tokens, *, at_once: int = 1, progress: Count | None = None
 ) -> list[Scores]:
     """Run every Runner over tokens [S, L] from its initial state, each stream by itself.
 

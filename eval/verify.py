@@ -15,7 +15,7 @@ from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.parity import STAGES, ParityReport, parity
-from mossquant.eval.scores import Progress
+from mossquant.progress import Count
 from mossquant.targets.target import target_of
 from mossquant.targets.weights_report import WeightsReport
 from mossquant.text.text import Text
@@ -110,7 +110,7 @@ def verify(
     stream: int = 20_000,
     threads: int | None = None,
     allow_seen: bool = False,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> VerifyReport:
     """Hold artifacts against their checkpoint.
 

@@ -5,18 +5,34 @@
     logits, state = runner(tokens, state, logits="last")
 
 Perplexity, divergence, generation, parity and bench are written once against it, so that they always measure what
-ships. Tokens are int64 arrays [B, T], logits are float arrays [B, T, V] ("all") or [B, 1, V] ("last").
+ships. Tokens are int64 arrays [B, T], logits are float arrays [B, T, V] ("all") or [B, 1, V] ("last"). The functions
+here check what a Runner is given before a state is consumed.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arrays", "Floats", "LogitsWanted", "Runner", "RunnerInfo", "State", "Tokens", "UsedStateError"]
+from mossquant.errors import InputError
+from mossquant.model.tensors import StateSpec
+
+__all__ = [
+    "Arrays",
+    "Floats",
+    "LogitsWanted",
+    "Runner",
+    "RunnerInfo",
+    "State",
+    "Tokens",
+    "UsedStateError",
+    "checked_arrays",
+    "checked_batch",
+    "checked_tokens",
+]
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
@@ -142,3 +158,56 @@ class Runner(Protocol):
     def write(self, arrays: Arrays) -> State:
         """The inverse of `read`. Raises InputError on missing, unexpected or misshapen arrays."""
         ...
+
+
+def checked_batch(batch: int) -> int:
+    """The batch that a state is asked for.
+
+    Raises:
+        InputError: less than one stream.
+    """
+    if batch < 1:
+        raise InputError(f"a batch of {batch} streams was asked for; ask for one or more")
+    return batch
+
+
+def checked_tokens(tokens: Tokens, state: State, vocab_size: int) -> None:
+    """Check what a Runner is given, before its state is consumed.
+
+    Raises:
+        InputError: not an integer array [B, T] with T ≥ 1, a batch other than the state's, or tokens outside 0..V−1.
+    """
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise InputError(f"tokens have shape {list(tokens.shape)} and type {tokens.dtype}; give integers [batch, time]")
+    if tokens.shape[0] != state.batch:
+        raise InputError(f"tokens have batch {tokens.shape[0]} and the state has {state.batch}; give both the same one")
+    if tokens.shape[1] == 0:
+        raise InputError("no tokens were given; give one or more")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InputError(f"token {wrong} is outside the vocabulary of {vocab_size}; use the model's own tokenizer")
+
+
+def checked_arrays(arrays: Arrays, specs: Iterable[StateSpec]) -> int:
+    """Check state arrays [B, …] against what a model carries; returns B.
+
+    Raises:
+        InputError: missing, unexpected or misshapen arrays, or batches that differ; all offenders at once.
+    """
+    known = {spec.name: spec for spec in specs}
+    batches: set[int] = {value.shape[0] for value in arrays.values() if value.ndim > 0}
+    offenders = [f"{name} is missing" for name in known if name not in arrays]
+    offenders += [f"{name[:80]} is unexpected" for name in arrays if name not in known]
+    for name, spec in known.items():
+        if name in arrays and (arrays[name].ndim == 0 or not spec.fits(arrays[name].shape[1:])):
+            needed = ["batch", *spec.symbolic("tokens")]
+            offenders.append(f"{name} has shape {list(arrays[name].shape)}, needs {needed}")
+    if not offenders and len(batches) > 1:
+        offenders.append(f"batches of {', '.join(map(str, sorted(batches)))} are mixed")
+    if not offenders and 0 in batches:
+        offenders.append("a batch of 0")
+    if offenders:
+        advice = "Give a state that this model's read() gave."
+        raise InputError.listing("the state does not fit the model", offenders, advice)
+    return batches.pop()

@@ -30,6 +30,8 @@ from mossquant.checkpoint.tensorfiles import save_tensors
 from mossquant.errors import InputError
 from mossquant.files.json import parse_json
 from mossquant.files.outputs import check_free, check_outside, new_file
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import state_specs
 from mossquant.release import release
 from mossquant.runner import Arrays, Floats, Runner, State
 from mossquant.text.text import Tokenizer
@@ -132,7 +134,8 @@ def load_state(path: str | Path, runner: Runner, *, tokenizer: Tokenizer | None 
     try:
         opened, metadata = _open(Path(path))
         _check_model(path, metadata, runner, tokenizer)
-        shapes = {name: array.shape for name, array in runner.read(runner.initial_state(1)).items()}
+        specs = state_specs(MossNetConfig.from_json(runner.info.config))
+        shapes = {spec.name: (1, *spec.after(metadata.tokens)) for spec in specs}
         arrays = _arrays(path, opened, {**shapes, _LOGITS: (1, 1, runner.info.vocab_size)}, metadata.arrays_sha256)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); give a readable file") from None

@@ -12,10 +12,11 @@ from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.files.space import check_space
 from mossquant.plan.capabilities import Activations
+from mossquant.progress import Progress
 from mossquant.release import release
 from mossquant.targets.artifact import MANIFEST, TOKENIZER, Artifact, read_artifact_manifest, write_artifact_manifest
 from mossquant.targets.taken import check_held
-from mossquant.targets.target import Prepared, Progress, get_target, program_targets
+from mossquant.targets.target import Prepared, get_target, program_targets
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = ["Needs", "export", "export_needs"]

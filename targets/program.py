@@ -14,15 +14,20 @@ ONNX does not come from here: it branches on the chosen experts, stores codes in
 shape in one graph, none of which can be said in an exported PyTorch program. Letters as in `mossquant.model`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mossquant.model.block import Block
+from mossquant.model.blocks import blocks_of
 from mossquant.model.config import MossNetConfig
-from mossquant.model.tensors import TensorSpec
+from mossquant.model.mixer import Mixer
+from mossquant.model.mlp import Mlp
+from mossquant.model.tensors import TensorSpec, Use, outside_blocks
 
 __all__ = ["METHODS", "Matrices", "Method", "MethodName", "Model", "Scan"]
 
@@ -90,16 +95,35 @@ def _of_role(specs: Iterable[TensorSpec], role: str) -> list[str]:
     return [spec.name for spec in specs if spec.role == role]
 
 
-class _Mixer(nn.Module):
+class _Lowered(nn.Module, ABC):
+    """A block: made of what the target makes of its tensors, the model's shape, and those tensors without the norm.
+
+    Attributes:
+        names: of the norms and of the blocks of this kind in the program, which keeps its constants in their order.
+    """
+
+    names: ClassVar[tuple[str, str]]
+
+    @abstractmethod
+    def __init__(self, matrices: Matrices, config: MossNetConfig, specs: Sequence[TensorSpec]) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, u: Tensor, states: Sequence[Tensor], scan: Scan) -> tuple[Tensor, list[Tensor]]:
+        """u [T, D] normed, its own states [1, …] → [T, D], its states after the last token."""
+
+
+class _Mixer(_Lowered):
     """`mossquant.model.mixer`."""
 
+    names = ("norms", "mixers")
     A: Tensor
     D: Tensor
     conv_bias: Tensor
     bias: Tensor
 
     def __init__(self, matrices: Matrices, config: MossNetConfig, specs: Sequence[TensorSpec]) -> None:
-        super().__init__()
+        super().__init__(matrices, config, specs)
         layer = specs[0].layer
         assert layer is not None
         E, W = config.d_inner, config.conv_kernel
@@ -130,8 +154,9 @@ class _Mixer(nn.Module):
         else:
             self.register_buffer("bias", bias[0])
 
-    def forward(self, u: Tensor, conv: Tensor, ssm: Tensor, scan: Scan) -> tuple[Tensor, Tensor, Tensor]:
-        """u [T, D] normed, states [1, E, W−1] and [1, E, N] → out [T, D], states."""
+    def forward(self, u: Tensor, states: Sequence[Tensor], scan: Scan) -> tuple[Tensor, list[Tensor]]:
+        """u [T, D] normed, states [1, E, W−1] and [1, E, N] → [T, D], states."""
+        conv, ssm = states
         E, N, R, X, W, T = self.inner, self.states, self.rank, self.experts, self.taps, u.shape[0]
         both = self.in_proj(u)
         x, z = both[:, :E], both[:, E:]
@@ -151,14 +176,16 @@ class _Mixer(nn.Module):
             dt = self.dt_proj(projected[:, :, :R]) + self.bias
         y, h = scan(x, F.softplus(dt), self.A, bc[:, :N], bc[:, N:], ssm.view(E, N))
         out = self.out_proj((y + self.D * x) * F.silu(z))
-        return out, window[T:].transpose(0, 1).reshape(1, E, W - 1), h.view(1, E, N)
+        return out, [window[T:].transpose(0, 1).reshape(1, E, W - 1), h.view(1, E, N)]
 
 
-class _Mlp(nn.Module):
+class _Mlp(_Lowered):
     """`mossquant.model.mlp`."""
 
+    names = ("mlp_norms", "mlps")
+
     def __init__(self, matrices: Matrices, config: MossNetConfig, specs: Sequence[TensorSpec]) -> None:
-        super().__init__()
+        super().__init__(matrices, config, specs)
         layer = specs[0].layer
         assert layer is not None
         self.experts, self.width = config.mlp_experts(layer), config.mlp_intermediate_size
@@ -169,13 +196,16 @@ class _Mlp(nn.Module):
             router = _of_role(specs, "mlp.router")[0]
             self.router = _Router(matrices, router, self.experts, config.mlp_chosen(layer))
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, states: Sequence[Tensor], scan: Scan) -> tuple[Tensor, list[Tensor]]:
         """u [T, D] normed → [T, D]."""
         hidden = (F.silu(self.w1(u)) * self.w3(u)).view(-1, self.experts, self.width)
         if self.router is not None:
             hidden = hidden * self.router(u).view(-1, self.experts, 1)
-        out: Tensor = self.w2(hidden)
-        return out
+        return self.w2(hidden), []
+
+
+BLOCKS: dict[type[Block], type[_Lowered]] = {Mixer: _Mixer, Mlp: _Mlp}
+"""How each kind of block is lowered."""
 
 
 class Model(nn.Module):
@@ -189,33 +219,30 @@ class Model(nn.Module):
 
     def __init__(self, config: MossNetConfig, specs: Sequence[TensorSpec], matrices: Matrices) -> None:
         super().__init__()
-        of_role = {spec.role: spec.name for spec in specs if spec.layer is None}
-        eps = config.rms_norm_eps
-
-        def norm(name: str) -> nn.Module:
-            return _Norm(matrices.value(name), eps)
-
-        self.table = matrices.table(of_role["embedding"])
-        self.norms, self.mixers = nn.ModuleList(), nn.ModuleList()
-        self.mlp_norms, self.mlps = nn.ModuleDict(), nn.ModuleDict()
-        for i in range(config.num_hidden_layers):
-            own = [spec for spec in specs if spec.layer == i]
-            self.norms.append(norm(_of_role(own, "ssm.norm")[0]))
-            self.mixers.append(_Mixer(matrices, config, own))
-            if config.mlp_experts(i):
-                self.mlp_norms[str(i)] = norm(_of_role(own, "mlp.norm")[0])
-                self.mlps[str(i)] = _Mlp(matrices, config, own)
-        self.norm_f = norm(of_role["norm_f"])
-        self.head = matrices.stacked([of_role.get("head", of_role["embedding"])])
+        outer, eps = outside_blocks(specs), config.rms_norm_eps
+        self.table = matrices.table(outer[Use.TABLE].name)
+        parts: dict[str, nn.ModuleDict] = {}
+        self.order: list[tuple[str, str, str, int]] = []
+        for lowered in BLOCKS.values():
+            for name in lowered.names:
+                parts[name] = nn.ModuleDict()
+                self.add_module(name, parts[name])
+        for layer, kind in blocks_of(config):
+            norm, *own = kind.specs(config, layer)
+            norms, blocks = BLOCKS[kind].names
+            parts[norms][str(layer)] = _Norm(matrices.value(norm.name), eps)
+            parts[blocks][str(layer)] = BLOCKS[kind](matrices, config, own)
+            self.order.append((norms, blocks, str(layer), len(kind.states(config, layer))))
+        self.norm_f = _Norm(matrices.value(outer[Use.NORM].name), eps)
+        self.head = matrices.stacked([outer[Use.LINEAR].name])
 
     def forward(self, tokens: Tensor, states: Sequence[Tensor], scan: Scan) -> tuple[Tensor, list[Tensor]]:
         """tokens [T], states → the residual stream [T, D] before the last norm, states."""
-        x, after = self.table(tokens), list(states)
-        for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            out, after[2 * i], after[2 * i + 1] = mixer(norm(x), states[2 * i], states[2 * i + 1], scan)
-            x = x + out
-            if str(i) in self.mlps:
-                x = x + self.mlps[str(i)](self.mlp_norms[str(i)](x))
+        x, after = self.table(tokens), list[Tensor]()
+        for norms, blocks, layer, count in self.order:
+            norm, block = self.get_submodule(f"{norms}.{layer}"), self.get_submodule(f"{blocks}.{layer}")
+            out, own = block(norm(x), states[len(after) : len(after) + count], scan)
+            x, after = x + out, [*after, *own]
         return x, after
 
 

@@ -4,9 +4,10 @@
 from collections.abc import Iterable
 
 from mossquant.checkpoint.weights import View, Weights
+from mossquant.formats.dtypes import dtype_name
 from mossquant.model.mossnet import state_specs
+from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Activations, Capabilities, Held, check
-from mossquant.plan.entries import kept_name
 
 __all__ = ["Taken", "activation_of", "changed_inputs", "check_held"]
 
@@ -60,15 +61,15 @@ def check_held(weights: Weights, targets: Iterable[str], *, planned_activations:
     Raises:
         InputError: a target cannot hold them: all offenders at once.
     """
-    tensors: list[tuple[str, str, str | None, str | None]] = []
+    tensors: list[tuple[TensorSpec, str | None, str | None]] = []
     sites: dict[str, str] = {}
     for name, spec in weights.specs.items():
         number_format = weights.format(name)
         if number_format is None:
-            tensors.append((name, spec.role, None, kept_name(weights.kept(name).dtype)))
+            tensors.append((spec, None, dtype_name(weights.kept(name).dtype)))
             continue
-        tensors.append((name, spec.role, number_format.name, None))
+        tensors.append((spec, number_format.name, None))
         if spec.site is not None and planned_activations:
             sites[spec.site] = weights.activation(spec.site)
     states = [(spec.name, weights.state(spec.name)) for spec in state_specs(weights.config)]
-    check(Held(f"recipe {weights.origin.name}", tensors, list(sites.items()), states), targets)
+    check(Held(f"recipe {weights.origin.name}", weights.config, tensors, list(sites.items()), states), targets)

@@ -14,8 +14,10 @@ from typing import Protocol
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
 from mossquant.model.config import MossNetConfig
-from mossquant.model.mossnet import tensor_specs
+from mossquant.model.mossnet import experts_of, parameter_count, tensor_specs
+from mossquant.model.tensors import Use, outside_blocks
 from mossquant.plan.capabilities import CAPABILITIES, Activations
+from mossquant.progress import Progress
 from mossquant.runner import Runner
 from mossquant.targets.artifact import ProgramRecord
 from mossquant.targets.info_report import InfoReport
@@ -24,7 +26,6 @@ from mossquant.targets.weights_report import WeightsReport
 __all__ = [
     "Exported",
     "Prepared",
-    "Progress",
     "Target",
     "active_share",
     "get_target",
@@ -32,9 +33,6 @@ __all__ = [
     "runtimes",
     "target_of",
 ]
-
-Progress = Callable[[str, int, int], None]
-"""(what was just done, amount done, amount in all): bytes, or stages."""
 
 
 @dataclass(frozen=True)
@@ -130,17 +128,14 @@ def active_share(config: MossNetConfig, *, computes_all: Mapping[str, bool] | No
         config: the model's shape.
         computes_all: kind of block ("ssm", "mlp") → whether a target computes all of its experts at every token.
     """
-    dense = computes_all or {}
-    active = total = 0.0
-    for spec in tensor_specs(config):
-        share = 1.0
-        if spec.expert is not None and spec.layer is not None:
-            kind = spec.role.partition(".")[0]
-            chosen = config.mlp_chosen(spec.layer) if kind == "mlp" else config.ssm_chosen(spec.layer)
-            experts = config.mlp_experts(spec.layer) if kind == "mlp" else config.ssm_experts(spec.layer)
-            share = 1.0 if dense.get(kind, False) else chosen / experts
-        elif spec.role == "embedding" and not config.tie_word_embeddings:
-            share = 1 / config.vocab_size
-        active += share * spec.count
-        total += spec.count
-    return active / total
+    shares = {
+        name: experts.chosen / experts.count
+        for experts in experts_of(config)
+        if not (computes_all or {}).get(experts.kind, False)
+        for member in experts.members
+        for name in member
+    }
+    if not config.tie_word_embeddings:
+        shares[outside_blocks(tensor_specs(config))[Use.TABLE].name] = 1 / config.vocab_size
+    active = sum(shares.get(spec.name, 1.0) * spec.count for spec in tensor_specs(config))
+    return active / parameter_count(config)

@@ -9,8 +9,9 @@ import torch
 from mossquant.checkpoint.checkpoint import write_checkpoint
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import MossNet, tensor_specs
+from mossquant.plan.plan import Plan
 
-__all__ = ["CONFIGS", "SMALL", "difference", "random_model", "random_tokens", "write_model"]
+__all__ = ["CONFIGS", "SMALL", "Planned", "difference", "random_model", "random_tokens", "write_model"]
 
 SMALL = MossNetConfig(
     vocab_size=53,
@@ -32,6 +33,18 @@ CONFIGS: dict[str, MossNetConfig] = {
     "untied": replace(SMALL, tie_word_embeddings=False, expand=3, conv_kernel=2, num_ssm_experts_per_tok=1),
     "all chosen": replace(SMALL, num_ssm_experts=3, num_ssm_experts_per_tok=5, num_mlp_experts_per_tok=3),
 }
+
+
+class Planned:
+    """The formats of a plan, as a pass through a model that is not quantized yet asks for them."""
+
+    def __init__(self, config: MossNetConfig, plan: Plan) -> None:
+        self.specs = {spec.name: spec for spec in tensor_specs(config)}
+        self.format = plan.weight_format
+        self._plan = plan
+
+    def activation(self, site: str) -> str:
+        return self._plan.site(site).format
 
 
 def random_model(config: MossNetConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> MossNet:

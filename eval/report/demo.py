@@ -19,10 +19,10 @@ from mossquant.eval.compare import compare
 from mossquant.eval.generate import generate
 from mossquant.eval.report.demo_report import DemoReport
 from mossquant.eval.report.picture import write_picture
-from mossquant.eval.scores import Progress
 from mossquant.eval.verify import verify
 from mossquant.files.outputs import check_free
 from mossquant.plan.recipe import Recipe
+from mossquant.progress import Count
 from mossquant.release import release
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.executorch.packages import check_packages
@@ -48,7 +48,7 @@ def demo(
     tokens: int = TOKENS,
     threads: int | None = None,
     said: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> DemoReport:
     """Quantize the bundled model to int8 and int4, lower them to .onnx and .pte, and measure every one of them.
 

@@ -11,10 +11,9 @@ from typing import Any
 from mossquant.eval.bench import BenchReport, Timing
 from mossquant.eval.compare import Candidate, ComparisonReport
 from mossquant.eval.generate import Generation
+from mossquant.formats.dtypes import SHORT_NAMES
 
 __all__ = ["DemoReport", "DemoRow"]
-
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class DemoReport:
             if model in self.checkpoints:
                 rows.append(_row(model, "checkpoint", found[str(self.checkpoints[model])], timed))
             else:
-                name = f"{model}, {_SHORT.get(base.weights, base.weights)}"
+                name = f"{model}, {SHORT_NAMES.get(base.weights, base.weights)}"
                 timing, bits = timed[base.path], base.bits_per_weight
                 rows.append(DemoRow(name, "checkpoint", base.perplexity, None, self.original_bytes, bits, timing))
             rows += [_row("", program.suffix, found[str(program)], timed) for program in programs.values()]

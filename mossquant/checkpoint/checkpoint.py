@@ -22,16 +22,15 @@ from mossquant.files.inputs import is_there
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.files.outputs import file_sha256, write_json
 from mossquant.formats import NumberFormat, QuantizedTensor
+from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
 from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import MossNet, parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
 
-__all__ = ["DTYPE_NAMES", "Checkpoint", "load_model", "seen_text", "write_checkpoint"]
+__all__ = ["Checkpoint", "load_model", "seen_text", "write_checkpoint"]
 
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKENIZER, _TRAINING = "tokenizer.json", "training.json"
-_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Checkpoint:
         torch_dtype = values.get("torch_dtype", "float32")
         files = TensorFiles(folder)
         specs = {spec.name: spec for spec in tensor_specs(config)}
-        offenders = _structure_offenders(specs, files, _BY_NAME[torch_dtype])
+        offenders = _structure_offenders(specs, files, FLOAT_DTYPES[torch_dtype])
         if not offenders and check_values:
             for name in specs:
                 if not all_finite(files.tensor(name)):
@@ -139,9 +138,7 @@ def _structure_offenders(specs: Mapping[str, TensorSpec], files: TensorFiles, st
             offenders.append(f"{name} has shape {list(files.shapes[name])}, needs {list(spec.shape)}")
         dtype = files.dtypes[name]
         if dtype not in (stored, torch.float32):
-            offenders.append(
-                f"{name} has dtype {str(dtype).removeprefix('torch.')}, needs {DTYPE_NAMES[stored]} or float32"
-            )
+            offenders.append(f"{name} has dtype {dtype_name(dtype)}, needs {dtype_name(stored)} or float32")
     return offenders
 
 
@@ -193,7 +190,7 @@ def write_checkpoint(
         training: content of `training.json`.
     """
     specs = tensor_specs(config)
-    write_json(folder / "config.json", config.to_json(torch_dtype=DTYPE_NAMES[dtype]))
+    write_json(folder / "config.json", config.to_json(torch_dtype=dtype_name(dtype)))
     total = parameter_count(config) * dtype.itemsize
     with TensorWriter(folder, total_bytes=total) as writer:
         for spec in specs:
@@ -204,7 +201,4 @@ def write_checkpoint(
 
 def load_model(weights: Weights, *, dtype: torch.dtype = torch.float32) -> MossNet:
     """The PyTorch model with these weights: values that were kept, or that codes mean, converted to `dtype`."""
-    model = MossNet(weights.config, dtype=dtype)
-    for name, spec in weights.specs.items():
-        model.parameter_of(spec).copy_(value(weights, name).view(spec.shape))
-    return model.requires_grad_(False).eval()
+    return MossNet(weights.config, dtype=dtype).load(lambda name: value(weights, name))

@@ -12,10 +12,11 @@ from mossquant.checkpoint.tensorfiles import TensorFiles, all_finite
 from mossquant.files.space import row_blocks
 from mossquant.formats import FORMATS, get_format
 from mossquant.formats.activations import ACTIVATION_FORMATS, STATE_FORMATS
+from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs
 from mossquant.model.tensors import TensorSpec
-from mossquant.plan.plan import KEPT_DTYPES, Plan, SiteEntry, TensorEntry
+from mossquant.plan.plan import Plan, SiteEntry, TensorEntry
 
 __all__ = ["plan_offenders", "structure_offenders", "value_offenders"]
 
@@ -51,8 +52,8 @@ def _expected(spec: TensorSpec, entry: TensorEntry) -> dict[str, Any]:
     if entry.format in FORMATS and entry.kept is None:
         found = FORMATS[entry.format]
         out |= {"padded_columns": found.padded_columns(columns), "predicted_bytes": found.payload_bytes(rows, columns)}
-    elif entry.kept in KEPT_DTYPES and entry.format is None:
-        out |= {"padded_columns": columns, "predicted_bytes": spec.count * KEPT_DTYPES[entry.kept].itemsize}
+    elif entry.kept in FLOAT_DTYPES and entry.format is None:
+        out |= {"padded_columns": columns, "predicted_bytes": spec.count * FLOAT_DTYPES[entry.kept].itemsize}
     else:
         out["format"] = "one of them"
     return out | {"written_bytes": out.get("predicted_bytes")}
@@ -60,7 +61,7 @@ def _expected(spec: TensorSpec, entry: TensorEntry) -> dict[str, Any]:
 
 def _came_from_a_checkpoint(entry: TensorEntry) -> bool:
     """What only the run could know, as far as it can be told: bytes that were there, the solver, the error."""
-    sizes = {entry.count * dtype.itemsize for dtype in KEPT_DTYPES.values()}
+    sizes = {entry.count * dtype.itemsize for dtype in FLOAT_DTYPES.values()}
     solver = (entry.solver is None) == (entry.format is None)
     return entry.stored_bytes in sizes and solver and entry.relative_error is not None and entry.relative_error >= 0
 
@@ -78,7 +79,7 @@ def structure_offenders(plan: Plan, files: TensorFiles) -> list[str]:
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for entry in plan.tensors:
         if entry.format is None:
-            wanted[entry.name] = (entry.shape, KEPT_DTYPES[entry.kept or ""])
+            wanted[entry.name] = (entry.shape, FLOAT_DTYPES[entry.kept or ""])
             continue
         found = get_format(entry.format)
         packed, scale, shape = stored_names(entry.name)
@@ -89,10 +90,8 @@ def structure_offenders(plan: Plan, files: TensorFiles) -> list[str]:
     offenders += [f"{name[:80]} is unexpected" for name in files.names if name not in wanted]
     for name, what in wanted.items():
         if name in files.shapes and (files.shapes[name], files.dtypes[name]) != what:
-            dtype = str(what[1]).removeprefix("torch.")
-            offenders.append(
-                f"{name} is {files.dtypes[name]} {list(files.shapes[name])}, needs {dtype} {list(what[0])}"
-            )
+            needed = f"{dtype_name(what[1])} {list(what[0])}"
+            offenders.append(f"{name} is {files.dtypes[name]} {list(files.shapes[name])}, needs {needed}")
     return offenders
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mossquant.formats import NumberFormat, get_format
+from mossquant.formats.nibbles import pack_nibbles, unpack_nibbles
 from mossquant.model.tensors import TensorSpec, View
 from mossquant.plan.plan import Plan
 
@@ -31,10 +32,8 @@ def stored_names(name: str) -> tuple[str, str, str]:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 codes [rows, padded_columns], whole words a row → int32 [rows, padded_columns · bits / 32]."""
-    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    if bits == 4:
-        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)
+    packed = torch.from_numpy(pack_nibbles(codes.numpy())) if bits == 4 else codes.view(torch.uint8) ^ 128
+    return packed.contiguous().view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -42,10 +41,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     unsigned = words.contiguous().view(torch.uint8)
     if bits == 8:
         return (unsigned ^ 128).view(torch.int8)
-    codes = torch.empty((unsigned.shape[0], 2 * unsigned.shape[1]), dtype=torch.uint8)
-    codes[:, 0::2] = unsigned & 15
-    codes[:, 1::2] = unsigned >> 4
-    return codes.view(torch.int8).sub_(8)
+    return torch.from_numpy(unpack_nibbles(unsigned.numpy()))
 
 
 def is_module_weight(spec: TensorSpec) -> bool:

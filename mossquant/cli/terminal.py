@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mossquant.errors import printable
 
 if TYPE_CHECKING:
-    from mossquant.training.trainer import Progress as TrainingProgress
+    from mossquant.training.trainer import TrainingStep
 
 __all__ = ["ReaderGone", "Terminal", "drop_stdout"]
 
@@ -99,12 +99,12 @@ class Terminal:
             yield shown
 
     @contextmanager
-    def training_bar(self, steps: int) -> Iterator[Callable[["TrainingProgress"], None]]:
+    def training_bar(self, steps: int) -> Iterator[Callable[["TrainingStep"], None]]:
         """Progress of a training, from its first step on: a bar on a terminal, a line now and then elsewhere."""
         progress = self._progress(transient=False)
         task = progress.add_task("training", total=steps)
 
-        def shown(step: "TrainingProgress") -> None:
+        def shown(step: "TrainingStep") -> None:
             text = f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s"
             if self._err.is_terminal:
                 progress.start()

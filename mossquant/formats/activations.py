@@ -8,36 +8,54 @@
 `int8_block` is what onnxruntime's MatMulNBits does at accuracy_level 4: every operation in fp32, the reciprocal
 multiplied (dividing by s moves a few codes in a million), ties to even, the last block padded with zeros.
 `int8_row_asym` follows XNNPACK's qd8 inputs (`xnn_qd8_asymmetric_quantization_params`), min and max widened to hold 0,
-z in −128…127. All are dynamic: nothing is measured beforehand.
+z in −128…127. All are dynamic: nothing is measured beforehand. Gradients pass straight through (Bengio, Léonard &
+Courville 2013): that of x is that of the value.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mossquant.errors import InputError
-from mossquant.formats import NumberFormat
-from mossquant.model.forward import GATED, Activation, ExpertInput
-from mossquant.model.tensors import TensorSpec
 
 __all__ = [
     "ACTIVATION_FORMATS",
     "STATE_FORMATS",
     "ActivationFormat",
-    "InputFormats",
-    "activation_model",
-    "expert_input_model",
     "get_activation_format",
     "int8_block",
     "int8_row_asym",
+    "straight_through",
 ]
 
 STATE_FORMATS = ("fp32",)
 """Formats in which a recurrent state is carried."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """rounding(x), with the gradient of x itself. x + (rounding(x) − x) would move the values by a rounding more."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounding(x)
+    exact = x.detach()
+    rounded = rounding(exact)
+    if rounded is exact:
+        return x
+    passed: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
+    return passed
 
 
 def int8_block(x: Tensor, block: int) -> Tensor:
@@ -79,13 +97,17 @@ class ActivationFormat:
         blocked: whether a scale covers a block of values (the weight's group, 32 where weights have one scale a row).
         joins: whether a target of this format rounds the inputs of experts that it sums behind their gates, and, where
             weights have groups, those of all experts as one vector.
-        apply: (x [..., K], block) → the values that the codes mean; unblocked formats ignore the block.
+        rounding: (x [..., K], block) → the values that the codes mean; unblocked formats ignore the block.
     """
 
     name: str
     blocked: bool
     joins: bool
-    apply: Callable[[Tensor, int], Tensor]
+    rounding: Callable[[Tensor, int], Tensor]
+
+    def apply(self, x: Tensor, block: int) -> Tensor:
+        """x [..., K] as its codes mean it, gradients straight through."""
+        return straight_through(x, lambda values: self.rounding(values, block))
 
 
 ACTIVATION_FORMATS: dict[str, ActivationFormat] = {
@@ -108,70 +130,3 @@ def get_activation_format(name: str) -> ActivationFormat:
     if name not in ACTIVATION_FORMATS:
         raise InputError(f"unknown activation format {name[:40]!r}; known formats: {', '.join(ACTIVATION_FORMATS)}")
     return ACTIVATION_FORMATS[name]
-
-
-class InputFormats(Protocol):
-    """Says in which formats weights and the inputs of linear layers are: `mossquant.checkpoint.weights.Weights`."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Tensor name → what it is."""
-        ...
-
-    def format(self, name: str) -> NumberFormat | None:
-        """The number format of a tensor; None where it is kept."""
-        ...
-
-    def activation(self, site: str) -> str:
-        """The activation format of a site."""
-        ...
-
-
-def activation_model(source: InputFormats, name: str = "planned") -> Activation:
-    """What a target does to the inputs of the linear layers, for `mossquant.model.forward.Forward`.
-
-    Args:
-        source: a quantized checkpoint or a plan.
-        name: "planned", or the activation format to use at every site in place of the planned ones. Inputs of weights
-            that are kept stay in fp32 either way.
-
-    Returns:
-        (weight tensor's name, x [..., K]) → x as the target sees it.
-
-    Raises:
-        InputError: no such activation format.
-    """
-    override = None if name == "planned" else get_activation_format(name)
-
-    def seen(tensor: str, x: Tensor) -> Tensor:
-        number_format, site = source.format(tensor), source.specs[tensor].site
-        if number_format is None or site is None:
-            return x
-        return (override or ACTIVATION_FORMATS[source.activation(site)]).apply(x, number_format.activation_block)
-
-    return seen
-
-
-def expert_input_model(source: InputFormats, name: str = "planned") -> Callable[[str], ExpertInput | None]:
-    """What a target rounds where experts are summed, for `Forward`; arguments as `activation_model`.
-
-    XNNPACK sums neighbouring experts of one format with groups in one matmul, over their gated inputs side by side, and
-    gives that vector one range. Weights with one scale a row cannot be laid side by side: each expert is a matmul of
-    its own, of its own gated input. A block of int8_block belongs to one expert either way, and a positive gate in
-    front changes none of its codes.
-
-    Returns:
-        Weight tensor's name → what is rounded; None where its format leaves that to the model.
-
-    Raises:
-        InputError: no such activation format.
-    """
-    override = None if name == "planned" else get_activation_format(name)
-
-    def way(tensor: str) -> ExpertInput | None:
-        number_format, site = source.format(tensor), source.specs[tensor].site
-        if number_format is None or site is None or not (override or ACTIVATION_FORMATS[source.activation(site)]).joins:
-            return None
-        return GATED if number_format.group_size is None else ExpertInput(gated=True, joined=number_format.name)
-
-    return way

@@ -6,6 +6,9 @@
 A matrix [rows, columns] is padded with zero codes to [rows, padded_columns]; each row is cut into groups of G columns
 that share a scale (G = None: one scale a row). Scales are rounded to their stored type before codes are rounded, so
 that what is stored is what was solved for. Formats know codes and scales only; packing lies with whoever stores them.
+
+8-bit codes leave −128 out: the range is symmetric, and no kernel meets (−128)², of which two overflow an int16. 4-bit
+codes have one more below zero than above; `absmax_scales` uses ±7 and leaves −8 to solvers that search.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["NumberFormat", "QuantizedTensor"]
+from mossquant.errors import InputError
+
+__all__ = ["FORMATS", "NumberFormat", "QuantizedTensor", "get_format"]
 
 _WORD_BITS = 32
 _ROW_BLOCK = 32
@@ -136,3 +141,26 @@ class QuantizedTensor:
         groups = self.codes.view(self.rows, self.scales.shape[1], -1).float()
         values = groups * self.scales.float().unsqueeze(-1)
         return values.view(self.rows, -1)[:, : self.columns].contiguous()
+
+
+FORMATS: dict[str, NumberFormat] = {
+    known.name: known
+    for known in (
+        NumberFormat("int8", 8, None, torch.float32, -127, 127),
+        NumberFormat("int8_g32", 8, 32, torch.bfloat16, -127, 127),
+        NumberFormat("int4_g32", 4, 32, torch.bfloat16, -8, 7),
+        NumberFormat("int4_g128", 4, 128, torch.bfloat16, -8, 7),
+    )
+}
+"""Every number format, by the name that recipes use."""
+
+
+def get_format(name: str) -> NumberFormat:
+    """The number format of that name.
+
+    Raises:
+        InputError: no such format; the known names are listed.
+    """
+    if name not in FORMATS:
+        raise InputError(f"unknown number format {name[:40]!r}; known formats: {', '.join(FORMATS)}")
+    return FORMATS[name]

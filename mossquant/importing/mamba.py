@@ -20,12 +20,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint.checkpoint import DTYPE_NAMES, Checkpoint, seen_text, write_checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint, seen_text, write_checkpoint
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.tensorfiles import TensorFiles, all_finite
 from mossquant.errors import InputError
 from mossquant.files.inputs import is_there
 from mossquant.files.outputs import check_free, new_folder
+from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
 from mossquant.importing.mamba_configs import SourceConfig, read_source_config
 from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import parameter_count, tensor_specs
@@ -36,7 +37,7 @@ __all__ = ["Imported", "import_mamba"]
 
 _PICKLED = "pytorch_model.bin"
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = (*FLOAT_DTYPES.values(), torch.float64)
 
 # What torch.load raises for a damaged file: besides its own errors, whatever the values in the damage lead to.
 _DAMAGE = (
@@ -111,8 +112,8 @@ def import_mamba(
     """
     folder, output = locate(source).require("checkpoint", verb="import"), Path(output)
     check_free(output, force=force, inputs=[folder, *([] if tokenizer is None else [Path(tokenizer)])])
-    if dtype is not None and dtype not in DTYPE_NAMES.values():
-        raise InputError(f"unknown stored type {dtype!r}; known types: {', '.join(DTYPE_NAMES.values())}")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise InputError(f"unknown stored type {dtype!r}; known types: {', '.join(FLOAT_DTYPES)}")
     values = read_config_json(folder)
     mossnet = Checkpoint.open(folder) if values.get("model_type") == "mossnet" else None
     if mossnet is None:
@@ -144,7 +145,7 @@ def import_mamba(
             shutil.copyfile(words, partial / "tokenizer.json")
         if mossnet is not None and is_there(folder / "training.json"):
             shutil.copyfile(folder / "training.json", partial / "training.json")
-    return Imported(output, read.layout, read.config, DTYPE_NAMES[stored], parameter_count(read.config), tuple(notes))
+    return Imported(output, read.layout, read.config, dtype_name(stored), parameter_count(read.config), tuple(notes))
 
 
 def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None:
@@ -270,7 +271,7 @@ def _check_structure(folder: Path, config: MossNetConfig, names: Mapping[str, st
         if shapes[name] != spec.shape:
             offenders.append(f"{name} has shape {list(shapes[name])}, needs {list(spec.shape)}")
         if dtypes[name] not in _FLOATS:
-            offenders.append(f"{name} has dtype {_name(dtypes[name])}, needs a float type")
+            offenders.append(f"{name} has dtype {dtype_name(dtypes[name])}, needs a float type")
     _refuse(folder, offenders)
 
 
@@ -283,7 +284,7 @@ def _check_values(
         if not all_finite(tensor):
             offenders.append(f"{name} holds NaN or infinite values")
         elif tensor.dtype != stored and not all_finite(tensor.to(stored)):
-            offenders.append(f"{name} holds values too large for {_name(stored)}")
+            offenders.append(f"{name} holds values too large for {dtype_name(stored)}")
     if config.tie_word_embeddings and "lm_head.weight" in tensors.shapes:
         table = names["backbone.embeddings.weight"]
         if not torch.equal(tensors.tensor("lm_head.weight"), tensors.tensor(table)):
@@ -299,16 +300,12 @@ def _refuse(folder: Path, offenders: list[str]) -> None:
 def _stored_type(folder: Path, asked: str | None, found: set[torch.dtype], notes: list[str]) -> torch.dtype:
     """The type to store: the one asked for, the source's only one, or float32."""
     if asked is not None:
-        return next(dtype for dtype, name in DTYPE_NAMES.items() if name == asked)
+        return FLOAT_DTYPES[asked]
     if torch.float64 in found:
         raise InputError(
             f"{folder} is stored in float64, which no checkpoint of ours is; pass --dtype float32 to round it"
         )
     if len(found) > 1:
-        notes.append(f"stored as float32, since the source mixes {' and '.join(sorted(map(_name, found)))}")
+        notes.append(f"stored as float32, since the source mixes {' and '.join(sorted(map(dtype_name, found)))}")
         return torch.float32
     return next(iter(found))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,10 +13,9 @@ from typing import Any
 
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.formats.dtypes import FLOAT_DTYPES
 
 __all__ = ["MAX_VOCABULARY", "PRESETS", "MossNetConfig", "preset"]
-
-STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 MAX_VOCABULARY = 1 << 22
 """Most entries of a vocabulary."""
@@ -130,8 +129,8 @@ class MossNetConfig:
             if key not in _OTHER_KEYS and key not in cls.__dataclass_fields__
         ]
         dtype = values.get("torch_dtype", "float32")
-        if dtype not in STORED_DTYPES:
-            offenders.append(f"torch_dtype {_short(dtype)} is none of {', '.join(STORED_DTYPES)}")
+        if dtype not in FLOAT_DTYPES:
+            offenders.append(f"torch_dtype {_short(dtype)} is none of {', '.join(FLOAT_DTYPES)}")
         known: dict[str, Any] = {}
         for field in fields(cls):
             if field.name in values:

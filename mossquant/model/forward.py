@@ -2,7 +2,9 @@
 """How one pass through the model is computed: which form of the scan, in which type, with which activations.
 
 A pass is the same arithmetic whatever its `Forward`; only what is said here differs. `activation` models what a target
-does to the input of a linear layer (int8 blocks, for example); `tap` shows intermediate values to whoever asks.
+does to the input of a linear layer (int8 blocks, for example), `weight` what quantization does to a tensor; `observe`
+and `tap` show intermediate values to whoever asks. All of them speak in the names of a checkpoint's tensors, also where
+experts are computed in one matmul.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mossquant.model.routing import Routing
-from mossquant.model.scan import Form
+from mossquant.model.scan import ScanForm
 
-__all__ = ["GATED", "OWN", "Activation", "Convolve", "ExpertInput", "ExpertPart", "Forward", "Reroute", "Tap"]
+__all__ = [
+    "GATED",
+    "OWN",
+    "Activation",
+    "Convolve",
+    "ExpertInput",
+    "ExpertPart",
+    "Forward",
+    "Observe",
+    "Reroute",
+    "Tap",
+    "WeightModel",
+]
 
 Activation = Callable[[str, Tensor], Tensor]
 """(weight tensor's name, input [..., K]) → the input as the target sees it."""
 Convolve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Reroute = Callable[[str, Routing], Routing]
 Tap = Callable[[str, Tensor], None]
+WeightModel = Callable[[str, Tensor], Tensor]
+"""(tensor's name, its parameter in the shape of a checkpoint) → what is computed with in its place, same shape."""
+Observe = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None, Tensor], None]
+"""(names, x, rows, gates, out), called after every linear.
+
+    names   the weights that were multiplied: one, or those of all experts where they are stacked
+    x       [n, K] what they were multiplied with, as the target sees it; where experts are summed in one matmul
+            [n, X · K], their gated inputs side by side
+    rows    int64 [n], which of the B · T rows these are, of an expert that sees only those that chose it; else None
+    gates   [n, len(names)], with which what follows from `out` is still multiplied, 0 for experts that a row did not
+            choose; None where there are no experts, or where x holds the gates already
+    out     [n, N], or [n, X · N] of stacked experts; part of the graph, so that a gradient can be taken at it
+"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +95,7 @@ class Forward:
     """One way to run the model.
 
     Attributes:
-        form: scan form; "step" takes one token.
+        scan: form of the scan; "step" takes one token.
         activation: models quantized inputs of the linears; None leaves them as they are.
         expert_input: weight tensor's name → what is rounded where experts are summed; None leaves it to the model.
         matmul_dtype: type in which linears multiply (accumulated in fp32), None for the parameters' own.
@@ -76,9 +103,12 @@ class Forward:
         conv: convolution used instead of the plain one.
         reroute: replaces a router's decision (experiments on routing); gets the router's name.
         tap: is shown router logits ("layers.3.mlp.router") and block outputs ("layers.3").
+        weight: what is computed with in place of each tensor: linears, routers, norms, the table and small tensors, of
+            every expert before they are stacked. A tied table is given twice, for the look-up and for the head.
+        observe: is shown what enters and leaves every linear that is not a router.
     """
 
-    form: Form = "kernel"
+    scan: ScanForm = "kernel"
     activation: Activation | None = None
     expert_input: Callable[[str], ExpertInput | None] | None = None
     matmul_dtype: torch.dtype | None = None
@@ -86,10 +116,36 @@ class Forward:
     conv: Convolve | None = None
     reroute: Reroute | None = None
     tap: Tap | None = None
+    weight: WeightModel | None = None
+    observe: Observe | None = None
 
-    def linear(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
-        """x [..., K] · weight [N, K]ᵀ → [..., N], with the input as the target sees it."""
-        return self._product(x if self.activation is None else self.activation(name, x), weight)
+    def linear(
+        self, x: Tensor, weight: Tensor, name: str, *, rows: Tensor | None = None, gates: Tensor | None = None
+    ) -> Tensor:
+        """x [..., K] · weight [N, K]ᵀ → [..., N], the input as the target sees it; rows and gates for `observe`."""
+        return self._product(x if self.activation is None else self.activation(name, x), weight, [name], rows, gates)
+
+    def stacked(self, x: Tensor, weights: Tensor, names: Sequence[str], gates: Tensor) -> Tensor:
+        """x [n, K] · weights [X, N, K] of all experts → [n, X · N], x rounded once; gates [n, X] for `observe`."""
+        if self.activation is None:
+            return self._product(x, weights.flatten(0, 1), names, None, gates)
+        parts, first = [], 0
+        # A weight that is kept leaves its input as it is, and that can be told without rows.
+        nothing, activation = x[:0], self.activation
+        for kept, run in groupby(names, key=lambda name: activation(name, nothing) is nothing):
+            own = list(run)
+            seen, experts = x if kept else activation(own[0], x), slice(first, first + len(own))
+            parts.append(self._product(seen, weights[experts].flatten(0, 1), own, None, gates[:, experts]))
+            first += len(own)
+        return torch.cat(parts, -1)
+
+    def summed(self, x: Tensor, weights: Tensor, names: Sequence[str], *, default: ExpertInput) -> Tensor:
+        """Σ_e W_e x_e of all experts in one matmul: x [n, X, K] with gates in it, weights [X, N, K] → [n, N]."""
+        if self.activation is not None:
+            runs = _joined(self._ways(names, default))
+            parts = [self.activation(names[run[0]], x[:, run[0] : run[-1] + 1].flatten(1)) for run in runs]
+            x = torch.cat(parts, 1)
+        return self._product(x.reshape(len(x), -1), weights.transpose(0, 1).flatten(1), names, None, None)
 
     def sum_experts(
         self, parts: Sequence[ExpertPart], *, count: int, names: Sequence[str], default: ExpertInput
@@ -102,16 +158,15 @@ class Forward:
             names: weight tensors of all experts.
             default: what is rounded where nothing else is said.
         """
-        ways = [default] * len(names)
-        if self.expert_input is not None:
-            ways = [self.expert_input(name) or default for name in names]
+        ways = self._ways(names, default)
         inputs = {part.expert: part.x * part.gate if ways[part.expert].gated else part.x for part in parts}
         if self.activation is not None:
             inputs = self._rounded(self.activation, parts, inputs, ways, count)
         outputs = []
         for part in parts:
-            out = self._product(inputs[part.expert], part.weight)
-            outputs.append(out if ways[part.expert].gated else out * part.gate)
+            gate = None if ways[part.expert].gated else part.gate
+            out = self._product(inputs[part.expert], part.weight, [part.name], part.rows, gate)
+            outputs.append(out if gate is None else out * gate)
         first = parts[0]
         total = torch.zeros((count, first.weight.shape[0]), dtype=first.gate.dtype, device=first.x.device)
         return total.index_add(0, torch.cat([part.rows for part in parts]), torch.cat(outputs).to(total.dtype))
@@ -127,8 +182,7 @@ class Forward:
         """The inputs by expert, as the target sees them."""
         found = {part.expert: part for part in parts}
         rounded: dict[int, Tensor] = {}
-        for _, group in groupby(range(len(ways)), key=lambda e: ways[e].joined or e):
-            run = list(group)
+        for run in _joined(ways):
             chosen = [found[e] for e in run if e in found]
             if len(run) == 1:
                 rounded |= {part.expert: activation(part.name, inputs[part.expert]) for part in chosen}
@@ -141,10 +195,21 @@ class Forward:
                 rounded |= {part.expert: joined[part.rows, part.expert - run[0]] for part in chosen}
         return rounded
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _ways(self, names: Sequence[str], default: ExpertInput) -> list[ExpertInput]:
+        if self.expert_input is None:
+            return [default] * len(names)
+        return [self.expert_input(name) or default for name in names]
+
+    def _product(
+        self, x: Tensor, weight: Tensor, names: Sequence[str], rows: Tensor | None, gates: Tensor | None
+    ) -> Tensor:
         if self.matmul_dtype is not None:
-            return F.linear(x.to(self.matmul_dtype), weight.to(self.matmul_dtype))
-        return F.linear(x, weight)
+            out = F.linear(x.to(self.matmul_dtype), weight.to(self.matmul_dtype))
+        else:
+            out = F.linear(x, weight)
+        if self.observe is not None:
+            self.observe(names, x.reshape(-1, x.shape[-1]), rows, gates, out)
+        return out
 
     def routed(self, name: str, routing: Routing) -> Routing:
         """Show a routing to the tap, and let it be replaced."""
@@ -154,4 +219,9 @@ class Forward:
 
     def step(self) -> "Forward":
         """The same pass for one token."""
-        return replace(self, form="step")
+        return replace(self, scan="step")
+
+
+def _joined(ways: Sequence[ExpertInput]) -> list[list[int]]:
+    """Experts in runs that are rounded as one vector."""
+    return [list(run) for _, run in groupby(range(len(ways)), key=lambda e: ways[e].joined or e)]

@@ -14,30 +14,37 @@ ssm.expert.dt_bias, ssm.A_log, ssm.D, ssm.out_proj. States: ssm.conv_state, ssm.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mossquant.model.block import Block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import GATED, ExpertPart, Forward
 from mossquant.model.routing import Routing, route
 from mossquant.model.scan import causal_conv, conv_step, scans
-from mossquant.model.tensors import SiteSpec, StateSpec, TensorSpec, View
+from mossquant.model.tensors import Experts, SiteSpec, StateSpec, Stored, TensorSpec, Use, View
 
 __all__ = ["Mixer"]
 
+_LINEAR, _SUMMED, _ROUTER = (frozenset({use}) for use in (Use.LINEAR, Use.SUMMED, Use.ROUTER))
 
-class Mixer(nn.Module):
-    """The mixer of one block. Expert parameters are stacked along a leading axis X; a checkpoint holds them apart."""
+
+class Mixer(Block):
+    """The mixer of one layer."""
+
+    kind, norm_name = "ssm", "norm"
 
     def __init__(self, config: MossNetConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         D, E, N, R = config.hidden_size, config.d_inner, config.state_size, config.time_step_rank
         X = config.ssm_experts(layer)
-        self.config, self.layer, self.experts = config, layer, X
+        self.count = X
         self.in_proj = nn.Parameter(torch.empty(2 * E, D))
-        self.conv_weight = nn.Parameter(torch.empty(E, config.conv_kernel))
+        self.conv = nn.Parameter(torch.empty(E, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(E))
         self.router = nn.Parameter(torch.empty(X, D)) if X > 1 else None
         self.x_proj = nn.Parameter(torch.empty(X, R + 2 * N, E))
@@ -48,35 +55,51 @@ class Mixer(nn.Module):
         self.out_proj = nn.Parameter(torch.empty(D, E))
 
     @staticmethod
-    def specs(config: MossNetConfig, layer: int) -> list[TensorSpec]:
-        """The tensors of this kind in a checkpoint, without the block's norm."""
+    def present(config: MossNetConfig, layer: int) -> bool:
+        """Every layer has one."""
+        return True
+
+    @classmethod
+    def own_specs(cls, config: MossNetConfig, layer: int) -> list[TensorSpec]:
+        """The tensors of this kind in a checkpoint, without the norm."""
         D, E, N, R = config.hidden_size, config.d_inner, config.state_size, config.time_step_rank
         X, W = config.ssm_experts(layer), config.conv_kernel
         at, site = f"backbone.layers.{layer}.mixer", f"layers.{layer}.mixer"
+
+        def linear(
+            own: str,
+            name: str,
+            shape: tuple[int, int],
+            *,
+            expert: int | None = None,
+            use: frozenset[Use] = _LINEAR,
+            parts: tuple[tuple[str, int], ...] = (),
+        ) -> TensorSpec:
+            role = f"ssm.{name}" if expert is None else f"ssm.expert.{name}"
+            weight, entering = f"{own}.{name}.weight", f"{site}.{name}.input"
+            return TensorSpec(weight, shape, role, View.MATRIX, layer, expert, entering, use, parts=parts)
+
         specs = [
-            TensorSpec(f"{at}.in_proj.weight", (2 * E, D), "ssm.in_proj", layer=layer, site=f"{site}.in_proj.input"),
+            linear(at, "in_proj", (2 * E, D), parts=(("x", E), ("z", E))),
             TensorSpec(f"{at}.conv1d.weight", (E, 1, W), "ssm.conv", View.CONV, layer),
             TensorSpec(f"{at}.conv1d.bias", (E,), "ssm.conv_bias", View.VECTOR, layer),
         ]
         if X > 1:
-            specs.append(TensorSpec(f"{at}.router.weight", (X, D), "ssm.router", layer=layer))
-        for e in range(X):
-            # A layer with one expert is written with Mamba's own names.
-            own = f"{at}.experts.{e}" if X > 1 else at
-            x_site, dt_site = f"{site}.x_proj.input", f"{site}.dt_proj.input"
+            specs.append(TensorSpec(f"{at}.router.weight", (X, D), "ssm.router", layer=layer, use=_ROUTER))
+        for e, own in enumerate(_own_names(layer, X)):
             specs += [
-                TensorSpec(f"{own}.x_proj.weight", (R + 2 * N, E), "ssm.expert.x_proj", View.MATRIX, layer, e, x_site),
-                TensorSpec(f"{own}.dt_proj.weight", (E, R), "ssm.expert.dt_proj", View.MATRIX, layer, e, dt_site),
+                linear(own, "x_proj", (R + 2 * N, E), expert=e, parts=(("delta", R), ("B", N), ("C", N))),
+                linear(own, "dt_proj", (E, R), expert=e, use=_SUMMED),
                 TensorSpec(f"{own}.dt_proj.bias", (E,), "ssm.expert.dt_bias", View.VECTOR, layer, e),
             ]
         return specs + [
-            TensorSpec(f"{at}.A_log", (E, N), "ssm.A_log", layer=layer),
+            TensorSpec(f"{at}.A_log", (E, N), "ssm.A_log", layer=layer, stored=Stored.LOG_OF_DECAY),
             TensorSpec(f"{at}.D", (E,), "ssm.D", View.VECTOR, layer),
-            TensorSpec(f"{at}.out_proj.weight", (D, E), "ssm.out_proj", layer=layer, site=f"{site}.out_proj.input"),
+            linear(at, "out_proj", (D, E)),
         ]
 
-    @staticmethod
-    def states(config: MossNetConfig, layer: int) -> list[StateSpec]:
+    @classmethod
+    def states(cls, config: MossNetConfig, layer: int) -> list[StateSpec]:
         """The last W−1 inputs of the convolution, oldest first, and the SSM state."""
         E = config.d_inner
         return [
@@ -84,34 +107,29 @@ class Mixer(nn.Module):
             StateSpec(f"layers.{layer}.mixer.ssm", (E, config.state_size), "ssm.ssm_state"),
         ]
 
-    @staticmethod
-    def sites(config: MossNetConfig, layer: int) -> list[SiteSpec]:
+    @classmethod
+    def sites(cls, config: MossNetConfig, layer: int) -> list[SiteSpec]:
         """The vectors that enter its linears. dt_proj's is the gated δ of all experts side by side."""
-        E, X = config.d_inner, config.ssm_experts(layer)
-        widths = {
-            "in_proj": config.hidden_size,
-            "x_proj": E,
-            "dt_proj": X * config.time_step_rank,
-            "out_proj": E,
-        }
-        specs = Mixer.specs(config, layer)
-        sites = []
-        for linear, width in widths.items():
-            name = f"layers.{layer}.mixer.{linear}.input"
-            readers = [spec for spec in specs if spec.site == name]
-            sites.append(SiteSpec(name, f"{readers[0].role}.input", width, tuple(spec.name for spec in readers)))
-        return sites
+        width = config.ssm_experts(layer) * config.time_step_rank
+        sites = super().sites(config, layer)
+        return [replace(site, width=width) if site.role == "ssm.expert.dt_proj.input" else site for site in sites]
 
-    def parameter_of(self, spec: TensorSpec) -> Tensor:
-        """The view of this module's parameters that holds a checkpoint tensor (writable, same storage)."""
-        kind = spec.role.removeprefix("ssm.")
-        if kind == "conv":
-            return self.conv_weight.detach().unsqueeze(1)
-        if kind.startswith("expert."):
-            stacked: Tensor = getattr(self, kind.removeprefix("expert."))
-            return stacked.detach()[spec.expert if spec.expert is not None else 0]
-        found: Tensor = getattr(self, kind)
-        return found.detach()
+    @classmethod
+    def experts(cls, config: MossNetConfig, layer: int) -> Experts:
+        """x_proj, dt_proj and its bias of each expert."""
+        specs, chosen = cls.own_specs(config, layer), config.ssm_chosen(layer)
+        return Experts.of(specs, kind=cls.kind, counted_by="num_ssm_experts", chosen=chosen)
+
+    @classmethod
+    def renamed(cls, spec: TensorSpec, keep: Sequence[int]) -> str | None:
+        """One expert that is left has Mamba's own names, and no router."""
+        if spec.expert is None:
+            return None if Use.ROUTER in spec.use and len(keep) == 1 else spec.name
+        if spec.expert not in keep:
+            return None
+        assert spec.layer is not None
+        own = _own_names(spec.layer, len(keep))[list(keep).index(spec.expert)]
+        return ".".join([own, *spec.name.split(".")[-2:]])
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Mamba's initialisation: Δ log-uniform in 1e-3…0.1, A = −1…−N, out_proj scaled by 1/√(2·layers)."""
@@ -119,7 +137,7 @@ class Mixer(nn.Module):
         D, E, N, R = config.hidden_size, config.d_inner, config.state_size, config.time_step_rank
         with torch.no_grad():
             self.in_proj.uniform_(-(D**-0.5), D**-0.5, generator=generator)
-            self.conv_weight.uniform_(-(config.conv_kernel**-0.5), config.conv_kernel**-0.5, generator=generator)
+            self.conv.uniform_(-(config.conv_kernel**-0.5), config.conv_kernel**-0.5, generator=generator)
             self.conv_bias.zero_()
             if self.router is not None:
                 self.router.normal_(0, 0.02, generator=generator)
@@ -133,60 +151,70 @@ class Mixer(nn.Module):
             scale = (E * 2 * config.num_hidden_layers) ** -0.5
             self.out_proj.uniform_(-scale, scale, generator=generator)
 
-    def forward(self, u: Tensor, conv: Tensor, ssm: Tensor, run: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        """u [B, T, D] normed, states [B, E, W−1] and [B, E, N] → out [B, T, D], states."""
+    def forward(self, u: Tensor, state: Mapping[str, Tensor], run: Forward) -> tuple[Tensor, dict[str, Tensor]]:
+        """u [B, T, D] normed, states [B, E, W−1] and [B, E, N] → [B, T, D], states."""
         at = f"backbone.layers.{self.layer}.mixer"
+        window, ssm_state = (spec.name for spec in self.states(self.config, self.layer))
+        ssm = state[ssm_state]
         batch, time, width = u.shape
-        x, z = run.linear(u, self.in_proj, f"{at}.in_proj.weight").chunk(2, -1)
-        convolve = conv_step if run.form == "step" else run.conv or causal_conv
-        x, conv = convolve(x, self.conv_weight, self.conv_bias, conv)
+        x, z = run.linear(u, self.value("in_proj", run), f"{at}.in_proj.weight").chunk(2, -1)
+        convolve = conv_step if run.scan == "step" else run.conv or causal_conv
+        x, conv = convolve(x, self.value("conv", run), self.value("conv_bias", run), state[window])
         rows = u.reshape(-1, width)
-        routing = route(rows, self.router, experts=self.experts, chosen=self.config.ssm_chosen(self.layer))
+        router = None if self.router is None else self.value("router", run)
+        routing = route(rows, router, experts=self.count, chosen=self.config.ssm_chosen(self.layer))
         routing = run.routed(f"layers.{self.layer}.mixer.router", routing)
         mix = self._mix_dense if run.dense_ssm else self._mix_chosen
         dt, Bm, Cm = mix(x.reshape(-1, x.shape[-1]), routing, run)
         shape = (batch, time, -1)
-        A = -torch.exp(self.A_log.to(ssm.dtype))
-        y, ssm = scans(run.form)(
+        A = -torch.exp(self.value("A_log", run).to(ssm.dtype))
+        y, ssm = scans(run.scan)(
             x.to(ssm.dtype),
             dt.reshape(shape).to(ssm.dtype),
             A,
             Bm.reshape(shape).to(ssm.dtype),
             Cm.reshape(shape).to(ssm.dtype),
-            self.D,
+            self.value("D", run),
             ssm,
         )
-        return run.linear(y * F.silu(z), self.out_proj, f"{at}.out_proj.weight"), conv, ssm
+        out = run.linear(y * F.silu(z), self.value("out_proj", run), f"{at}.out_proj.weight")
+        return out, {window: conv, ssm_state: ssm}
 
     def _mix_chosen(self, x: Tensor, routing: Routing, run: Forward) -> tuple[Tensor, Tensor, Tensor]:
         """Each expert sees the rows that chose it and no other: an expert that nobody chose is never read."""
-        at = f"backbone.layers.{self.layer}.mixer"
         N, R = self.config.state_size, self.config.time_step_rank
+        x_proj, dt_proj, dt_bias = (self.value(name, run) for name in ("x_proj", "dt_proj", "dt_bias"))
         bias = torch.zeros_like(x)
-        own = [f"{at}.experts.{e}" for e in range(self.experts)] if self.experts > 1 else [at]
+        own = _own_names(self.layer, self.count)
         parts, names = [], [f"{name}.dt_proj.weight" for name in own]
         bc = torch.zeros((x.shape[0], 2 * N), dtype=x.dtype, device=x.device)
-        for e in range(self.experts):
+        for e in range(self.count):
             rows, gate = routing.rows_of(e)
             if rows.numel() == 0:
                 continue
-            out = run.linear(x[rows], self.x_proj[e], f"{own[e]}.x_proj.weight")
-            parts.append(ExpertPart(e, rows, gate, out[:, :R], self.dt_proj[e], names[e]))
-            bias = bias.index_add(0, rows, gate * self.dt_bias[e])
+            out = run.linear(x[rows], x_proj[e], f"{own[e]}.x_proj.weight", rows=rows, gates=gate)
+            parts.append(ExpertPart(e, rows, gate, out[:, :R], dt_proj[e], names[e]))
+            bias = bias.index_add(0, rows, gate * dt_bias[e])
             bc = bc.index_add(0, rows, out[:, R:] * gate)
         dt = run.sum_experts(parts, count=len(x), names=names, default=GATED) + bias
         return dt, bc[:, :N], bc[:, N:]
 
     def _mix_dense(self, x: Tensor, routing: Routing, run: Forward) -> tuple[Tensor, Tensor, Tensor]:
         """All experts stacked in one matmul each way, gates applied between: faster where all rows train together."""
-        N, R, X = self.config.state_size, self.config.time_step_rank, self.experts
+        N, R, X = self.config.state_size, self.config.time_step_rank, self.count
         gates = routing.dense()
-        at = f"backbone.layers.{self.layer}.mixer"
-        out = run.linear(x, self.x_proj.flatten(0, 1), f"{at}.x_proj").view(-1, X, R + 2 * N)
+        own = _own_names(self.layer, X)
+        stacked = run.stacked(x, self.value("x_proj", run), [f"{name}.x_proj.weight" for name in own], gates)
+        out = stacked.view(-1, X, R + 2 * N)
         ranks, bcs = torch.split(out * gates.unsqueeze(-1).to(out.dtype), [R, 2 * N], -1)
-        delta = ranks.reshape(-1, X * R)
         bc = bcs.sum(1, dtype=torch.float32 if out.dtype == torch.bfloat16 else None)
-        weight = self.dt_proj.transpose(0, 1).flatten(1)
-        dt = run.linear(delta, weight, f"{at}.dt_proj") + gates @ self.dt_bias
+        dt = run.summed(ranks, self.value("dt_proj", run), [f"{name}.dt_proj.weight" for name in own], default=GATED)
+        dt = dt + gates @ self.value("dt_bias", run)
         Bm, Cm = bc.chunk(2, -1)
         return dt, Bm, Cm
+
+
+def _own_names(layer: int, experts: int) -> list[str]:
+    """What the names of each expert's tensors begin with: those of one alone are Mamba's own."""
+    at = f"backbone.layers.{layer}.mixer"
+    return [at] if experts == 1 else [f"{at}.experts.{e}" for e in range(experts)]

@@ -7,36 +7,47 @@ It carries no state. Letters as in `mossquant.model`. Roles: mlp.norm, mlp.route
 mlp.expert.w3 (up), mlp.expert.w2 (down).
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mossquant.model.block import Block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import OWN, ExpertPart, Forward
 from mossquant.model.routing import route
-from mossquant.model.tensors import SiteSpec, TensorSpec
+from mossquant.model.tensors import Experts, TensorSpec, Use
 
 __all__ = ["Mlp"]
 
 
-class Mlp(nn.Module):
-    """The channel mixer of one block. Expert parameters are stacked along a leading axis X."""
+class Mlp(Block):
+    """The channel mixer of one layer."""
+
+    kind, norm_name = "mlp", "norm2"
 
     def __init__(self, config: MossNetConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         D, F_, X = config.hidden_size, config.mlp_intermediate_size, config.mlp_experts(layer)
-        self.config, self.layer, self.experts = config, layer, X
+        self.count = X
         self.router = nn.Parameter(torch.empty(X, D)) if X > 1 else None
         self.w1 = nn.Parameter(torch.empty(X, F_, D))
         self.w3 = nn.Parameter(torch.empty(X, F_, D))
         self.w2 = nn.Parameter(torch.empty(X, D, F_))
 
     @staticmethod
-    def specs(config: MossNetConfig, layer: int) -> list[TensorSpec]:
-        """The tensors of this kind in a checkpoint, without the block's norm."""
+    def present(config: MossNetConfig, layer: int) -> bool:
+        """Only where there are experts."""
+        return config.mlp_experts(layer) > 0
+
+    @classmethod
+    def own_specs(cls, config: MossNetConfig, layer: int) -> list[TensorSpec]:
+        """The tensors of this kind in a checkpoint, without the norm."""
         D, F_, X = config.hidden_size, config.mlp_intermediate_size, config.mlp_experts(layer)
         at, site = f"backbone.layers.{layer}.mlp", f"layers.{layer}.mlp"
-        specs = [TensorSpec(f"{at}.router.weight", (X, D), "mlp.router", layer=layer)] if X > 1 else []
+        router = TensorSpec(f"{at}.router.weight", (X, D), "mlp.router", layer=layer, use=frozenset({Use.ROUTER}))
+        specs = [router] if X > 1 else []
         for e in range(X):
             for name, shape, source in (("w1", (F_, D), "w1"), ("w3", (F_, D), "w1"), ("w2", (D, F_), "w2")):
                 specs.append(
@@ -47,25 +58,26 @@ class Mlp(nn.Module):
                         layer=layer,
                         expert=e,
                         site=f"{site}.{source}.input",
+                        use=frozenset({Use.SUMMED if name == "w2" else Use.LINEAR}),
                     )
                 )
         return specs
 
-    @staticmethod
-    def sites(config: MossNetConfig, layer: int) -> list[SiteSpec]:
-        """The vectors that enter its linears: w1 and w3 read one, w2 reads each expert's own."""
-        specs = Mlp.specs(config, layer)
-        sites = []
-        for linear, width in (("w1", config.hidden_size), ("w2", config.mlp_intermediate_size)):
-            name = f"layers.{layer}.mlp.{linear}.input"
-            readers = tuple(spec.name for spec in specs if spec.site == name)
-            sites.append(SiteSpec(name, f"mlp.expert.{linear}.input", width, readers))
-        return sites
+    @classmethod
+    def experts(cls, config: MossNetConfig, layer: int) -> Experts:
+        """w1, w3 and w2 of each expert."""
+        specs, chosen = cls.own_specs(config, layer), config.mlp_chosen(layer)
+        return Experts.of(specs, kind=cls.kind, counted_by="num_mlp_experts", chosen=chosen)
 
-    def parameter_of(self, spec: TensorSpec) -> Tensor:
-        """The view of this module's parameters that holds a checkpoint tensor (writable, same storage)."""
-        found: Tensor = getattr(self, spec.role.rpartition(".")[2])
-        return found.detach() if spec.expert is None else found.detach()[spec.expert]
+    @classmethod
+    def renamed(cls, spec: TensorSpec, keep: Sequence[int]) -> str | None:
+        """One expert that is left is expert 0, without a router; with the last one the block goes, and its norm."""
+        if spec.expert is None:
+            return None if len(keep) == 0 or (Use.ROUTER in spec.use and len(keep) == 1) else spec.name
+        if spec.expert not in keep:
+            return None
+        before, after = spec.name.split(f".experts.{spec.expert}.")
+        return f"{before}.experts.{list(keep).index(spec.expert)}.{after}"
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Uniform in ±1/√inputs, w2 scaled by 1/√(2·layers)."""
@@ -78,21 +90,22 @@ class Mlp(nn.Module):
             scale = (F_ * 2 * self.config.num_hidden_layers) ** -0.5
             self.w2.uniform_(-scale, scale, generator=generator)
 
-    def forward(self, u: Tensor, run: Forward) -> Tensor:
+    def forward(self, u: Tensor, state: Mapping[str, Tensor], run: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         """u [B, T, D] normed → [B, T, D]. Rows are gathered by expert; an expert that nobody chose is never read."""
         at = f"backbone.layers.{self.layer}.mlp.experts"
         rows_u = u.reshape(-1, u.shape[-1])
-        routing = route(rows_u, self.router, experts=self.experts, chosen=self.config.mlp_chosen(self.layer))
+        router = None if self.router is None else self.value("router", run)
+        routing = route(rows_u, router, experts=self.count, chosen=self.config.mlp_chosen(self.layer))
         routing = run.routed(f"layers.{self.layer}.mlp.router", routing)
-        parts, names = [], [f"{at}.{e}.w2.weight" for e in range(self.experts)]
+        parts, names = [], [f"{at}.{e}.w2.weight" for e in range(self.count)]
         # unbind, not indexing: the gradient of an index is a whole stack of zeros for every expert
-        w1, w3, w2 = self.w1.unbind(), self.w3.unbind(), self.w2.unbind()
-        for e in range(self.experts):
+        w1, w3, w2 = (self.value(name, run).unbind() for name in ("w1", "w3", "w2"))
+        for e in range(self.count):
             rows, gate = routing.rows_of(e)
             if rows.numel() == 0:
                 continue
             own = rows_u[rows]
-            hidden = F.silu(run.linear(own, w1[e], f"{at}.{e}.w1.weight"))
-            hidden = hidden * run.linear(own, w3[e], f"{at}.{e}.w3.weight")
+            hidden = F.silu(run.linear(own, w1[e], f"{at}.{e}.w1.weight", rows=rows, gates=gate))
+            hidden = hidden * run.linear(own, w3[e], f"{at}.{e}.w3.weight", rows=rows, gates=gate)
             parts.append(ExpertPart(e, rows, gate, hidden, w2[e], names[e]))
-        return run.sum_experts(parts, count=len(rows_u), names=names, default=OWN).view_as(u)
+        return run.sum_experts(parts, count=len(rows_u), names=names, default=OWN).view_as(u), {}

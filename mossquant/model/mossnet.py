@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """MossNet in plain PyTorch: embedding → blocks → RMSNorm → LM head.
 
-    x = x + mixer(norm(x));   x = x + mlp(norm2(x))        each block; the MLP only where it has experts
+    x = x + mixer(norm(x));   x = x + mlp(norm2(x))        each layer; the MLP only where it has experts
+
+Which blocks a layer has, `mossquant.model.blocks` says; nothing here knows a kind by name.
 
 Source: "MossNet: Mixture of State-Space Experts is a Multi-Head Attention" (arXiv 2510.26182). Its abstract fixes the
 idea, a mixture of experts in the MLPs and in the SSM kernels; these choices are this project's own: the head is tied
@@ -11,54 +13,53 @@ input with softmax over the chosen logits, the experts' parameters are mixed whi
 Letters as in `mossquant.model`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mossquant.model.block import Block, rms_norm
+from mossquant.model.blocks import blocks_of, kinds_of
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
-from mossquant.model.mixer import Mixer
-from mossquant.model.mlp import Mlp
-from mossquant.model.tensors import SiteSpec, StateSpec, TensorSpec, View
+from mossquant.model.tensors import Experts, SiteSpec, StateSpec, TensorSpec, Use, View
 
-__all__ = ["MossNet", "activation_sites", "parameter_count", "rms_norm", "state_specs", "tensor_specs"]
+__all__ = ["MossNet", "activation_sites", "experts_of", "parameter_count", "state_specs", "tensor_specs"]
+
+_TABLE, _NORM, _HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
 
 def tensor_specs(config: MossNetConfig) -> list[TensorSpec]:
     """Every tensor that a checkpoint of this config holds, in the order in which they are stored and processed."""
-    V, D = config.vocab_size, config.hidden_size
-    tied = config.tie_word_embeddings
+    shape, tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
     site = "lm_head.input"
-    specs = [TensorSpec("backbone.embeddings.weight", (V, D), "embedding", site=site if tied else None)]
-    for i in range(config.num_hidden_layers):
-        at = f"backbone.layers.{i}"
-        specs.append(TensorSpec(f"{at}.norm.weight", (D,), "ssm.norm", View.VECTOR, i))
-        specs += Mixer.specs(config, i)
-        if config.mlp_experts(i):
-            specs.append(TensorSpec(f"{at}.norm2.weight", (D,), "mlp.norm", View.VECTOR, i))
-            specs += Mlp.specs(config, i)
-    specs.append(TensorSpec("backbone.norm_f.weight", (D,), "norm_f", View.VECTOR))
+    uses = {Use.TABLE, Use.LINEAR} if tied else {Use.TABLE}
+    specs = [TensorSpec(_TABLE, shape, "embedding", site=site if tied else None, use=frozenset(uses))]
+    for layer, kind in blocks_of(config):
+        specs += kind.specs(config, layer)
+    specs.append(TensorSpec(_NORM, (config.hidden_size,), "norm_f", View.VECTOR, use=frozenset({Use.NORM})))
     if not tied:
-        specs.append(TensorSpec("lm_head.weight", (V, D), "head", site=site))
+        specs.append(TensorSpec(_HEAD, shape, "head", site=site, use=frozenset({Use.LINEAR})))
     return specs
 
 
 def state_specs(config: MossNetConfig) -> list[StateSpec]:
     """Every state array of this config, block by block."""
-    return [spec for i in range(config.num_hidden_layers) for spec in Mixer.states(config, i)]
+    return [spec for layer, kind in blocks_of(config) for spec in kind.states(config, layer)]
 
 
 def activation_sites(config: MossNetConfig) -> list[SiteSpec]:
     """Every vector that enters a linear layer, block by block, the LM head last."""
-    sites = []
-    for i in range(config.num_hidden_layers):
-        sites += Mixer.sites(config, i)
-        if config.mlp_experts(i):
-            sites += Mlp.sites(config, i)
-    reader = "backbone.embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"
+    sites = [site for layer, kind in blocks_of(config) for site in kind.sites(config, layer)]
+    reader = _TABLE if config.tie_word_embeddings else _HEAD
     return [*sites, SiteSpec("lm_head.input", "head.input", config.hidden_size, (reader,))]
+
+
+def experts_of(config: MossNetConfig) -> list[Experts]:
+    """The experts of every block that has some, block by block."""
+    found = [kind.experts(config, layer) for layer, kind in blocks_of(config)]
+    return [experts for experts in found if experts is not None]
 
 
 def parameter_count(config: MossNetConfig) -> int:
@@ -66,32 +67,21 @@ def parameter_count(config: MossNetConfig) -> int:
     return sum(spec.count for spec in tensor_specs(config))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich 2019)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-class Block(nn.Module):
-    """One mixer and, where the layer has experts for it, one channel mixer, each behind its norm."""
+class Layer(nn.Module):
+    """The blocks of one layer."""
 
     def __init__(self, config: MossNetConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.eps = layer, config.rms_norm_eps
-        self.norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.mixer = Mixer(config, layer)
-        has_mlp = config.mlp_experts(layer) > 0
-        self.norm2 = nn.Parameter(torch.empty(config.hidden_size)) if has_mlp else None
-        self.mlp = Mlp(config, layer) if has_mlp else None
+        blocks = [kind(config, layer) for kind in kinds_of(config, layer)]
+        # Norms first: training sums the squares of gradients in the order of the parameters, which decides roundings.
+        self.norms = nn.ParameterList(block.norm for block in blocks)
+        self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, conv: Tensor, ssm: Tensor, run: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] and the mixer's states → the same."""
-        out, conv, ssm = self.mixer(rms_norm(x, self.norm, self.eps), conv, ssm, run)
-        x = x + out
-        if self.mlp is not None and self.norm2 is not None:
-            x = x + self.mlp(rms_norm(x, self.norm2, self.eps), run)
-        if run.tap is not None:
-            run.tap(f"layers.{self.layer}", x)
-        return x, conv, ssm
+    def __iter__(self) -> Iterator[Block]:
+        """In the order in which they are computed."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
 
 
 class MossNet(nn.Module):
@@ -104,29 +94,38 @@ class MossNet(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm_f = nn.Parameter(torch.empty(config.hidden_size))
         self.lm_head = None if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embeddings))
         self.to(dtype)
 
+    @property
+    def blocks(self) -> Iterator[Block]:
+        """Every block, in the order in which they are computed."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield from layer
+
     def parameter_of(self, spec: TensorSpec) -> Tensor:
         """The view of the parameters that holds a checkpoint tensor (writable, same storage)."""
         if spec.layer is None:
-            named = {"embedding": self.embeddings, "norm_f": self.norm_f, "head": self.lm_head}
-            found = named[spec.role]
-            assert found is not None
-            return found.detach()
-        block = self.layers[spec.layer]
-        assert isinstance(block, Block)
-        if spec.role == "ssm.norm":
-            return block.norm.detach()
-        if spec.role == "mlp.norm":
-            assert block.norm2 is not None
-            return block.norm2.detach()
-        if spec.role.startswith("mlp."):
-            assert block.mlp is not None
-            return block.mlp.parameter_of(spec)
-        return block.mixer.parameter_of(spec)
+            return self._own()[spec.name].detach()
+        layer = self.layers[spec.layer]
+        assert isinstance(layer, Layer)
+        return next(block.parameter_of(spec) for block in layer if block.holds(spec))
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """Parameters that belong to no block, by their names in a checkpoint."""
+        own = {_TABLE: self.embeddings, _NORM: self.norm_f}
+        return own if self.lm_head is None else own | {_HEAD: self.lm_head}
+
+    def load(self, value: Callable[[str], Tensor]) -> "MossNet":
+        """Take every tensor from `value`, by its name in a checkpoint; returns itself, for inference."""
+        for name, parameter in self._own().items():
+            parameter.detach().copy_(value(name).view(parameter.shape))
+        for block in self.blocks:
+            block.load(value)
+        return self.requires_grad_(False).eval()
 
     def reset_parameters(self, seed: int) -> None:
         """Initial weights for training, the same on every machine for a seed."""
@@ -136,13 +135,9 @@ class MossNet(nn.Module):
             self.norm_f.fill_(1)
             if self.lm_head is not None:
                 self.lm_head.normal_(0, 0.02, generator=generator)
-            for block in self.layers:
-                assert isinstance(block, Block)
+            for block in self.blocks:
                 block.norm.fill_(1)
-                block.mixer.reset_parameters(generator)
-                if block.norm2 is not None and block.mlp is not None:
-                    block.norm2.fill_(1)
-                    block.mlp.reset_parameters(generator)
+                block.reset_parameters(generator)
 
     def initial_state(self, batch: int) -> dict[str, Tensor]:
         """The state before the first token: zeros."""
@@ -151,18 +146,26 @@ class MossNet(nn.Module):
 
     def hidden(self, tokens: Tensor, state: Mapping[str, Tensor], run: Forward) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens [B, T] int64 → final normed hidden [B, T, D], and the new state."""
-        x = self.embeddings[tokens]
+        x = self._value(_TABLE, run)[tokens]
         after = dict(state)
-        for i, block in enumerate(self.layers):
-            conv, ssm = f"layers.{i}.mixer.conv", f"layers.{i}.mixer.ssm"
-            x, after[conv], after[ssm] = block(x, state[conv], state[ssm], run)
-        return rms_norm(x, self.norm_f, self.config.rms_norm_eps), after
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            for block in layer:
+                x, own = block.added(x, state, run)
+                after |= own
+            if run.tap is not None:
+                run.tap(f"layers.{i}", x)
+        return rms_norm(x, self._value(_NORM, run), self.config.rms_norm_eps), after
 
     def head(self, hidden: Tensor, run: Forward) -> Tensor:
         """hidden [..., D] → logits [..., V]."""
-        if self.lm_head is None:
-            return run.linear(hidden, self.embeddings, "backbone.embeddings.weight")
-        return run.linear(hidden, self.lm_head, "lm_head.weight")
+        name = _TABLE if self.lm_head is None else _HEAD
+        return run.linear(hidden, self._value(name, run), name)
+
+    def _value(self, name: str, run: Forward) -> Tensor:
+        """A parameter that belongs to no block, as this pass sees it."""
+        parameter = self._own()[name]
+        return parameter if run.weight is None else run.weight(name, parameter)
 
     def forward(
         self,
@@ -180,7 +183,7 @@ class MossNet(nn.Module):
             state = self.initial_state(tokens.shape[0])
         if run is None:
             run = Forward(
-                form="step" if tokens.shape[1] == 1 else "kernel" if tokens.device.type == "cpu" else "chunked"
+                scan="step" if tokens.shape[1] == 1 else "kernel" if tokens.device.type == "cpu" else "chunked"
             )
         hidden, after = self.hidden(tokens, state, run)
         return self.head(hidden if logits == "all" else hidden[:, -1:], run), after

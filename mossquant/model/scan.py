@@ -19,9 +19,18 @@ from torch import Tensor
 
 from mossquant.kernels.scan.autograd import selective_scan as scan_kernel
 
-__all__ = ["Form", "causal_conv", "conv_step", "scan_chunked", "scan_kernel", "scan_sequential", "scan_step", "scans"]
+__all__ = [
+    "ScanForm",
+    "causal_conv",
+    "conv_step",
+    "scan_chunked",
+    "scan_kernel",
+    "scan_sequential",
+    "scan_step",
+    "scans",
+]
 
-Form = Literal["sequential", "chunked", "kernel", "step"]
+ScanForm = Literal["sequential", "chunked", "kernel", "step"]
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CHUNK = 32
@@ -78,9 +87,9 @@ def scan_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tenso
     return torch.matmul(h, Cm.transpose(1, 2)).transpose(1, 2) + D * x, h
 
 
-def scans(form: Form) -> Scan:
+def scans(form: ScanForm) -> Scan:
     """The scan of that form."""
-    known: dict[Form, Scan] = {
+    known: dict[ScanForm, Scan] = {
         "sequential": scan_sequential,
         "chunked": scan_chunked,
         "kernel": scan_kernel,

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kind of block declares about itself: its tensors, its state arrays and its activation sites.
+"""What a kind of block declares about itself: its tensors, state arrays, activation sites and experts.
 
-Recipes, plans, ledgers, capabilities and reports speak in the roles given here; nothing outside a kind's own file
-matches on tensor names. Letters as in `mossquant.model`.
+Recipes, plans, ledgers and reports speak in the roles given here; capabilities and lowering ask what a tensor is used
+for. Nothing outside a kind's own file and its lowerings matches on names or roles. Letters as in `mossquant.model`.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-__all__ = ["SiteSpec", "StateSpec", "TensorSpec", "View"]
+__all__ = ["Experts", "SiteSpec", "StateSpec", "Stored", "TensorSpec", "Use", "View", "outside_blocks"]
 
 
 class View(Enum):
@@ -23,6 +24,38 @@ class View(Enum):
     """[n] as one row [1, n]."""
     CONV = "conv"
     """Depthwise convolution [E, 1, W] as [W, E]: groups lie along the channels."""
+
+
+class Use(Enum):
+    """What a tensor is used for; a tied table has two uses."""
+
+    LINEAR = "linear"
+    """The matrix of a linear; where experts have one, each gives outputs of its own."""
+    SUMMED = "summed linear"
+    """The matrix of a linear whose outputs are summed over the experts."""
+    TABLE = "table"
+    """Rows are looked up."""
+    ROUTER = "router"
+    """The matrix of a router: a row for each expert."""
+    NORM = "norm"
+    """The weight of a norm."""
+    SMALL = "small"
+    """A convolution, a bias, or another tensor with few values."""
+
+
+_MATRICES = {Use.LINEAR, Use.SUMMED, Use.TABLE, Use.ROUTER}
+
+
+class Stored(Enum):
+    """How the values that a model computes with follow from those that are stored."""
+
+    AS_IS = "as is"
+    LOG_OF_DECAY = "log of decay"
+    """value = −exp(stored)"""
+
+    def values(self, stored: Tensor) -> Tensor:
+        """What the model computes with, in the type of what is stored."""
+        return stored if self is Stored.AS_IS else -torch.exp(stored)
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,10 @@ class TensorSpec:
         layer: the block it belongs to, None for embedding, head and final norm.
         expert: the expert it belongs to, None where there is none.
         site: the activation site whose values it is multiplied with (linears and head only).
+        use: what it is used for.
+        stored: how the values that are computed with follow from what is stored.
+        parts: (name, number of rows) of ranges of rows that mean different things, in their order; empty: all rows
+            mean the same.
     """
 
     name: str
@@ -46,6 +83,14 @@ class TensorSpec:
     layer: int | None = None
     expert: int | None = None
     site: str | None = None
+    use: frozenset[Use] = frozenset({Use.SMALL})
+    stored: Stored = Stored.AS_IS
+    parts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is multiplied with vectors, or its rows are looked up."""
+        return bool(self.use & _MATRICES)
 
     @property
     def count(self) -> int:
@@ -81,20 +126,81 @@ class TensorSpec:
         return matrix.contiguous()
 
 
+def outside_blocks(specs: Iterable[TensorSpec]) -> dict[Use, TensorSpec]:
+    """The table, the last norm and the head, by their use; a tied table is the head too."""
+    return {use: spec for spec in specs if spec.layer is None for use in spec.use}
+
+
 @dataclass(frozen=True)
 class StateSpec:
-    """A state array that a block carries from token to token; `shape` is without the batch axis, values are fp32.
+    """A state array that a block carries from token to token; values are fp32.
 
-    The name is the same on every Runner, e.g. ``layers.3.mixer.ssm``.
+    Attributes:
+        name: the same on every Runner, e.g. ``layers.3.mixer.ssm``.
+        shape: its shape before the first token, without the batch axis.
+        role: what it is.
+        grows: the axis of `shape` that gets longer by one with every token; None: the shape stays.
     """
 
     name: str
     shape: tuple[int, ...]
     role: str
+    grows: int | None = None
+
+    def after(self, tokens: int) -> tuple[int, ...]:
+        """The shape after so many tokens, without the batch axis."""
+        return tuple(size + tokens * (axis == self.grows) for axis, size in enumerate(self.shape))
+
+    def symbolic(self, length: str) -> list[int | str]:
+        """The shape without the batch axis, the axis that grows called `length`."""
+        return [length if axis == self.grows else size for axis, size in enumerate(self.shape)]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the array may have this shape, without the batch axis, after some number of tokens."""
+        grown = 0 if self.grows is None or len(shape) != len(self.shape) else shape[self.grows] - self.shape[self.grows]
+        return grown >= 0 and tuple(shape) == self.after(grown)
 
     def zeros(self, batch: int, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
         """The state before the first token, [batch, *shape]."""
         return torch.zeros((batch, *self.shape), dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one block, behind one router.
+
+    Attributes:
+        layer: the layer.
+        kind: the kind of block, as in its roles: "ssm" or "mlp".
+        counted_by: the field of the config that says how many there are, as one number or one a layer.
+        router: name of the router's weight; None where there is one expert.
+        members: names of each expert's tensors.
+        chosen: K, how many of them a token goes to.
+    """
+
+    layer: int
+    kind: str
+    counted_by: str
+    router: str | None
+    members: tuple[tuple[str, ...], ...]
+    chosen: int
+
+    @classmethod
+    def of(cls, specs: Sequence[TensorSpec], *, kind: str, counted_by: str, chosen: int) -> "Experts":
+        """The experts among the tensors of one block."""
+        members: dict[int, list[str]] = {}
+        for spec in specs:
+            if spec.expert is not None:
+                members.setdefault(spec.expert, []).append(spec.name)
+        router = next((spec.name for spec in specs if Use.ROUTER in spec.use), None)
+        assert specs[0].layer is not None
+        named = tuple(tuple(members[expert]) for expert in sorted(members))
+        return cls(specs[0].layer, kind, counted_by, router, named, chosen)
+
+    @property
+    def count(self) -> int:
+        """X."""
+        return len(self.members)
 
 
 @dataclass(frozen=True)

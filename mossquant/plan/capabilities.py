@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each target can hold and run: one table, checked against a plan before any work.
 
-A row says, for the roles that its patterns fit, which formats a target holds; the first row of a target that fits a
-role decides. "kept" are the types in which a tensor may stay as it is. A target may hold small tensors `decoded`: as
-the fp32 values that their codes mean, exactly. Lowering never changes a value: what a target cannot hold is an error.
+A target lists the kinds of blocks that it can lower, and number formats by what a tensor is used for. "kept" are the
+types in which a tensor may stay as it is. Small tensors may be held as the fp32 values that their codes mean, exactly,
+and matrices never. Lowering never changes a value: what a target cannot hold is an error.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS
 from mossquant.formats.activations import ACTIVATION_FORMATS, STATE_FORMATS
-from mossquant.plan.plan import KEPT_DTYPES, Plan
+from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.model.blocks import KINDS, blocks_of
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import tensor_specs
+from mossquant.model.tensors import TensorSpec, Use
+from mossquant.plan.plan import Plan
 
 __all__ = [
     "CAPABILITIES",
@@ -23,32 +27,13 @@ __all__ = [
     "Capabilities",
     "Held",
     "Limits",
-    "Row",
     "check",
+    "check_blocks",
     "get_capabilities",
 ]
 
 Activations = Literal["int8", "fp32"]
 """What may be asked of the inputs of quantized linears in place of the plan: rounded at run time, or not at all."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a target holds for some roles of tensors.
-
-    Attributes:
-        roles: patterns on roles.
-        formats: number formats that it holds.
-        decoded: whether it holds fp32 values in place of the codes.
-    """
-
-    roles: tuple[str, ...]
-    formats: tuple[str, ...]
-    decoded: bool = False
-
-    def fits(self, role: str) -> bool:
-        """Whether a role falls under this row."""
-        return any(fnmatchcase(role, pattern) for pattern in self.roles)
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,8 @@ class Capabilities:
 
     Attributes:
         name: the name used in recipes and by `export`.
-        rows: what it holds, by role; the first that fits decides.
+        blocks: kinds of blocks that it can lower.
+        formats: number formats that it holds, by what a tensor is used for; a tensor with two uses needs both.
         kept: types in which a tensor may be kept.
         activations: activation formats of the inputs of linear layers whose weights are quantized.
         dynamic_int8: the one of them that stands in for a planned int8 format that the target does not have, and that
@@ -76,7 +62,8 @@ class Capabilities:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    blocks: tuple[str, ...]
+    formats: Mapping[Use, tuple[str, ...]]
     kept: tuple[str, ...]
     activations: tuple[str, ...]
     dynamic_int8: str
@@ -84,9 +71,9 @@ class Capabilities:
     limits: Limits
     suffix: str | None
 
-    def row(self, role: str) -> Row | None:
-        """The row that decides about a role."""
-        return next((row for row in self.rows if row.fits(role)), None)
+    def holds(self, spec: TensorSpec) -> list[str]:
+        """The number formats in which it holds a tensor."""
+        return [name for name in FORMATS if all(name in self.formats.get(use, ()) for use in spec.use)]
 
     def taken(self, planned: str) -> str | None:
         """The activation format used for a planned one: itself, or the target's own int8; None where there is none."""
@@ -110,24 +97,17 @@ class Capabilities:
 
 
 _EVERY = tuple(FORMATS)
-_SMALL = ("ssm.conv", "ssm.conv_bias", "ssm.A_log", "ssm.D", "ssm.expert.dt_bias")
-_MATRICES = (
-    "embedding",
-    "head",
-    "ssm.in_proj",
-    "ssm.expert.x_proj",
-    "ssm.expert.dt_proj",
-    "ssm.out_proj",
-    "mlp.expert.*",
-)
+_MATRICES = (Use.LINEAR, Use.SUMMED, Use.TABLE)
+_RECURRENT = ("ssm", "mlp")
 
 CAPABILITIES: dict[str, Capabilities] = {
     known.name: known
     for known in (
         Capabilities(
             "torch",
-            (Row(("*",), _EVERY),),
-            tuple(KEPT_DTYPES),
+            tuple(kind.kind for kind in KINDS),
+            dict.fromkeys(Use, _EVERY),
+            tuple(FLOAT_DTYPES),
             tuple(ACTIVATION_FORMATS),
             "int8_block",
             STATE_FORMATS,
@@ -136,9 +116,10 @@ CAPABILITIES: dict[str, Capabilities] = {
         ),
         Capabilities(
             "onnx",
-            # Routers and norms have no row: they are computed in fp32 and must be kept.
-            (Row(_MATRICES, _EVERY), Row(_SMALL, _EVERY, decoded=True)),
-            tuple(KEPT_DTYPES),
+            _RECURRENT,
+            # Routers and norms are computed in fp32 and must be kept.
+            dict.fromkeys((*_MATRICES, Use.SMALL), _EVERY),
+            tuple(FLOAT_DTYPES),
             ("fp32", "int8_block"),
             "int8_block",
             ("fp32",),
@@ -147,9 +128,10 @@ CAPABILITIES: dict[str, Capabilities] = {
         ),
         Capabilities(
             "executorch",
+            _RECURRENT,
             # XNNPACK: whole rows in 8 bits or groups in 4, with int8 inputs, one range a row; or both in fp32.
-            (Row(_MATRICES, ("int8", "int4_g32", "int4_g128")), Row(_SMALL, _EVERY, decoded=True)),
-            tuple(KEPT_DTYPES),
+            dict.fromkeys(_MATRICES, ("int8", "int4_g32", "int4_g128")) | {Use.SMALL: _EVERY},
+            tuple(FLOAT_DTYPES),
             ("int8_row_asym",),
             "int8_row_asym",
             ("fp32",),
@@ -180,22 +162,25 @@ class Held:
 
     Attributes:
         what: of whom this is, for the error.
-        tensors: (name, role, number format or None, type in which it is kept or None) of every tensor.
+        config: the model's shape.
+        tensors: (what it is, number format or None, type in which it is kept or None) of every tensor.
         sites: (name, activation format) of every input of a linear with quantized weights.
         states: (name, state format) of every state array.
     """
 
     what: str
-    tensors: Sequence[tuple[str, str, str | None, str | None]]
+    config: MossNetConfig
+    tensors: Sequence[tuple[TensorSpec, str | None, str | None]]
     sites: Sequence[tuple[str, str]]
     states: Sequence[tuple[str, str]]
 
     @classmethod
-    def by(cls, plan: Plan) -> "Held":
-        """What a plan asks for."""
+    def by(cls, plan: Plan, config: MossNetConfig) -> "Held":
+        """What the plan of a model asks for."""
         return cls(
             f"recipe {plan.recipe}",
-            [(entry.name, entry.role, entry.format, entry.kept) for entry in plan.tensors],
+            config,
+            [(spec, entry.format, entry.kept) for spec, entry in zip(tensor_specs(config), plan.tensors, strict=True)],
             [
                 (site.name, site.format)
                 for site in plan.activations
@@ -205,16 +190,31 @@ class Held:
         )
 
 
+def check_blocks(config: MossNetConfig, target: str) -> None:
+    """Check that a target can lower every kind of block of a model.
+
+    Raises:
+        InputError: there are others.
+    """
+    known = get_capabilities(target)
+    unknown = sorted({kind.kind for _, kind in blocks_of(config)} - set(known.blocks))
+    if unknown:
+        raise InputError(f"{target} cannot lower {' and '.join(unknown)} blocks (it lowers {', '.join(known.blocks)})")
+
+
 def check(held: Held, targets: Iterable[str]) -> None:
     """Check what is to be held against the targets that it must run on.
 
     Raises:
-        InputError: an unknown target, or tensors, inputs and states that a target cannot hold: all offenders at once.
+        InputError: an unknown target, or blocks, tensors, inputs and states that a target cannot hold: all offenders at
+            once.
     """
     names = list(dict.fromkeys(targets))
     unknown = [f"unknown target {name[:40]!r}" for name in names if name not in CAPABILITIES]
     if unknown:
         raise InputError.listing(held.what, unknown, f"Known targets: {', '.join(TARGETS)}.")
+    for name in names:
+        check_blocks(held.config, name)
     offenders = [offender for name in names for offender in _offenders(held, CAPABILITIES[name])]
     if offenders:
         advice = "Change the recipe's rules, or take the target out of its list."
@@ -222,15 +222,15 @@ def check(held: Held, targets: Iterable[str]) -> None:
 
 
 def _offenders(held: Held, target: Capabilities) -> Iterator[str]:
-    for name, role, number_format, kept in held.tensors:
-        row = target.row(role)
+    for spec, number_format, kept in held.tensors:
+        formats = target.holds(spec)
         if kept is not None:
             if kept not in target.kept:
-                yield f"{target.name} cannot keep {name} in {kept}"
-        elif row is None:
-            yield f"{target.name} holds no codes for {name} (role {role}): keep it"
-        elif number_format not in row.formats:
-            yield f"{target.name} cannot hold {name} in {number_format} (it holds {', '.join(row.formats)})"
+                yield f"{target.name} cannot keep {spec.name} in {kept}"
+        elif not formats:
+            yield f"{target.name} holds no codes for {spec.name} (role {spec.role}): keep it"
+        elif number_format not in formats:
+            yield f"{target.name} cannot hold {spec.name} in {number_format} (it holds {', '.join(formats)})"
     for name, activation in held.sites:
         if target.taken(activation) is None:
             yield f"{target.name} cannot take {activation} at {name} (it takes {', '.join(target.activations)})"

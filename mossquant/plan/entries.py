@@ -3,19 +3,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from pydantic import ConfigDict
 
-__all__ = ["KEPT_DTYPES", "FormatSummary", "SiteEntry", "StateEntry", "TensorEntry", "kept_name"]
+__all__ = ["FormatSummary", "SiteEntry", "StateEntry", "TensorEntry"]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-KEPT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types in which a tensor is kept, by name."""
-
-
-def kept_name(dtype: torch.dtype) -> str:
-    """Name of a type in which a tensor is kept."""
-    return next(name for name, known in KEPT_DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)

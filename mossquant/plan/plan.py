@@ -20,13 +20,14 @@ from pydantic import ConfigDict, FailFast, TypeAdapter, ValidationError
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat, get_format
 from mossquant.formats.activations import get_activation_format
+from mossquant.formats.dtypes import dtype_name
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs, tensor_specs
 from mossquant.model.tensors import SiteSpec, TensorSpec
-from mossquant.plan.entries import KEPT_DTYPES, FormatSummary, SiteEntry, StateEntry, TensorEntry, kept_name
+from mossquant.plan.entries import FormatSummary, SiteEntry, StateEntry, TensorEntry
 from mossquant.plan.recipe import Recipe, Rule, first_match
 
-__all__ = ["KEPT_DTYPES", "FormatSummary", "Ledger", "Plan", "SiteEntry", "StateEntry", "TensorEntry", "make_plan"]
+__all__ = ["FormatSummary", "Ledger", "Plan", "SiteEntry", "StateEntry", "TensorEntry", "make_plan"]
 
 _VERSION = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -220,7 +221,7 @@ def _tensor_entry(spec: TensorSpec, dtype: torch.dtype, recipe: Recipe, index: i
 
     def kept(as_dtype: torch.dtype, why: str) -> TensorEntry:
         size = spec.count * as_dtype.itemsize
-        name = kept_name(as_dtype)
+        name = dtype_name(as_dtype)
         return TensorEntry(
             spec.name, spec.role, spec.shape, rows, columns, columns, None, name, None, why, stored, size
         )
@@ -231,7 +232,7 @@ def _tensor_entry(spec: TensorSpec, dtype: torch.dtype, recipe: Recipe, index: i
     found = get_format(rule.format)
     size = found.payload_bytes(rows, columns)
     if size >= stored:
-        return kept(dtype, f"{found.name} would take {size} bytes, {kept_name(dtype)} as stored takes {stored}")
+        return kept(dtype, f"{found.name} would take {size} bytes, {dtype_name(dtype)} as stored takes {stored}")
     return TensorEntry(
         spec.name,
         spec.role,

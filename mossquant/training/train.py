@@ -14,16 +14,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from mossquant.checkpoint.checkpoint import DTYPE_NAMES, write_checkpoint
+from mossquant.checkpoint.checkpoint import write_checkpoint
 from mossquant.checkpoint.tensorfiles import save_tensors
 from mossquant.errors import InputError
 from mossquant.files.inputs import is_there
 from mossquant.files.outputs import check_free, check_outside, new_file, new_folder
+from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.config import MossNetConfig, preset
 from mossquant.text.stdlib_text import training_text
 from mossquant.text.text import LARGEST_TRAINING_TEXT, Text, Tokenizer, read_text, train_tokenizer
 from mossquant.text.tokenizer import Tokens
-from mossquant.training.trainer import Progress, Schedule, Trainer
+from mossquant.training.trainer import Schedule, Trainer, TrainingStep
 
 __all__ = ["STDLIB", "Trained", "train"]
 
@@ -55,7 +56,7 @@ def train(
     work: str | Path | None = None,
     force: bool = False,
     snapshot_every: int = 100,
-    shown: Callable[[Progress], None] | None = None,
+    shown: Callable[[TrainingStep], None] | None = None,
     said: Callable[[str], None] | None = None,
 ) -> Trained:
     """Train a preset on text and write the checkpoint.
@@ -122,7 +123,7 @@ def train(
         "tokenizer_sha256": encoder.sha256,
         "text": [{"name": item.name, "bytes": len(item.data), "sha256": item.sha256} for item in texts],
     }
-    stored = {name: torch_dtype for torch_dtype, name in DTYPE_NAMES.items()}[dtype]
+    stored = FLOAT_DTYPES[dtype]
     model = trainer.model.cpu()
     with new_folder(output, force=force) as partial:
         write_checkpoint(

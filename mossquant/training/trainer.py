@@ -35,7 +35,7 @@ from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
 from mossquant.model.routing import Routing, balance_loss
 
-__all__ = ["Progress", "Schedule", "Trainer", "learning_rate"]
+__all__ = ["Schedule", "Trainer", "TrainingStep", "learning_rate"]
 
 BALANCE = 0.01
 """Weight of the balance loss."""
@@ -43,7 +43,7 @@ LOSS_ROWS = 512
 """Rows of logits that exist at once while the loss is computed."""
 
 # Stored with two axes or more, but no matrices of a linear: weight decay is for those.
-_UNDECAYED = ("A_log", "dt_bias", "conv_weight")
+_UNDECAYED = ("A_log", "dt_bias", "conv")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingStep:
     """What is shown after a step: the loss in nats a token (without the balance term), and tokens seen so far."""
 
     step: int
@@ -149,7 +149,7 @@ class Trainer:
     def _forward(self) -> Forward:
         on_cpu = self.device == "cpu"
         return Forward(
-            form="kernel" if on_cpu else "chunked",
+            scan="kernel" if on_cpu else "chunked",
             matmul_dtype=torch.bfloat16 if not on_cpu or _fast_bf16() else None,
             dense_ssm=True,
             conv=conv_kernel if on_cpu else None,
@@ -195,7 +195,7 @@ class Trainer:
         return loss.item(), balance.item()
 
     def run(
-        self, *, snapshot: Path | None = None, every: int = 200, shown: Callable[[Progress], None] | None = None
+        self, *, snapshot: Path | None = None, every: int = 200, shown: Callable[[TrainingStep], None] | None = None
     ) -> None:
         """Train to the end of the schedule, writing a snapshot every so many steps."""
         tokens_a_step = self.schedule.batch * self.schedule.window
@@ -205,7 +205,7 @@ class Trainer:
             now = time.perf_counter()
             if shown is not None:
                 rate = tokens_a_step / (now - last)
-                shown(Progress(self.step, self.schedule.steps, loss, balance, self.step * tokens_a_step, rate))
+                shown(TrainingStep(self.step, self.schedule.steps, loss, balance, self.step * tokens_a_step, rate))
             last = now
             if snapshot is not None and (self.step % every == 0 or self.step == self.schedule.steps):
                 self.save(snapshot)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mossquant.formats.nibbles import unpack_nibbles
 from mossquant.targets.executorch.flatbuffer import Budget, DamagedError, Table, root
 
 __all__ = ["Delegate", "Linear", "array", "read_delegate", "sizes"]
@@ -70,7 +71,7 @@ class Linear:
         rows, columns = self.shape
         if self.bits == 4:
             packed = array(self.stored, 0, "u1", np.array([rows, columns // 2]))
-            return np.stack([packed & 15, packed >> 4], -1).reshape(rows, -1).astype(np.int8) - 8
+            return unpack_nibbles(packed)
         return array(self.stored, 0, "<f4" if self.bits is None else "i1", np.array(self.shape))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every method of a .pte must hold, as it follows from the checkpoint alone, in the order of the program."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -11,26 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from mossquant.checkpoint.weights import Weights, value
-from mossquant.model.tensors import TensorSpec
+from mossquant.formats.nibbles import pack_nibbles
+from mossquant.model.block import Block
+from mossquant.model.blocks import KINDS, blocks_of
+from mossquant.model.mixer import Mixer
+from mossquant.model.mlp import Mlp
+from mossquant.model.tensors import TensorSpec, Use, outside_blocks
 
 __all__ = ["Expected", "Held", "expected_constants", "expected_linears"]
 
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) was computed where the program was made, to within a rounding or two of any other exp."""
-_LINEARS = (
-    "ssm.in_proj",
-    "ssm.router",
-    "ssm.expert.x_proj",
-    "ssm.expert.dt_bias",
-    "ssm.expert.dt_proj",
-    "ssm.out_proj",
-    "mlp.router",
-    "mlp.expert.w1",
-    "mlp.expert.w3",
-    "mlp.expert.w2",
-)
-"""In the order in which a block computes them."""
-_SUMMED = ("ssm.expert.dt_proj", "mlp.expert.w2")
 
 
 class Held(Protocol):
@@ -84,20 +75,64 @@ class Expected:
 
 def expected_linears(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
     """Every linear, as the design lays it out: experts one below the other, or side by side where they are summed."""
-    expected = []
-    for layer in sorted({spec.layer for spec in specs if spec.layer is not None}):
-        for role in _LINEARS:
-            names = [spec.name for spec in specs if spec.layer == layer and spec.role == role]
-            if role == "ssm.expert.dt_bias":
-                if len(names) > 1:
-                    columns = np.stack([_value(weights, name) for name in names], 1)
-                    expected.append(Expected(_title(names), columns))
-                continue
-            for run in _runs(weights, names, apart=role in _SUMMED):
-                expected.append(_matrix(weights, run, 1 if role in _SUMMED else 0))
-    head = next((spec for spec in specs if spec.role == "head"), None)
-    embedding = next(spec for spec in specs if spec.role == "embedding")
-    return [*expected, _matrix(weights, [(head or embedding).name], 0)]
+    expected: list[Expected] = []
+    for layer, kind in blocks_of(weights.config):
+        expected += _BLOCKS[kind][0](weights, kind.specs(weights.config, layer))
+    return [*expected, _matrix(weights, [outside_blocks(specs)[Use.LINEAR].name], 0)]
+
+
+def expected_constants(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
+    """Small tensors, as the values that their codes mean, and the table of the embedding.
+
+    Those of the blocks come first, then the norms, kind by kind.
+    """
+    blocks = sorted(blocks_of(weights.config), key=lambda block: KINDS.index(block[1]))
+    own = [(kind, kind.specs(weights.config, layer)) for layer, kind in blocks]
+    small = [constant for kind, (_, *inner) in own for constant in _BLOCKS[kind][1](weights, inner)]
+    outer = outside_blocks(specs)
+    norms = [norm for _, (norm, *_) in own] + [outer[Use.NORM]]
+    return [*small, *(_plain(weights, norm) for norm in norms), *_table(weights, outer[Use.TABLE].name)]
+
+
+def _linears(weights: Weights, specs: Sequence[TensorSpec], *, before_sums: Sequence[Expected] = ()) -> list[Expected]:
+    """The linears of a block, in the order of its roles; experts of one role together."""
+    expected: list[Expected] = []
+    for role in dict.fromkeys(spec.role for spec in specs if spec.is_matrix):
+        own = [spec for spec in specs if spec.role == role]
+        summed = Use.SUMMED in own[0].use
+        expected += before_sums if summed else []
+        for run in _runs(weights, [spec.name for spec in own], apart=summed):
+            expected.append(_matrix(weights, run, 1 if summed else 0))
+    return expected
+
+
+def _mixer_linears(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
+    """The biases of several experts are a linear of the gates, before dt_proj."""
+    names = [spec.name for spec in specs if spec.role == "ssm.expert.dt_bias"]
+    biases = [Expected(_title(names), np.stack([_value(weights, name) for name in names], 1))] if len(names) > 1 else []
+    return _linears(weights, specs, before_sums=biases)
+
+
+def _mixer_constants(weights: Weights, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
+    own = {spec.role: spec for spec in specs}
+    conv, decay = own["ssm.conv"], own["ssm.A_log"]
+    taps = _value(weights, conv.name).reshape(conv.shape[0], -1)
+    for tap in range(taps.shape[1]):
+        yield Expected(f"{conv.name}, tap {tap}", np.ascontiguousarray(taps[:, tap]))
+    yield _plain(weights, own["ssm.conv_bias"])
+    values = decay.stored.values(value(weights, decay.name).double()).float()
+    yield Expected(decay.name, values.numpy(), tolerance=_EXP_TOLERANCE)
+    yield _plain(weights, own["ssm.D"])
+    if "ssm.router" not in own:
+        yield _plain(weights, own["ssm.expert.dt_bias"])
+
+
+_Laid = Callable[[Weights, Sequence[TensorSpec]], Iterable[Expected]]
+_BLOCKS: dict[type[Block], tuple[_Laid, _Laid]] = {
+    Mixer: (_mixer_linears, _mixer_constants),
+    Mlp: (_linears, lambda weights, specs: ()),
+}
+"""Linears and constants of each kind of block, without the norm, in the order of the program."""
 
 
 def _runs(weights: Weights, names: Sequence[str], *, apart: bool) -> list[list[str]]:
@@ -124,8 +159,7 @@ def _matrix(weights: Weights, names: Sequence[str], axis: int) -> Expected:
     return Expected(_title(names), codes, scales, found.bits, found.group_size or 0, rounds_input=True)
 
 
-def _tables(weights: Weights, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
-    name = next(spec.name for spec in specs if spec.role == "embedding")
+def _table(weights: Weights, name: str) -> Iterator[Expected]:
     found = weights.format(name)
     if found is None:
         yield Expected(name, weights.kept(name).float().numpy())
@@ -133,35 +167,10 @@ def _tables(weights: Weights, specs: Sequence[TensorSpec]) -> Iterator[Expected]
     table = weights.quantized(name)
     codes = table.codes.numpy() if found.group_size is not None else table.codes[:, : table.columns].numpy()
     if found.bits == 4:
-        unsigned = (codes.astype(np.int16) + 8).astype(np.uint8)
-        codes = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]
-    yield Expected(name, codes)
+        yield Expected(name, pack_nibbles(codes, first="high"))
+    else:
+        yield Expected(name, codes)
     yield Expected(f"{name}, scales", table.scales.float().numpy())
-
-
-def expected_constants(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
-    """Small tensors, and the table of the embedding."""
-    return [*_small(weights, specs), *_tables(weights, specs)]
-
-
-def _small(weights: Weights, specs: Sequence[TensorSpec]) -> Iterator[Expected]:
-    """As the values that their codes mean: those of the mixers block by block, then the norms by role."""
-    experts = {spec.layer for spec in specs if spec.role == "ssm.expert.dt_bias" and (spec.expert or 0) > 0}
-    for layer in sorted({spec.layer for spec in specs if spec.layer is not None}):
-        own = {spec.role: spec for spec in specs if spec.layer == layer}
-        taps = _value(weights, own["ssm.conv"].name).reshape(own["ssm.conv"].shape[0], -1)
-        for tap in range(taps.shape[1]):
-            yield Expected(f"{own['ssm.conv'].name}, tap {tap}", np.ascontiguousarray(taps[:, tap]))
-        yield _plain(weights, own["ssm.conv_bias"])
-        decay = (-np.exp(_value(weights, own["ssm.A_log"].name).astype(np.float64))).astype(np.float32)
-        yield Expected(own["ssm.A_log"].name, decay, tolerance=_EXP_TOLERANCE)
-        yield _plain(weights, own["ssm.D"])
-        if layer not in experts:
-            yield _plain(weights, own["ssm.expert.dt_bias"])
-    for role in ("ssm.norm", "mlp.norm", "norm_f"):
-        for spec in specs:
-            if spec.role == role:
-                yield _plain(weights, spec)
 
 
 def _plain(weights: Weights, spec: TensorSpec) -> Expected:

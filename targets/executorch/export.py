@@ -8,8 +8,9 @@ from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
-from mossquant.model.tensors import TensorSpec
-from mossquant.plan.capabilities import Activations, get_capabilities
+from mossquant.model.tensors import TensorSpec, Use
+from mossquant.plan.capabilities import Activations, check_blocks, get_capabilities
+from mossquant.progress import Progress
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
 from mossquant.targets.executorch.metadata import Metadata
@@ -20,7 +21,7 @@ from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.metadata import activations_of, common_metadata
 from mossquant.targets.program import METHODS, MethodName
 from mossquant.targets.taken import Taken, changed_inputs
-from mossquant.targets.target import Exported, Prepared, Progress
+from mossquant.targets.target import Exported, Prepared
 
 __all__ = ["PROGRAM", "prepare"]
 
@@ -36,9 +37,11 @@ def prepare(weights: Weights, *, activations: Activations | None, progress: Prog
     """Prepare to lower weights; what writes the program also reads it back and runs it.
 
     Raises:
-        InputError: packages are missing, or fp32 activations are asked for with quantized weights.
+        InputError: packages are missing, blocks that cannot be lowered, or fp32 activations are asked for with
+            quantized weights.
     """
     check_packages()
+    check_blocks(weights.config, "executorch")
     asked = activations if weights.origin.recipe is not None else None
     taken = Taken(weights, get_capabilities("executorch"), asked)
     specs = list(weights.specs.values())
@@ -74,10 +77,10 @@ def prepare(weights: Weights, *, activations: Activations | None, progress: Prog
 
 def _disk_bytes(weights: Weights, specs: list[TensorSpec]) -> int:
     """Room that the program takes, at most: codes as they are, what is decoded or kept in fp32, the table once more."""
-    tied = not any(spec.role == "head" for spec in specs)
+    tied = weights.config.tie_word_embeddings
     total = _LAYER_BYTES * (2 + len({spec.layer for spec in specs}))
     for spec in specs:
-        found, table, linear = weights.format(spec.name), spec.role == "embedding", spec.site is not None
+        found, table, linear = weights.format(spec.name), Use.TABLE in spec.use, spec.site is not None
         own = found.payload_bytes(*spec.matrix_shape) if found is not None and (table or linear) else 4 * spec.count
         total += own + (_LINEAR_BYTES if linear else 0)
         if table:  # scales for look-ups are fp32; and the head's own copy

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.formats import QuantizedTensor
+from mossquant.formats.nibbles import pack_nibbles
 from mossquant.targets.executorch.packages import intx_tensor
 
 __all__ = ["XnnpackMatrices"]
@@ -90,8 +91,7 @@ class _Table(nn.Module):
         if table.format.group_size is None:
             codes = codes[:, : table.columns]
         if self.bits == 4:
-            unsigned = (codes.to(torch.int16) + 8).to(torch.uint8)
-            codes = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]  # the first of two codes in the high half
+            codes = torch.from_numpy(pack_nibbles(codes.numpy(), first="high"))
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scales", table.scales.float())
 

@@ -17,9 +17,19 @@ from torch import Tensor
 from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
+from mossquant.model.mossnet import state_specs
 from mossquant.plan.capabilities import get_capabilities
-from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
-from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
+from mossquant.runner import (
+    Arrays,
+    Floats,
+    LogitsWanted,
+    RunnerInfo,
+    State,
+    Tokens,
+    checked_arrays,
+    checked_batch,
+    checked_tokens,
+)
 from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.executorch.metadata import Metadata, open_program, weight_bytes
 from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
@@ -48,7 +58,7 @@ class ExecutorchRunner:
         check_packages()
         opened = open_program(self._path)
         self._metadata, self._weight_bytes = opened.metadata, weight_bytes(opened)
-        self._shapes, self._vocab_size = opened.states, opened.config.vocab_size
+        self._specs, self._vocab_size = state_specs(opened.config), opened.config.vocab_size
         self._chunk = self._metadata.max_chunk
         self._sha256 = file_sha256(self._path)
         check_listed(self._path, {self._path.name: self._sha256}, model=self._metadata.model_dump())
@@ -94,7 +104,7 @@ class ExecutorchRunner:
     def initial_state(self, batch: int = 1) -> State:
         """The state before the first token: zeros."""
         _one_stream(checked_batch(batch))
-        return State([torch.zeros((1, *shape)) for shape in self._shapes.values()], 1)
+        return State([spec.zeros(1) for spec in self._specs], 1)
 
     def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
         """Advance by tokens [1, T]; see `mossquant.runner.Runner`."""
@@ -119,15 +129,15 @@ class ExecutorchRunner:
     def read(self, state: State) -> dict[str, NDArray[np.float32]]:
         """The state as named fp32 arrays [1, …]."""
         payload: list[Tensor] = state.peek()
-        return {name: value.numpy().copy() for name, value in zip(self._shapes, payload, strict=True)}
+        return {spec.name: value.numpy().copy() for spec, value in zip(self._specs, payload, strict=True)}
 
     def write(self, arrays: Arrays) -> State:
         """The inverse of `read`."""
-        _one_stream(checked_arrays(arrays, self._shapes))
+        _one_stream(checked_arrays(arrays, self._specs))
         # Copied into tensors of PyTorch's own: the runtime ends the process over the strides of an empty array.
-        states = [torch.empty((1, *shape)) for shape in self._shapes.values()]
-        for name, state in zip(self._shapes, states, strict=True):
-            state.copy_(torch.tensor(arrays[name]))
+        states = [spec.zeros(1) for spec in self._specs]
+        for spec, state in zip(self._specs, states, strict=True):
+            state.copy_(torch.tensor(arrays[spec.name]))
         return State(states, 1)
 
     def _execute(self, name: str, tokens: Tensor, states: list[Tensor]) -> tuple[Floats, list[Tensor]]:

@@ -6,12 +6,13 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.plan.capabilities import Activations
+from mossquant.progress import Progress
 from mossquant.runner import Runner
 from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.executorch.runner import ExecutorchRunner
 from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.info_report import InfoReport
-from mossquant.targets.target import Prepared, Progress, active_share
+from mossquant.targets.target import Prepared, active_share
 from mossquant.targets.weights_report import WeightsReport
 
 __all__ = ["TARGET"]

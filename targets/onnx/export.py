@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from mossquant.checkpoint.weights import Weights
 from mossquant.plan.capabilities import Activations, get_capabilities
+from mossquant.progress import Progress
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.metadata import activations_of, common_metadata
 from mossquant.targets.onnx.graph import OPSETS
@@ -15,7 +16,7 @@ from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, Metadata
 from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save_data, save_program
 from mossquant.targets.taken import Taken, changed_inputs
-from mossquant.targets.target import Exported, Prepared, Progress
+from mossquant.targets.target import Exported, Prepared
 
 __all__ = ["PROGRAM", "prepare"]
 

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from mossquant.formats.nibbles import unpack_nibbles
 from mossquant.targets.onnx.metadata import Opened
 
 __all__ = ["FileGraph", "Matrix", "expanded", "expanding", "stored_array"]
@@ -152,8 +153,8 @@ class FileGraph:
             return None
         given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
         bits, block = int(given["bits"]), int(given["block_size"])
-        codes = data ^ np.uint8(128) if bits == 8 else np.stack((data & 15, data >> 4), -1) - np.uint8(8)
-        return Matrix(bits, block, codes.view(np.int8).reshape(len(data), -1), scales.reshape(len(data), -1))
+        codes = (data ^ np.uint8(128)).view(np.int8) if bits == 8 else unpack_nibbles(data)
+        return Matrix(bits, block, codes.reshape(len(data), -1), scales.reshape(len(data), -1))
 
 
 def stored_array(tensor: onnx.TensorProto, folder: Path) -> Array:

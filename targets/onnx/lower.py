@@ -7,19 +7,35 @@ Built by hand and not from `mossquant.targets.program`: a decode step branches o
 onnxruntime's own operators, and one graph holds every batch and length, none of which an exported program can say.
 """
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from mossquant.checkpoint.weights import Weights as Source
+from mossquant.model.block import Block
+from mossquant.model.blocks import blocks_of
+from mossquant.model.mixer import Mixer
+from mossquant.model.mlp import Mlp
 from mossquant.model.mossnet import state_specs
-from mossquant.model.tensors import TensorSpec
+from mossquant.model.tensors import TensorSpec, Use, outside_blocks
+from mossquant.plan.capabilities import check_blocks
+from mossquant.progress import Progress
 from mossquant.targets.onnx.graph import IR_VERSION, Graph, Value
 from mossquant.targets.onnx.mixer import lower_mixer
 from mossquant.targets.onnx.mlp import lower_mlp
-from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
+from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS, state_shape
 from mossquant.targets.onnx.shapes import Shapes
-from mossquant.targets.onnx.weights import Progress, Weights
+from mossquant.targets.onnx.weights import Weights
 
-__all__ = ["lower"]
+__all__ = ["BLOCKS", "lower"]
+
+BLOCKS: dict[type[Block], Callable[..., tuple[Value, dict[str, Value]]]] = {Mixer: lower_mixer, Mlp: lower_mlp}
+"""How each kind of block is lowered.
+
+    (graph, weights, shapes, specs, u, x, states) → x with what the block adds to it, and its own states
+
+of rows u [B · T, D] normed, the residual stream x [B · T, D], the block's tensors and every state array by name.
+"""
 
 
 def lower(source: Source, specs: list[TensorSpec], progress: Progress | None = None) -> tuple[ir.Model, int]:
@@ -29,30 +45,33 @@ def lower(source: Source, specs: list[TensorSpec], progress: Progress | None = N
         source: the tensors.
         specs: what they are, `mossquant.model.mossnet.tensor_specs` of the config.
         progress: called when a weight is read, which is when the model is written.
+
+    Raises:
+        InputError: a kind of block that cannot be lowered.
     """
     config = source.config
+    check_blocks(config, "onnx")
     graph, weights = Graph("mossnet"), Weights(source, progress)
     tokens = graph.input(TOKENS, ir.DataType.INT64, ["B", "T"])
     first_logit = graph.input(FIRST_LOGIT, ir.DataType.INT64, [1])
     carried_specs = state_specs(config)
-    states = {spec.name: graph.input(spec.name, ir.DataType.FLOAT, ["B", *spec.shape]) for spec in carried_specs}
+    states = {
+        spec.name: graph.input(spec.name, ir.DataType.FLOAT, state_shape(spec, out=False)) for spec in carried_specs
+    }
     after: dict[str, Value] = {}
     shapes = Shapes(graph, tokens)
-    of_role = {spec.role: spec.name for spec in specs if spec.layer is None}
-    x = weights.table(graph, tokens, of_role["embedding"])
-    for i in range(config.num_hidden_layers):
-        own = [spec for spec in specs if spec.layer == i]
-        norms = {spec.role: spec.name for spec in own}
-        out, carried = lower_mixer(graph, weights, shapes, own, _norm(graph, weights, x, norms["ssm.norm"]), states)
-        x, after = graph.op("Add", [x, out]), after | carried
-        if config.mlp_experts(i):
-            x = lower_mlp(graph, weights, shapes, own, _norm(graph, weights, x, norms["mlp.norm"]), x)
+    outer = outside_blocks(specs)
+    x = weights.table(graph, tokens, outer[Use.TABLE].name)
+    for layer, kind in blocks_of(config):
+        norm, *own = kind.specs(config, layer)
+        u = _norm(graph, weights, x, norm.name)
+        x, carried = BLOCKS[kind](graph, weights, shapes, own, u, x, states)
+        after |= carried
     wanted = graph.slice(shapes.steps(graph, x), first_logit, None, 1)
-    head = of_role.get("head", of_role["embedding"])
-    logits = weights.linear(graph, _norm(graph, weights, wanted, of_role["norm_f"]), [head])
+    logits = weights.linear(graph, _norm(graph, weights, wanted, outer[Use.NORM].name), [outer[Use.LINEAR].name])
     graph.output(logits, ir.DataType.FLOAT, ["B", "positions", config.vocab_size], LOGITS)
     for spec in carried_specs:
-        graph.output(after[spec.name], ir.DataType.FLOAT, ["B", *spec.shape], spec.name + STATE_OUT)
+        graph.output(after[spec.name], ir.DataType.FLOAT, state_shape(spec, out=True), spec.name + STATE_OUT)
     model = ir.Model(graph.finish(), ir_version=IR_VERSION, producer_name="mossquant")
     return model, weights.stored_bytes
 

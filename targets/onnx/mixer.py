@@ -24,7 +24,13 @@ __all__ = ["lower_mixer", "softplus"]
 
 
 def lower_mixer(
-    graph: Graph, weights: Weights, shapes: Shapes, specs: list[TensorSpec], u: Value, states: Mapping[str, Value]
+    graph: Graph,
+    weights: Weights,
+    shapes: Shapes,
+    specs: list[TensorSpec],
+    u: Value,
+    x: Value,
+    states: Mapping[str, Value],
 ) -> tuple[Value, dict[str, Value]]:
     """Append one mixer.
 
@@ -34,10 +40,11 @@ def lower_mixer(
         shapes: batch and length at run time.
         specs: the tensors of this mixer.
         u: [B · T, D], the normed block input.
+        x: [B · T, D], the residual stream.
         states: every state array before the call, by name.
 
     Returns:
-        [B · T, D], and the mixer's own states after the last token.
+        The residual stream with what the mixer adds to it, and the mixer's own states after the last token.
     """
     config = weights.source.config
     E, N, R = config.d_inner, config.state_size, config.time_step_rank
@@ -47,9 +54,10 @@ def lower_mixer(
     conv_spec, ssm_spec = Mixer.states(config, layer)
     of = {role: [spec.name for spec in specs if spec.role == f"ssm.{role}"] for role in _ROLES}
 
-    x, z = graph.split(weights.linear(graph, u, of["in_proj"]), [E, E], 1)
-    x, conv = _convolve(graph, weights, of, shapes.steps(graph, x), states[conv_spec.name], config.conv_kernel)
-    projected = _linears(graph, weights, x, of["expert.x_proj"])
+    inner, z = graph.split(weights.linear(graph, u, of["in_proj"]), [E, E], 1)
+    steps = shapes.steps(graph, inner)
+    inner, conv = _convolve(graph, weights, of, steps, states[conv_spec.name], config.conv_kernel)
+    projected = _linears(graph, weights, inner, of["expert.x_proj"])
     if X > 1:
         gates = route(graph, weights, shapes, u, of["router"][0], config.ssm_chosen(layer))
         each = graph.op("Unsqueeze", [gates, graph.ints(-1)])
@@ -61,9 +69,10 @@ def lower_mixer(
         delta, bc = graph.split(projected, [R, 2 * N], 2)
         bias = weights.vector(graph, of["expert.dt_bias"][0])
         dt = weights.linear(graph, delta, of["expert.dt_proj"], bias=bias)
-    y, ssm = _scan(graph, weights, shapes, of, x, softplus(graph, dt), bc, states[ssm_spec.name])
+    y, ssm = _scan(graph, weights, shapes, of, inner, softplus(graph, dt), bc, states[ssm_spec.name])
     gated = graph.op("Mul", [graph.reshape(y, -1, E), graph.silu(z)])
-    return weights.linear(graph, gated, of["out_proj"]), {conv_spec.name: conv, ssm_spec.name: ssm}
+    out = weights.linear(graph, gated, of["out_proj"])
+    return graph.op("Add", [x, out]), {conv_spec.name: conv, ssm_spec.name: ssm}
 
 
 _ROLES = (

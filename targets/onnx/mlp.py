@@ -5,6 +5,8 @@ A branch gathers the rows that chose its expert, runs w1, w3 and w2 on them and 
 stream; where no row of the call chose the expert, nothing of it is computed. Letters as in `mossquant.model`.
 """
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from mossquant.model.tensors import TensorSpec
@@ -16,15 +18,23 @@ from mossquant.targets.onnx.weights import Weights
 __all__ = ["lower_mlp"]
 
 
-def lower_mlp(graph: Graph, weights: Weights, shapes: Shapes, specs: list[TensorSpec], u: Value, x: Value) -> Value:
-    """Append one channel mixer: u [B · T, D] normed, x [B · T, D] the residual stream → x + mlp(u)."""
+def lower_mlp(
+    graph: Graph,
+    weights: Weights,
+    shapes: Shapes,
+    specs: list[TensorSpec],
+    u: Value,
+    x: Value,
+    states: Mapping[str, Value],
+) -> tuple[Value, dict[str, Value]]:
+    """Append one channel mixer: u [B · T, D] normed, x [B · T, D] the residual stream → x + mlp(u), and no states."""
     config = weights.source.config
     layer = specs[0].layer
     assert layer is not None
     X, D = config.mlp_experts(layer), config.hidden_size
     names = {(spec.expert, spec.role): spec.name for spec in specs}
     if X == 1:
-        return graph.op("Add", [x, _expert(graph, weights, u, 0, names)])
+        return graph.op("Add", [x, _expert(graph, weights, u, 0, names)]), {}
     gates = route(graph, weights, shapes, u, names[None, "mlp.router"], config.mlp_chosen(layer))
     largest = graph.op("ReduceMax", [gates, graph.ints(0)], {"keepdims": 0})
     used = graph.split(graph.op("Cast", [largest], {"to": ir.DataType.BOOL}), [1] * X, 0)
@@ -38,7 +48,7 @@ def lower_mlp(graph: Graph, weights: Weights, shapes: Shapes, specs: list[Tensor
         then.output(then.op("ScatterND", [x, where, own], {"reduction": "add"}), ir.DataType.FLOAT, ["R", D])
         skip.output(skip.op("Identity", [x]), ir.DataType.FLOAT, ["R", D])
         x = graph.op("If", [used[e]], {"then_branch": then.finish(), "else_branch": skip.finish()})
-    return x
+    return x, {}
 
 
 def _expert(graph: Graph, weights: Weights, rows: Value, e: int, names: dict[tuple[int | None, str], str]) -> Value:

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from mossquant.files.space import row_blocks
 from mossquant.formats import NumberFormat, QuantizedTensor
+from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.formats.nibbles import pack_nibbles
 
 __all__ = ["DTYPES", "blocks_of", "packed_codes", "packed_matrix", "padded_codes", "to_numpy"]
 
-DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float16: ir.DataType.FLOAT16,
-}
+_ONNX_NAMES = {"float32": "FLOAT"}
+DTYPES = {dtype: ir.DataType[_ONNX_NAMES.get(name, name.upper())] for name, dtype in FLOAT_DTYPES.items()}
+"""ONNX's type for each float type of ours."""
 
 
 def blocks_of(number_format: NumberFormat, columns: int) -> int:
@@ -46,11 +46,8 @@ def padded_codes(tensor: QuantizedTensor, rows: slice = slice(None)) -> NDArray[
 def packed_codes(codes: NDArray[np.int8], number_format: NumberFormat) -> NDArray[np.uint8]:
     """Codes [N, blocks · block] → bytes [N, blocks, block · bits / 8]."""
     block, bits = number_format.activation_block, number_format.bits
-    unsigned = (codes.view(np.uint8) + np.uint8(1 << (bits - 1))).reshape(codes.shape[0], -1, block)
-    if bits == 4:
-        unsigned = unsigned & np.uint8(15)
-        unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << np.uint8(4))
-    return unsigned
+    packed = pack_nibbles(codes) if bits == 4 else codes.view(np.uint8) + np.uint8(128)
+    return packed.reshape(codes.shape[0], -1, block * bits // 8)
 
 
 def packed_matrix(

@@ -16,7 +16,7 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.formats import QuantizedTensor
-from mossquant.model.tensors import TensorSpec, View
+from mossquant.model.tensors import Stored, TensorSpec, Use
 from mossquant.targets.onnx.file_graph import FileGraph, Matrix, expanded
 from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.packing import to_numpy
@@ -62,7 +62,7 @@ def _differences(graph: FileGraph, weights: Weights, spec: TensorSpec) -> Iterat
     else:
         expected = weights.quantized(spec.name)
     name = spec.name.removeprefix("backbone.").removesuffix(".weight") if spec.layer is not None else spec.name
-    if spec.view is View.MATRIX and spec.role != "ssm.A_log":
+    if spec.is_matrix:
         places = _matrices(graph, name, spec)
         found = [_compare(spec, matrix, expected) for matrix in places]
     else:
@@ -80,7 +80,7 @@ def _values(spec: TensorSpec, tensor: torch.Tensor) -> NDArray[np.generic]:
 def _matrices(graph: FileGraph, name: str, spec: TensorSpec) -> Iterator[Matrix]:
     """What every node that reads this matrix sees of it: its own rows or blocks where experts are stacked."""
     nodes = [node for node_name, node in graph.named.items() if name in expanded(node_name)]
-    if spec.role == "embedding":
+    if Use.TABLE in spec.use:
         nodes += graph.lookups
     for node in nodes:
         matrix = graph.matrix(node)
@@ -88,7 +88,7 @@ def _matrices(graph: FileGraph, name: str, spec: TensorSpec) -> Iterator[Matrix]
             continue
         stacked = expanded(node.name)
         if len(stacked) > 1:
-            matrix = _part(matrix, stacked.index(name), len(stacked), rows=spec.role != "ssm.expert.dt_proj")
+            matrix = _part(matrix, stacked.index(name), len(stacked), rows=Use.SUMMED not in spec.use)
         yield matrix
 
 
@@ -108,10 +108,10 @@ def _compare(spec: TensorSpec, found: Matrix, expected: QuantizedTensor | NDArra
         if found.bits is not None:
             return f"has {found.bits}-bit codes, the checkpoint keeps it in a float type"
         return first_difference(found.codes, expected, "value")
-    form = expected.format
-    if (found.bits, found.block) != (form.bits, form.activation_block):
+    number_format = expected.format
+    if (found.bits, found.block) != (number_format.bits, number_format.activation_block):
         held = "float values" if found.bits is None else f"{found.bits}-bit codes in blocks of {found.block}"
-        return f"has {held}, the checkpoint has {form.name}"
+        return f"has {held}, the checkpoint has {number_format.name}"
     codes = expected.codes.numpy()
     padding = found.codes.shape[1] - codes.shape[1]
     if padding < 0 or len(found.codes) != len(codes):
@@ -156,8 +156,8 @@ def _compare_small(
 
 def _compare_used(used: list[NDArray[Any]], spec: TensorSpec, values: NDArray[np.generic]) -> str | None:
     """What the nodes that run see of a small tensor: of an expert's, the rows of all experts, one after the other."""
-    if spec.role == "ssm.A_log":
-        decay = -np.exp(values.astype(np.float64)).T
+    if spec.stored is Stored.LOG_OF_DECAY:
+        decay = spec.stored.values(torch.from_numpy(values.astype(np.float64))).numpy().T
         close = len(used) == 1 and used[0].shape == decay.shape and np.allclose(used[0], decay, _EXP_TOLERANCE, 0)
         return None if close else "is not used as −exp(A_log) transposed"
     rows, columns = spec.matrix_shape

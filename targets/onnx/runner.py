@@ -20,8 +20,17 @@ from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
-from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
-from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
+from mossquant.runner import (
+    Arrays,
+    Floats,
+    LogitsWanted,
+    RunnerInfo,
+    State,
+    Tokens,
+    checked_arrays,
+    checked_batch,
+    checked_tokens,
+)
 from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.onnx.metadata import Metadata, file_hashes, read_metadata
 from mossquant.targets.onnx.open import open_program
@@ -66,7 +75,7 @@ class OnnxRunner:
         check_listed(self._path, self._files, model=self._metadata.model_dump())
         config = _checked_config(self._path)
         self._session = _session(self._path, threads)
-        self._shapes = {spec.name: spec.shape for spec in state_specs(config)}
+        self._specs = state_specs(config)
         self._vocab_size = config.vocab_size
 
     @cached_property
@@ -99,8 +108,8 @@ class OnnxRunner:
     def initial_state(self, batch: int = 1) -> State:
         """The state before the first token: zeros."""
         checked_batch(batch)
-        arrays = {name: np.zeros((batch, *shape), np.float32) for name, shape in self._shapes.items()}
-        return State(_Carried(self._session, arrays), batch)
+        arrays = {spec.name: np.zeros((batch, *spec.shape), np.float32) for spec in self._specs}
+        return State(self._carried(arrays), batch)
 
     def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
         """Advance by tokens [B, T]; see `mossquant.runner.Runner`."""
@@ -127,7 +136,7 @@ class OnnxRunner:
     def copy(self, state: State) -> State:
         """An independent copy; `state` stays usable."""
         carried: _Carried = state.peek()
-        return State(_Carried(self._session, carried.read()), state.batch)
+        return State(self._carried(carried.read()), state.batch)
 
     def read(self, state: State) -> dict[str, NDArray[np.float32]]:
         """The state as named fp32 arrays [B, …]."""
@@ -136,16 +145,29 @@ class OnnxRunner:
 
     def write(self, arrays: Arrays) -> State:
         """The inverse of `read`."""
-        batch = checked_arrays(arrays, self._shapes)
-        own = {name: np.array(arrays[name], np.float32, order="C") for name in self._shapes}
-        return State(_Carried(self._session, own), batch)
+        batch = checked_arrays(arrays, self._specs)
+        own = {spec.name: np.array(arrays[spec.name], np.float32, order="C") for spec in self._specs}
+        return State(self._carried(own), batch)
+
+    def _carried(self, arrays: dict[str, NDArray[np.float32]]) -> "_Carried":
+        return _Carried(
+            self._session, arrays, {spec.name: spec.grows + 1 for spec in self._specs if spec.grows is not None}
+        )
 
 
 class _Carried:
-    """The state of some streams, bound to the session; it owns the arrays that it is given."""
+    """The state of some streams, bound to the session; it owns the arrays that it is given.
 
-    def __init__(self, session: ort.InferenceSession, arrays: dict[str, NDArray[np.float32]]) -> None:
-        self._session = session
+    Args:
+        session: what runs.
+        arrays: the state by name, [B, …].
+        growing: name → axis, of those that get longer with every token.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, arrays: dict[str, NDArray[np.float32]], growing: Mapping[str, int]
+    ) -> None:
+        self._session, self._growing = session, growing
         self._sets = (arrays, {name: np.empty_like(array) for name, array in arrays.items()})
         self._turn = 0
         self._bindings: dict[tuple[int, bool], ort.IOBinding] = {}
@@ -158,6 +180,7 @@ class _Carried:
 
     def step(self, tokens: Tokens, vocab_size: int) -> Floats:
         """Advance by one token [B, 1] → logits [B, 1, V]."""
+        self._make_room(1)
         if self._token is None or self._logits is None:
             self._token = np.empty_like(tokens)
             self._logits = np.empty((len(tokens), 1, vocab_size), np.float32)
@@ -169,9 +192,18 @@ class _Carried:
 
     def piece(self, tokens: Tokens, logits: Floats) -> None:
         """Advance by tokens [B, T]; fills logits [B, T, V], or [B, 1, V] with those of the last position."""
+        self._make_room(tokens.shape[1])
         binding, own = self._binding(step=False), np.ascontiguousarray(tokens)
         self._bind(binding, own, logits)
         self._run(binding)
+
+    def _make_room(self, tokens: int) -> None:
+        """Arrays that grow are written to new ones, and so nothing that was bound before is of use."""
+        for name, axis in self._growing.items():
+            shape = list(self._sets[self._turn][name].shape)
+            shape[axis] += tokens
+            self._sets[1 - self._turn][name] = np.empty(shape, np.float32)
+            self._bindings.clear()
 
     def _binding(self, *, step: bool) -> ort.IOBinding:
         """Reads the current set and writes the other; for steps, tokens and logits are bound once and for all."""

@@ -5,10 +5,11 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
 from mossquant.model.config import MossNetConfig
 from mossquant.plan.capabilities import Activations
+from mossquant.progress import Progress
 from mossquant.runner import Runner
 from mossquant.targets.info_report import InfoReport
 from mossquant.targets.onnx.runner import OnnxRunner
-from mossquant.targets.target import Prepared, Progress, active_share
+from mossquant.targets.target import Prepared, active_share
 from mossquant.targets.weights_report import WeightsReport
 
 __all__ = ["TARGET"]

@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 
 from mossquant.checkpoint.weights import Weights as Source
 from mossquant.formats import NumberFormat
+from mossquant.progress import Progress
 from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
 from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_matrix, to_numpy
 from mossquant.targets.taken import activation_of
 
-__all__ = ["SCALE", "Progress", "Stack", "Weights", "initializer_name"]
+__all__ = ["SCALE", "Stack", "Weights", "initializer_name"]
 
-Progress = Callable[[str, int, int], None]
-"""(what was just written, bytes done, bytes in all)."""
 Stack = Literal["outputs", "inputs"]
 SCALE = ".scale"
 

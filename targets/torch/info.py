@@ -4,10 +4,11 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from mossquant.checkpoint.checkpoint import DTYPE_NAMES, Checkpoint
+from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import Weights
+from mossquant.formats.dtypes import dtype_name
 from mossquant.targets.info_report import InfoReport, WeightsRow, file_rows
 from mossquant.targets.target import active_share
 
@@ -20,7 +21,7 @@ def info(located: Located) -> InfoReport:
         return _of_quantized(located)
     weights = Checkpoint.open(located.path, path=located.given)
     rows = [
-        WeightsRow(spec.role, DTYPE_NAMES[stored.dtype], 1, spec.count, stored.nbytes)
+        WeightsRow(spec.role, dtype_name(stored.dtype), 1, spec.count, stored.nbytes)
         for name, spec in weights.specs.items()
         if (stored := weights.kept(name)) is not None
     ]

@@ -20,13 +20,22 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.formats.activations import activation_model, expert_input_model
 from mossquant.model.forward import Activation, Forward
 from mossquant.model.mossnet import MossNet, state_specs
 from mossquant.model.routing import Routing
-from mossquant.model.scan import Form
-from mossquant.runner import Arrays, Floats, LogitsWanted, RunnerInfo, State, Tokens
-from mossquant.runner_input import checked_arrays, checked_batch, checked_tokens
+from mossquant.model.scan import ScanForm
+from mossquant.plan.inputs import activation_model, expert_input_model
+from mossquant.runner import (
+    Arrays,
+    Floats,
+    LogitsWanted,
+    RunnerInfo,
+    State,
+    Tokens,
+    checked_arrays,
+    checked_batch,
+    checked_tokens,
+)
 
 __all__ = ["TorchRunner"]
 
@@ -37,22 +46,21 @@ ROWS_AT_ONCE = 2048
 class TorchRunner:
     """Runs a MossNet in PyTorch, in float32 or float64; logits come in the type computed in.
 
-    One token is a decode step; more are scanned (`form`), in pieces of `ROWS_AT_ONCE` rows.
+    One token is a decode step; more are scanned (`scan`), in pieces of `ROWS_AT_ONCE` rows.
     """
 
-    def __init__(self, model: MossNet, info: RunnerInfo, *, form: Form | None = None) -> None:
+    def __init__(self, model: MossNet, info: RunnerInfo, *, scan: ScanForm | None = None) -> None:
         """Run a model that is in memory already.
 
         Args:
             model: the model; its parameters' type and device are what is computed with.
             info: what it is.
-            form: scan form for more than one token; None: the fused kernel, "chunked" off the CPU.
+            scan: form of the scan for more than one token; None: the fused kernel, "chunked" off the CPU.
         """
         self._model, self._info = model, info
         self._dtype, self._device = model.norm_f.dtype, model.norm_f.device
         self._specs = state_specs(model.config)
-        scan: Form = form or ("kernel" if self._device.type == "cpu" else "chunked")
-        self._forward = Forward(form=scan)
+        self._forward = Forward(scan=scan or ("kernel" if self._device.type == "cpu" else "chunked"))
 
     @classmethod
     def open(
@@ -62,7 +70,7 @@ class TorchRunner:
         activations: str = "fp32",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        form: Form | None = None,
+        scan: ScanForm | None = None,
         threads: int | None = None,
     ) -> "TorchRunner":
         """Load a checkpoint or a quantized checkpoint.
@@ -73,7 +81,7 @@ class TorchRunner:
                 that one at every input of quantized weights; "fp32" models none.
             dtype: float32 or float64; weights are converted, activations and state computed in it.
             device: where to run.
-            form: scan form for more than one token; None chooses by device.
+            scan: form of the scan for more than one token; None chooses by device.
             threads: threads of PyTorch's CPU operators, for the whole process; None leaves them.
 
         Raises:
@@ -86,7 +94,7 @@ class TorchRunner:
             raise InputError(f"{origin.path} is not quantized, so it has no {activations} activations; take fp32")
         if threads is not None:
             torch.set_num_threads(threads)
-        runner = cls(load_model(weights, dtype=dtype).to(device), _info(weights, activations, dtype), form=form)
+        runner = cls(load_model(weights, dtype=dtype).to(device), _info(weights, activations, dtype), scan=scan)
         if activations != "fp32":
             activation, way = activation_model(weights, activations), expert_input_model(weights, activations)
             runner._forward = replace(runner._forward, activation=activation, expert_input=way)
@@ -179,9 +187,9 @@ class TorchRunner:
 
     def write(self, arrays: Arrays) -> State:
         """The inverse of `read`."""
-        shapes = {spec.name: spec.shape for spec in self._specs}
-        batch = checked_arrays(arrays, shapes)
-        state = {name: torch.tensor(arrays[name], dtype=self._dtype, device=self._device) for name in shapes}
+        batch = checked_arrays(arrays, self._specs)
+        names = [spec.name for spec in self._specs]
+        state = {name: torch.tensor(arrays[name], dtype=self._dtype, device=self._device) for name in names}
         return State(state, batch)
 
     def _run(self, tokens: Tokens, state: State, wanted: LogitsWanted, forward: Forward) -> tuple[Floats, State]:

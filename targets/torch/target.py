@@ -6,9 +6,10 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.model.config import MossNetConfig
 from mossquant.plan.capabilities import Activations
+from mossquant.progress import Progress
 from mossquant.runner import Runner
 from mossquant.targets.info_report import InfoReport
-from mossquant.targets.target import Prepared, Progress, active_share
+from mossquant.targets.target import Prepared, active_share
 from mossquant.targets.torch.info import info
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.targets.weights_report import WeightsReport

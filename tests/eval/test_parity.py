@@ -18,7 +18,8 @@ from mossquant.eval.noise import with_noise
 from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
 from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity, parity_of
 from mossquant.eval.parity_measures import forms, growth
-from mossquant.formats.activations import activation_model, int8_block
+from mossquant.formats.activations import int8_block
+from mossquant.plan.inputs import activation_model
 from mossquant.runner import Arrays, Floats, LogitsWanted, Runner, State, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 
@@ -116,7 +117,7 @@ class Growing(Wrapped):
 
 @pytest.mark.parametrize("activations", ["planned", "fp32"])
 def test_the_same_arithmetic_passes(folder: Path, tokens: Tokens, activations: str) -> None:
-    artifact = Noisy(TorchRunner.open(folder, activations=activations, form="sequential"))
+    artifact = Noisy(TorchRunner.open(folder, activations=activations, scan="sequential"))
     checks = _check(folder, tokens, artifact, quantized_activations=activations == "planned")
     assert _failed(checks) == set()
     assert any(check.value > 0 for check in checks)
@@ -170,7 +171,7 @@ def test_a_divergence_that_grows_fails(folder: Path, tokens: Tokens) -> None:
 
 
 def test_figures_lie_within_their_intervals(folder: Path, tokens: Tokens) -> None:
-    checks = _check(folder, tokens, TorchRunner.open(folder, activations="planned", form="sequential"))
+    checks = _check(folder, tokens, TorchRunner.open(folder, activations="planned", scan="sequential"))
     found = {check.name: check for check in checks}
     for figure, name in (
         ("one step: share of positions with KL above 0.0001", "one step: share above 0.0001"),

@@ -24,7 +24,7 @@ def _tokens(streams: int, length: int) -> NDArray[np.int64]:
 def test_nll_is_that_of_the_whole_stream_in_one_float64_pass(byte_model: Path) -> None:
     tokens = _tokens(2, 90)
     found = score([open_runner(byte_model)], tokens)[0]
-    exact = TorchRunner.open(byte_model, dtype=torch.float64, form="sequential")
+    exact = TorchRunner.open(byte_model, dtype=torch.float64, scan="sequential")
     logits, _ = exact(tokens[:, :-1], exact.initial_state(2), logits="all")
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(np.take_along_axis(p, tokens[:, 1:, None], -1)[..., 0])

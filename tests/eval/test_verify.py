@@ -16,8 +16,9 @@ from mossquant.errors import InputError
 from mossquant.eval.parity import parity_of
 from mossquant.eval.verify import verify
 from mossquant.files.outputs import json_bytes
-from mossquant.formats.activations import activation_model, int8_block
+from mossquant.formats.activations import int8_block
 from mossquant.model.forward import Activation
+from mossquant.plan.inputs import activation_model
 from mossquant.runner import Floats, LogitsWanted, State, Tokens
 from mossquant.targets.export import export
 from mossquant.targets.onnx import OnnxRunner

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mossquant.kernels import _native, available
-from mossquant.model.mossnet import rms_norm
+from mossquant.model.block import rms_norm
 
 from .bounds import F32_TINY, F64_RELATIVE, f32_roundings
 from .linears import make_input

@@ -70,14 +70,14 @@ def plain_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
 def some_state(model: MossNet) -> list[Tensor]:
     """The state after some tokens, in the program's order."""
     state = model.initial_state(1)
-    _, state = model.hidden(random_tokens(model.config, 1, 5, seed=1), state, Forward(form="sequential"))
+    _, state = model.hidden(random_tokens(model.config, 1, 5, seed=1), state, Forward(scan="sequential"))
     return [state[spec.name] for spec in state_specs(model.config)]
 
 
 def expected(model: MossNet, tokens: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """What the model makes of tokens [1, T] from states."""
     names = [spec.name for spec in state_specs(model.config)]
-    run = Forward(form="sequential")
+    run = Forward(scan="sequential")
     hidden, after = model.hidden(tokens, dict(zip(names, states, strict=True)), run)
     return model.head(hidden, run), [after[name] for name in names]
 

@@ -23,10 +23,11 @@ from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import input_format, value
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS
-from mossquant.formats.activations import activation_model, int8_block
+from mossquant.formats.activations import int8_block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
+from mossquant.plan.inputs import activation_model
 from mossquant.plan.recipe import RECIPES
 
 MIXED = """\
@@ -182,8 +183,8 @@ def test_activation_model_runs_in_the_model(quantized_folders: dict[str, Path]) 
             return found
 
         with torch.no_grad():
-            plain, _ = model(tokens, run=Forward(form="sequential"))
-            rounded, _ = model(tokens, run=Forward(form="sequential", activation=watched))
+            plain, _ = model(tokens, run=Forward(scan="sequential"))
+            rounded, _ = model(tokens, run=Forward(scan="sequential", activation=watched))
         assert 1e-4 < ((plain - rounded).norm() / plain.norm()).item() < 0.1
         assert seen == {tensor for site in opened.plan.activations for tensor in site.tensors}
 

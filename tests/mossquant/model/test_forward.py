@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from bounds import FORMS_FLOAT32, FORMS_FLOAT64, PLANTED_FAULT
-from small import SMALL, difference
+from small import SMALL, Planned, difference
 from torch import Tensor
 
 from mossquant.errors import InputError
-from mossquant.formats.activations import activation_model, expert_input_model, int8_row_asym
+from mossquant.formats.activations import int8_row_asym
 from mossquant.model.forward import GATED, OWN, ExpertInput, ExpertPart, Forward
 from mossquant.model.mossnet import tensor_specs
-from mossquant.plan.plan import Plan, make_plan
+from mossquant.plan.inputs import activation_model, expert_input_model
+from mossquant.plan.plan import make_plan
 from mossquant.plan.recipe import load_recipe
 
 ROWS, EXPERTS, CHOSEN, WIDTH, OUT = 6, 5, 2, 7, 4
@@ -121,14 +122,14 @@ state:
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path) -> Planned:
     (tmp_path / "recipe.yaml").write_text(_RECIPE)
     config = replace(SMALL, mlp_intermediate_size=70)
     dtypes = {spec.name: torch.float32 for spec in tensor_specs(config)}
-    return make_plan(config, dtypes, load_recipe(tmp_path / "recipe.yaml"))
+    return Planned(config, make_plan(config, dtypes, load_recipe(tmp_path / "recipe.yaml")))
 
 
-def test_what_a_plan_rounds_together(plan: Plan) -> None:
+def test_what_a_plan_rounds_together(plan: Planned) -> None:
     at, way = "backbone.layers.0.mlp.experts", expert_input_model(plan)
     assert way(f"{at}.0.w2.weight") is None
     assert way(f"{at}.1.w2.weight") == GATED
@@ -137,12 +138,12 @@ def test_what_a_plan_rounds_together(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("name", ["int8_block", "fp32"])
-def test_formats_whose_targets_join_nothing(plan: Plan, name: str) -> None:
+def test_formats_whose_targets_join_nothing(plan: Planned, name: str) -> None:
     way = expert_input_model(plan, name)
     assert all(way(f"backbone.layers.0.mlp.experts.{e}.w2.weight") is None for e in range(4))
 
 
-def test_an_unknown_format(plan: Plan) -> None:
+def test_an_unknown_format(plan: Planned) -> None:
     for model in (activation_model, expert_input_model):
         with pytest.raises(InputError, match="unknown activation format 'int7'"):
             model(plan, "int7")

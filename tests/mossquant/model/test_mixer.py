@@ -16,7 +16,7 @@ from mossquant.model.forward import Forward
 from mossquant.model.mixer import Mixer
 from mossquant.model.mossnet import MossNet, tensor_specs
 from mossquant.model.routing import Routing
-from mossquant.model.scan import Form
+from mossquant.model.scan import ScanForm
 
 Array = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ def explicit_sum(raw: dict[str, Array], u: Array, chosen: int, fault: str = "") 
 
 @pytest.fixture
 def mixer() -> Mixer:
-    found = random_model(SMALL).layers[0].mixer
+    found = next(random_model(SMALL).blocks)
     assert isinstance(found, Mixer)
     return found
 
@@ -75,7 +75,7 @@ def mixer() -> Mixer:
 @pytest.fixture
 def raw(mixer: Mixer) -> dict[str, Array]:
     at = "backbone.layers.0.mixer."
-    return {spec.name.removeprefix(at): mixer.parameter_of(spec).numpy() for spec in Mixer.specs(SMALL, 0)}
+    return {spec.name.removeprefix(at): mixer.parameter_of(spec).numpy() for spec in Mixer.own_specs(SMALL, 0)}
 
 
 @pytest.fixture
@@ -83,9 +83,9 @@ def u() -> Tensor:
     return torch.randn(12, SMALL.hidden_size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def of_mixer(mixer: Mixer, u: Tensor, form: Form = "sequential") -> Array:
-    conv, ssm = (spec.zeros(1, dtype=torch.float64) for spec in Mixer.states(SMALL, 0))
-    out, _, _ = mixer(u[None], conv, ssm, Forward(form=form))
+def of_mixer(mixer: Mixer, u: Tensor, form: ScanForm = "sequential") -> Array:
+    state = {spec.name: spec.zeros(1, dtype=torch.float64) for spec in Mixer.states(SMALL, 0)}
+    out, _ = mixer(u[None], state, Forward(scan=form))
     return np.asarray(out[0].numpy(), np.float64)
 
 
@@ -113,18 +113,18 @@ def chosen_experts(model: MossNet, tokens: Tensor) -> dict[str, set[int]]:
             best = torch.topk(value, keep[name.split(".")[-2]], -1).indices
             seen.setdefault(name, set()).update(best.flatten().tolist())
 
-    model(tokens, run=Forward(form="sequential", tap=tap))
+    model(tokens, run=Forward(scan="sequential", tap=tap))
     return seen
 
 
 @pytest.mark.parametrize("form", ["sequential", "chunked", "kernel"])
-def test_an_expert_that_nobody_chose_has_no_effect(form: Form) -> None:
+def test_an_expert_that_nobody_chose_has_no_effect(form: ScanForm) -> None:
     """Its weights may be NaN: it is not read, neither in the prompt nor in a step."""
     config = replace(SMALL, num_ssm_experts=7, num_mlp_experts=7)
     model, tokens = random_model(config), random_tokens(config, 1, 3)
     following = random_tokens(config, 1, 1, seed=9)
-    expected, state = model(tokens, run=Forward(form=form))
-    expected_next, _ = model(following, state, run=Forward(form="step"))
+    expected, state = model(tokens, run=Forward(scan=form))
+    expected_next, _ = model(following, state, run=Forward(scan="step"))
     used = chosen_experts(model, torch.cat([tokens, following], 1))
     spoiled = 0
     for spec in tensor_specs(config):
@@ -133,23 +133,23 @@ def test_an_expert_that_nobody_chose_has_no_effect(form: Form) -> None:
             model.parameter_of(spec).fill_(float("nan"))
             spoiled += 1
     assert spoiled >= 12, "nothing was left unchosen"
-    logits, state = model(tokens, run=Forward(form=form))
+    logits, state = model(tokens, run=Forward(scan=form))
     assert torch.equal(logits, expected)
-    assert torch.equal(model(following, state, run=Forward(form="step"))[0], expected_next)
+    assert torch.equal(model(following, state, run=Forward(scan="step"))[0], expected_next)
 
 
 @pytest.mark.parametrize("form", ["sequential", "chunked", "kernel"])
-def test_the_order_of_the_experts_does_not_matter(form: Form) -> None:
+def test_the_order_of_the_experts_does_not_matter(form: ScanForm) -> None:
     """Experts permuted together with the rows of their router; their router alone must change the logits."""
     model, tokens = random_model(SMALL), random_tokens(SMALL, 2, 33)
-    expected, _ = model(tokens, run=Forward(form=form))
+    expected, _ = model(tokens, run=Forward(scan=form))
     order = torch.tensor([2, 0, 3, 1])
     for parameter in of_experts(model, routers=True):
         parameter.copy_(parameter[order])
-    assert difference(model(tokens, run=Forward(form=form))[0], expected) < bounds.SAME_SUM_FLOAT64
+    assert difference(model(tokens, run=Forward(scan=form))[0], expected) < bounds.SAME_SUM_FLOAT64
     for parameter in of_experts(model, routers=False):
         parameter.copy_(parameter[order])
-    assert difference(model(tokens, run=Forward(form=form))[0], expected) > bounds.PLANTED_FAULT
+    assert difference(model(tokens, run=Forward(scan=form))[0], expected) > bounds.PLANTED_FAULT
 
 
 def of_experts(model: MossNet, *, routers: bool) -> Iterator[torch.nn.Parameter]:
@@ -162,7 +162,7 @@ def of_experts(model: MossNet, *, routers: bool) -> Iterator[torch.nn.Parameter]
 
 @pytest.mark.parametrize("form", ["chunked", "kernel"])
 @pytest.mark.parametrize("experts", [1, 4])
-def test_the_training_form_has_the_same_values_and_gradients(form: Form, experts: int) -> None:
+def test_the_training_form_has_the_same_values_and_gradients(form: ScanForm, experts: int) -> None:
     model = random_model(replace(SMALL, num_ssm_experts=experts)).requires_grad_(True)
     tokens = random_tokens(SMALL, 2, 33)
     weight = torch.randn(2, 33, SMALL.vocab_size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -171,8 +171,8 @@ def test_the_training_form_has_the_same_values_and_gradients(form: Form, experts
         logits, _ = model(tokens, run=run)
         return logits, list(torch.autograd.grad((logits * weight).sum(), list(model.parameters()), allow_unused=True))
 
-    expected, expected_gradients = gradients(Forward(form="sequential"))
-    logits, found = gradients(Forward(form=form, dense_ssm=True))
+    expected, expected_gradients = gradients(Forward(scan="sequential"))
+    logits, found = gradients(Forward(scan=form, dense_ssm=True))
     assert difference(logits, expected) < bounds.FORMS_FLOAT64
     for (name, _), one, other in zip(model.named_parameters(), found, expected_gradients, strict=True):
         assert one is not None, name
@@ -191,8 +191,8 @@ def test_activations_are_seen_by_every_linear() -> None:
         met[name] = x.shape[-1]
         return x
 
-    expected, _ = model(tokens, run=Forward(form="kernel"))
-    logits, _ = model(tokens, run=Forward(form="kernel", activation=activation))
+    expected, _ = model(tokens, run=Forward(scan="kernel"))
+    logits, _ = model(tokens, run=Forward(scan="kernel", activation=activation))
     assert torch.equal(logits, expected)
     assert met == {spec.name: spec.shape[1] for spec in tensor_specs(SMALL) if spec.site is not None}
 
@@ -203,7 +203,7 @@ def test_a_reroute_replaces_the_decision() -> None:
     def to_first(name: str, routing: Routing) -> Routing:
         return replace(routing, chosen=0 * routing.chosen[:, :1], gates=torch.ones_like(routing.gates[:, :1]))
 
-    run = Forward(form="kernel", reroute=to_first)
+    run = Forward(scan="kernel", reroute=to_first)
     rerouted, _ = model(tokens, run=run)
     for spec in tensor_specs(SMALL):
         if ".expert." in spec.role and spec.expert != 0:

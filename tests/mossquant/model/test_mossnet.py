@@ -17,21 +17,21 @@ from mossquant.checkpoint.checkpoint import Checkpoint, load_model
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet, activation_sites, parameter_count, state_specs, tensor_specs
-from mossquant.model.scan import Form
+from mossquant.model.scan import ScanForm
 
 LENGTHS = (1, 2, 31, 32, 33, 100)
 
 
 def run(
-    model: MossNet, tokens: Tensor, form: Form, state: dict[str, Tensor] | None = None
+    model: MossNet, tokens: Tensor, form: ScanForm, state: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and state in one form; the step form token by token."""
     if form != "step":
-        logits, after = model(tokens, state, run=Forward(form=form))
+        logits, after = model(tokens, state, run=Forward(scan=form))
         return logits, after
     state, rows = state or model.initial_state(tokens.shape[0]), []
     for t in range(tokens.shape[1]):
-        row, state = model(tokens[:, t : t + 1], state, run=Forward(form="step"))
+        row, state = model(tokens[:, t : t + 1], state, run=Forward(scan="step"))
         rows.append(row)
     return torch.cat(rows, 1), state
 
@@ -164,7 +164,7 @@ def test_a_text_in_pieces_equals_one_long_prefill(cuts: tuple[int, ...]) -> None
     expected, after = run(model, tokens, "kernel")
     state, parts, start = None, [], 0
     for stop in (*cuts, 100):
-        form: Form = "step" if stop - start == 1 else "kernel"
+        form: ScanForm = "step" if stop - start == 1 else "kernel"
         logits, state = run(model, tokens[:, start:stop], form, state)
         parts.append(logits)
         start = stop

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from small import difference
 from torch import Tensor
 
-from mossquant.model.scan import Form, causal_conv, conv_step, scans
+from mossquant.model.scan import ScanForm, causal_conv, conv_step, scans
 
-FORMS: tuple[Form, ...] = ("sequential", "chunked", "kernel")
+FORMS: tuple[ScanForm, ...] = ("sequential", "chunked", "kernel")
 
 
 def inputs(batch: int, time: int, *, dtype: torch.dtype = torch.float64, E: int = 11, N: int = 5) -> list[Tensor]:
@@ -33,7 +33,7 @@ def inputs(batch: int, time: int, *, dtype: torch.dtype = torch.float64, E: int 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_by_hand(form: Form) -> None:
+def test_by_hand(form: ScanForm) -> None:
     """Δ = ln 4 (softplus of ln 3) and A = −1/2 halve the state at each token; then y = C h + D x."""
     column = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64).view(1, 3, 1)
     one = torch.ones(1, 3, 1, dtype=torch.float64)
@@ -69,8 +69,8 @@ def test_the_forms_agree_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("form", ["chunked", "kernel"])
-def test_the_gradients_agree(form: Form) -> None:
-    def gradients(form: Form) -> list[Tensor]:
+def test_the_gradients_agree(form: ScanForm) -> None:
+    def gradients(form: ScanForm) -> list[Tensor]:
         arguments = [argument.requires_grad_() for argument in inputs(2, 45)]
         y, h = scans(form)(*arguments)
         return list(torch.autograd.grad(y.square().sum() + h.sum(), arguments))
@@ -83,7 +83,7 @@ def test_the_gradients_agree(form: Form) -> None:
 
 @pytest.mark.parametrize("form", [*FORMS, "step"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_extreme_time_steps(form: Form, dtype: torch.dtype) -> None:
+def test_extreme_time_steps(form: ScanForm, dtype: torch.dtype) -> None:
     """Regression: softplus in float64 once went through exp(dt), which is infinite from dt = 710 on."""
     for value, delta in ((-800.0, 0.0), (-40.0, math.exp(-40)), (0.0, math.log(2)), (50.0, 50.0), (800.0, 800.0)):
         x, dt, A, bm, cm, D, h = inputs(1, 1, dtype=dtype)
@@ -95,7 +95,7 @@ def test_extreme_time_steps(form: Form, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_scan_in_two_pieces(form: Form) -> None:
+def test_a_scan_in_two_pieces(form: ScanForm) -> None:
     x, dt, A, bm, cm, D, h = inputs(2, 70)
     expected, after = scans(form)(x, dt, A, bm, cm, D, h)
     first, middle = scans(form)(x[:, :37], dt[:, :37], A, bm[:, :37], cm[:, :37], D, h)

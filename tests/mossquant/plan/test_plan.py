@@ -67,7 +67,7 @@ def test_total(model: str, recipe: str) -> None:
             assert entry.predicted_bytes == 4 * entry.count
     assert sum(row.bytes for row in plan.summary()) == plan.predicted_bytes
     assert sum(row.weights for row in plan.summary()) == plan.parameters == parameter_count(config)
-    check(Held.by(plan), plan.targets)
+    check(Held.by(plan, config), plan.targets)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -210,20 +210,20 @@ def test_broken_json(tiny_config: MossNetConfig, name: str) -> None:
 
 def test_capabilities_list_all_offenders(tiny_config: MossNetConfig) -> None:
     plan = plan_of(tiny_config, rules('role: "*norm*", keep: stored, why: x', 'role: "*", format: int8'))
-    check(Held.by(plan), ["torch"])
+    check(Held.by(plan, tiny_config), ["torch"])
     with pytest.raises(InputError) as caught:
-        check(Held.by(plan), ["torch", "onnx"])
+        check(Held.by(plan, tiny_config), ["torch", "onnx"])
     message = str(caught.value)
     assert "onnx holds no codes for backbone.layers.0.mixer.router.weight (role ssm.router): keep it" in message
     assert message.count("router.weight") == 4
     exact = replace(plan_of(tiny_config, Recipe.named("int8")), targets=("torch",))
     exact = replace(exact, activations=tuple(replace(site, format="fp32") for site in exact.activations))
-    check(Held.by(exact), ["torch", "onnx"])
+    check(Held.by(exact, tiny_config), ["torch", "onnx"])
     with pytest.raises(InputError, match=r"executorch cannot take fp32 at layers\.0\.mixer\.in_proj\.input"):
-        check(Held.by(exact), ["executorch"])
+        check(Held.by(exact, tiny_config), ["executorch"])
     in_half = replace(plan, state=tuple(replace(state, format="fp16") for state in plan.state))
     with pytest.raises(InputError, match=r"torch cannot carry layers.0.mixer.conv in fp16"):
-        check(Held.by(in_half), ["torch"])
+        check(Held.by(in_half, tiny_config), ["torch"])
 
 
 @pytest.mark.parametrize(("target", "own"), [("onnx", "int8_block"), ("executorch", "int8_row_asym")])
@@ -232,7 +232,7 @@ def test_a_target_rounds_inputs_in_its_own_way(tiny_config: MossNetConfig, targe
     plan = plan_of(tiny_config, Recipe.named("int8"))
     for planned in ("int8_block", "int8_row_asym"):
         sites = tuple(replace(site, format=planned) for site in plan.activations)
-        check(Held.by(replace(plan, activations=sites)), [target])
+        check(Held.by(replace(plan, activations=sites), tiny_config), [target])
         assert get_capabilities(target).taken(planned) == own
     assert get_capabilities(target).rounded_to("int8") == own
 
@@ -240,7 +240,7 @@ def test_a_target_rounds_inputs_in_its_own_way(tiny_config: MossNetConfig, targe
 def test_unknown_targets(tiny_config: MossNetConfig) -> None:
     plan = plan_of(tiny_config, Recipe.named("int8"))
     with pytest.raises(InputError, match=r"unknown target 'onxx'; unknown target 'npu'\. Known targets: torch, onnx"):
-        check(Held.by(plan), ["onxx", "torch", "npu"])
+        check(Held.by(plan, tiny_config), ["onxx", "torch", "npu"])
     with pytest.raises(InputError, match="unknown target 'onxx'; known targets: torch, onnx"):
         get_capabilities("onxx")
     assert TARGETS == ("torch", "onnx", "executorch")

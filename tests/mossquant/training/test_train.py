@@ -13,7 +13,7 @@ from mossquant.errors import InputError
 from mossquant.model import config as configs
 from mossquant.model.config import MossNetConfig
 from mossquant.training.train import train
-from mossquant.training.trainer import Progress, Schedule
+from mossquant.training.trainer import Schedule, TrainingStep
 
 SMALL = MossNetConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, time_step_rank=5)
 SCHEDULE = Schedule(steps=4, batch=2, window=8, warmup=1)
@@ -42,7 +42,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(text: str, tmp_path: Path) -> None:
     train("tiny", [text], tmp_path / "whole", schedule=SCHEDULE)
 
-    def kill(progress: Progress) -> None:
+    def kill(progress: TrainingStep) -> None:
         if progress.step == 3:
             raise Killed
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import input_format
-from mossquant.formats.activations import activation_model, int8_block
+from mossquant.formats.activations import int8_block
 from mossquant.model.forward import Activation
+from mossquant.plan.inputs import activation_model
 from mossquant.targets.torch.runner import TorchRunner
 
 BATCH, TIME = 3, 24

@@ -32,7 +32,7 @@ def test_logits_are_the_models(tmp_path: Path, name: str) -> None:
     model = random_model(CONFIGS[name])
     runner = TorchRunner.open(write_model(tmp_path / "model", model), dtype=torch.float64)
     tokens = random_tokens(CONFIGS[name], 2, 9)
-    expected, _ = model(tokens, run=Forward(form="sequential"))
+    expected, _ = model(tokens, run=Forward(scan="sequential"))
     found, _ = runner(tokens.numpy(), runner.initial_state(2), logits="all")
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=FORMS_FLOAT64)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan makes of the inputs of linear layers, as a pass of the model takes it (`mossquant.model.forward`)."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from mossquant.formats import NumberFormat
+from mossquant.formats.activations import ACTIVATION_FORMATS, get_activation_format
+from mossquant.model.forward import GATED, Activation, ExpertInput
+from mossquant.model.tensors import TensorSpec
+
+__all__ = ["InputFormats", "activation_model", "expert_input_model"]
+
+
+class InputFormats(Protocol):
+    """Says in which formats weights and the inputs of linear layers are: `mossquant.checkpoint.weights.Weights`."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Tensor name → what it is."""
+        ...
+
+    def format(self, name: str) -> NumberFormat | None:
+        """The number format of a tensor; None where it is kept."""
+        ...
+
+    def activation(self, site: str) -> str:
+        """The activation format of a site."""
+        ...
+
+
+def activation_model(source: InputFormats, name: str = "planned") -> Activation:
+    """What a target does to the inputs of the linear layers, for `mossquant.model.forward.Forward`.
+
+    Args:
+        source: a quantized checkpoint or a plan.
+        name: "planned", or the activation format to use at every site in place of the planned ones. Inputs of weights
+            that are kept stay in fp32 either way.
+
+    Returns:
+        (weight tensor's name, x [..., K]) → x as the target sees it.
+
+    Raises:
+        InputError: no such activation format.
+    """
+    override = None if name == "planned" else get_activation_format(name)
+
+    def seen(tensor: str, x: Tensor) -> Tensor:
+        number_format, site = source.format(tensor), source.specs[tensor].site
+        if number_format is None or site is None:
+            return x
+        return (override or ACTIVATION_FORMATS[source.activation(site)]).apply(x, number_format.activation_block)
+
+    return seen
+
+
+def expert_input_model(source: InputFormats, name: str = "planned") -> Callable[[str], ExpertInput | None]:
+    """What a target rounds where experts are summed, for `Forward`; arguments as `activation_model`.
+
+    XNNPACK sums neighbouring experts of one format with groups in one matmul, over their gated inputs side by side, and
+    gives that vector one range. Weights with one scale a row cannot be laid side by side: each expert is a matmul of
+    its own, of its own gated input. A block of int8_block belongs to one expert either way, and a positive gate in
+    front changes none of its codes.
+
+    Returns:
+        Weight tensor's name → what is rounded; None where its format leaves that to the model.
+
+    Raises:
+        InputError: no such activation format.
+    """
+    override = None if name == "planned" else get_activation_format(name)
+
+    def way(tensor: str) -> ExpertInput | None:
+        number_format, site = source.format(tensor), source.specs[tensor].site
+        if number_format is None or site is None or not (override or ACTIVATION_FORMATS[source.activation(site)]).joins:
+            return None
+        return GATED if number_format.group_size is None else ExpertInput(gated=True, joined=number_format.name)
+
+    return way
