@@ -87,17 +87,6 @@ def test_extreme_values(form: NumberFormat, size: float) -> None:
         assert not found.codes[1].any()
 
 
-@EVERY
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_rows_are_independent(form: NumberFormat, solver: str) -> None:
-    """Blocks of rows give the same bytes as the whole matrix: memory is bounded without changing anything."""
-    values = matrix(20, 100, tails=True)
-    whole = SOLVERS[solver](values, form)
-    parts = [SOLVERS[solver](values[start : start + 7], form) for start in range(0, 20, 7)]
-    assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
-    assert torch.equal(whole.scales, torch.cat([part.scales for part in parts]))
-
-
 @pytest.mark.parametrize("form", [FORMATS["int8"], FORMATS["int4_g32"]], ids=["int8", "int4_g32"])
 def test_threads_change_nothing(form: NumberFormat) -> None:
     """One long row and many short ones: the two ways in which PyTorch shares out a sum."""

@@ -39,11 +39,6 @@ MISTAKES = {
     "unknown format": ("int4_g32", "int5", "line 9: unknown number format 'int5'; known formats: int8, int8_g32"),
     "unknown activation": ("int8_block", "int8_blok", "line 11: unknown activation format 'int8_blok'"),
     "unknown state": ("format: fp32", "format: fp99", "line 13: unknown state format 'fp99'"),
-    "unknown solver": (
-        "solver: nearest",
-        "solver: magic",
-        "line 8: solver: input should be 'nearest' or 'nearest-mse', not 'magic'",
-    ),
     "no reason": (", why: few bytes", "", "line 5: keep needs a reason: add why"),
     "empty reason": ("why: few bytes", 'why: ""', "line 5: why: string should have at least 1 character"),
     "neither": ('{role: "*", format: int4_g32}', '{role: "*"}', "line 9: a weight rule needs either format or keep"),
