@@ -6,28 +6,34 @@ A process killed at any point leaves nothing at the output path, or what was the
 (`.NAME.partial-PID`) is removed by the next run that writes to the same path.
 """
 
-import ctypes
-import errno
 import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
 
-__all__ = ["check_free", "check_outside", "file_sha256", "json_bytes", "new_file", "new_folder", "write_json"]
+__all__ = [
+    "check_apart",
+    "check_free",
+    "check_outside",
+    "file_sha256",
+    "json_bytes",
+    "new_file",
+    "new_folder",
+    "write_json",
+]
 
 _PARTIAL = ".partial-"
-# What follows it: of a process; what stood at the output where the system cannot swap; what looking left.
-_LEFTOVER = re.compile(r"([1-9][0-9]{0,9})(-old|-probe)?")
+# What follows it: the process, and whether it is the folder that was about to be replaced.
+_LEFTOVER = re.compile(r"([1-9][0-9]{0,9})(-old)?", re.ASCII)
 
 # Names in a full-precision checkpoint, which has no manifest that lists them.
 _CHECKPOINT_FILES = re.compile(
@@ -35,15 +41,7 @@ _CHECKPOINT_FILES = re.compile(
 )
 _MANIFEST = "manifest.json"
 _KINDS = ("quantized checkpoint", "artifact")
-
-# As root nothing else would keep us from replacing /dev/null or /dev/stdout.
-_DEVICES = Path("/dev")
-
-# Of renameat2(2), which Python has no name for.
-_AT_FDCWD = -100
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
-# What it says where the system or the file system cannot.
-_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_ANOTHER = "choose another output path"
 
 
 def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs: Sequence[Path] = ()) -> None:
@@ -51,88 +49,69 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
 
     Args:
         path: the output.
-        force: whether what is there may be replaced.
+        force: whether what is there may be replaced: a file by a file, and a folder that is empty, or holds nothing
+            but what its manifest or the layout of a checkpoint names.
         as_file: a file is to be written, not a folder.
         inputs: what is read; an output that is one of them, or inside or around one, is refused.
 
     Raises:
-        InputError: the name is not UTF-8; something is at `path` and `force` is off; it is a link; it is a file where
-            a folder is to be written or the other way round, or neither; it holds the working folder, an input, or
-            files that are not ours; or the folder above it is not a folder, not reachable or not writable.
+        InputError: one of the above, the name is not UTF-8, or the folder above is not a folder or not writable.
     """
     try:
         str(path.absolute()).encode()
-        if path.absolute().parent == _DEVICES or (path.exists() and not (path.is_file() or path.is_dir())):
-            raise InputError(f"{path} is a device, pipe or socket, so nothing is written there; choose another output")
-        if path.is_symlink():
-            raise InputError(f"{path} is a link, and no link is replaced; choose another output path or remove it")
-        if path.is_dir() and as_file:
-            raise InputError(f"{path} is a folder, and a file is to be written; choose another output path")
-        for source in inputs:
-            one, other = (Path(os.path.realpath(each)) for each in (path, source))
-            if one.is_relative_to(other) or other.is_relative_to(one):
-                raise InputError(f"{path} is, holds or lies in the input {source}; choose another output path")
-        if path.exists() and not force:
-            raise InputError(f"{path} exists already; choose another output path or pass --force to replace it")
-        if path.is_file() and not as_file:
-            raise InputError(f"{path} is a file, and a folder is to be written; choose another output path")
-        if Path.cwd().resolve().is_relative_to(path.resolve()):
-            raise InputError(f"{path} holds the working folder, so it is not replaced; choose another output path")
-        if os.path.ismount(path):
-            raise InputError(f"{path} is a mount point, which cannot be replaced; choose another output path")
-        if path.is_dir():
-            _check_ours(path)
-            if not os.access(path, os.W_OK | os.X_OK):  # it could be put aside, and not removed
-                raise InputError(f"{path} belongs to somebody else, so it is not replaced; choose another output path")
-        above = path.absolute().parent
-        while not os.path.lexists(above) and above != above.parent:
-            above = above.parent
     except UnicodeEncodeError:
-        raise InputError(f"{path} is not a name in UTF-8, which the runtimes need; choose another output") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another output path") from None
-    except RuntimeError:  # what resolve() makes of a link that leads to itself
-        raise InputError(f"{path} is a link that leads to itself; choose another output path") from None
+        raise InputError(f"{path} is not a name in UTF-8, which the runtimes need; {_ANOTHER}") from None
+    kind, other_kind = ("file", "folder") if as_file else ("folder", "file")
+    there = os.path.lexists(path)
+    is_folder = there and path.is_dir()
+    above = path.absolute().parent
+    while not os.path.lexists(above):
+        above = above.parent
+    check_apart(path, inputs)
+    if there and (path.is_symlink() or not (path.is_file() or is_folder)):
+        raise InputError(f"{path} is a link, device, pipe or socket, and none is replaced; {_ANOTHER} or remove it")
+    if there and is_folder == as_file:
+        raise InputError(f"{path} is a {other_kind}, and a {kind} is to be written; {_ANOTHER}")
+    if there and not force:
+        raise InputError(f"{path} exists already; {_ANOTHER} or pass --force to replace it")
+    if there and Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"{path} holds the working folder, so it is not replaced; {_ANOTHER}")
+    if is_folder:
+        _check_ours(path)
     if not above.is_dir():
-        raise InputError(f"{above} is not a folder, so {path} cannot be written; choose another output path")
-    # Tried, because permissions do not tell of read-only disks. A killed run's is removed with its other leftovers.
-    probe = above / f".{path.name}{_PARTIAL}{os.getpid()}-probe"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise InputError(
-            f"{above} is not writable ({error.strerror}), so {path} cannot be written; choose another output path"
-        ) from None
+        raise InputError(f"{above} is not a folder, so {path} cannot be written; {_ANOTHER}")
+    for folder in (above, path) if is_folder else (above,):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"{folder} is not writable, so {path} cannot be written; {_ANOTHER}")
 
 
 @contextmanager
 def new_folder(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block ends without an exception; see `check_free`."""
     check_free(path, force=force, inputs=inputs)
-    with _beside(path) as partial:
-        partial.mkdir()
+    with _beside(path, Path.mkdir) as partial:
         yield partial
         for entry in sorted(partial.rglob("*")):
             _flush(entry)
         _flush(partial)
-        check_free(path, force=force)  # something may have appeared meanwhile
-        _put(partial, path.absolute(), force=force)
+        check_free(path, force=force)  # the work may have taken hours
+        old = partial.with_name(f"{partial.name}-old")
+        if path.exists():
+            path.rename(old)
+        partial.rename(path.absolute())
+        _flush(partial.parent)
+        _remove(old)
 
 
 @contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a path to write to, in the same folder; it becomes `path` when the block ends without an exception."""
     check_free(path, force=force, as_file=True)
-    force = force and os.path.lexists(path)  # what appears later was not meant
-    with _beside(path) as partial:
+    with _beside(path, Path.touch) as partial:
         yield partial
         _flush(partial)
         check_free(path, force=force, as_file=True)
-        if force:
-            partial.replace(path.absolute())
-        else:
-            _put_beside_nothing(partial, path.absolute())
+        partial.replace(path.absolute())
         _flush(partial.parent)
 
 
@@ -152,65 +131,75 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_apart(path: Path, others: Sequence[Path], *, role: Literal["input", "output"] = "input") -> None:
+    """Raise `InputError`: `path` is one of the others, which are of this role, or inside or around one."""
+    for other in others:
+        real, real_other = Path(os.path.realpath(path)), Path(os.path.realpath(other))
+        if real.is_relative_to(real_other) or real_other.is_relative_to(real):
+            raise InputError(f"{path} is, holds or lies in the {role} {other}; {_ANOTHER}")
+
+
+def check_outside(path: Path) -> None:
+    """Raise `InputError`: the folder of a file to be written is a checkpoint or an artifact, which stays as it is."""
+    if _names_written(path.absolute().parent):
+        raise InputError(f"{path} lies in a checkpoint or artifact, which is left as it is; choose another path")
+
+
 def _check_ours(folder: Path) -> None:
-    """Raise `InputError`: the folder is neither empty nor one that we wrote, or it holds more than what we wrote."""
-    entries = sorted(folder.iterdir())
-    if not entries:
-        return
+    """Raise `InputError`: the folder holds something that we did not write."""
     written = _names_written(folder)
-    damaged = (folder / _MANIFEST).exists() and (written is None or _MANIFEST not in written)
-    if written is None or damaged:
-        why = f"did not write, or its {_MANIFEST} is damaged" if damaged else "did not write"
-        raise InputError(f"{folder} is a folder that mossquant {why}, so it is not replaced; choose another")
-    for entry in entries:
+    for entry in sorted(folder.iterdir()):
+        if not written:
+            raise InputError(f"{folder} is a folder that mossquant did not write, so it is not replaced; {_ANOTHER}")
         if entry.name not in written or entry.is_dir():
             raise InputError(
                 f"{folder} holds {entry.name}, which mossquant did not write, so it is not replaced; "
-                "move that away or choose another output path"
+                f"move that away or {_ANOTHER}"
             )
 
 
-def _names_written(folder: Path) -> set[str] | None:
-    """Names that a checkpoint, quantized checkpoint or artifact of ours may hold; None for any other folder."""
+def _names_written(folder: Path) -> set[str]:
+    """Names that a checkpoint, quantized checkpoint or artifact of ours may hold; none for any other folder."""
     manifest = _object(folder / _MANIFEST)
     files = manifest.get("files")
     if manifest.get("kind") in _KINDS and "release" in manifest and isinstance(files, dict):
         return {_MANIFEST, *files}
     if _object(folder / "config.json").get("model_type") == "mossnet":
         return {path.name for path in folder.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name)}
-    return None
+    return set()
 
 
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none."""
     try:
-        found = read_json(path, largest=LARGEST_SMALL, advice="") if path.is_file() else None
+        value = read_json(path, largest=LARGEST_SMALL, advice="")
     except InputError:
-        found = None
-    return found if isinstance(found, dict) else {}
-
-
-def check_outside(path: Path) -> None:
-    """Raise `InputError`: the folder of a file to be written is a checkpoint or an artifact, which stays as it is."""
-    if _names_written(path.absolute().parent) is not None:
-        raise InputError(f"{path} lies in a checkpoint or artifact, which is left as it is; choose another path")
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A free temporary name beside `path`. If the block fails, nothing stays: not it, not folders made to hold it."""
+def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """What `make` makes under a free temporary name beside `path`. If the block fails, nothing stays: not it, not
+    folders made to hold it.
+    """
     path = path.absolute()
     made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
-        found = _LEFTOVER.fullmatch(left.name.removeprefix(f".{path.name}{_PARTIAL}"))
-        if found is not None and not _alive(int(found[1])):
-            _remove(left)
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
+                process = _LEFTOVER.fullmatch(left.name.removeprefix(f".{path.name}{_PARTIAL}"))
+                if process is not None and not _alive(int(process[1])):
+                    _remove(left)
+            make(partial)
+        except OSError as error:  # a read-only disk, a name that is too long
+            raise InputError(f"{path} cannot be written ({error.strerror}); {_ANOTHER}") from None
         yield partial
     finally:
-        _remove(partial)
+        if os.path.lexists(partial):
+            _remove(partial)
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -234,51 +223,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _put(partial: Path, path: Path, *, force: bool) -> None:
-    """Rename a folder to its destination. What was there is removed once the new folder is in its place, and only if
-    it still holds nothing but what we wrote.
-    """
-    if not force or not os.path.lexists(path):
-        _put_beside_nothing(partial, path)
-    else:
-        old = partial
-        if not _renamed(partial, path, _RENAME_EXCHANGE):
-            old = partial.with_name(partial.name + "-old")
-            path.rename(old)
-            partial.rename(path)
-        try:
-            _check_ours(old)
-        except InputError:
-            _remove(path)
-            old.rename(path)
-            raise InputError(f"{path} was written to meanwhile, so it is not replaced; choose another path") from None
-        _remove(old)
-    _flush(path.parent)
-
-
-def _put_beside_nothing(partial: Path, path: Path) -> None:
-    """Rename to where nothing may be, whoever wrote there a moment ago."""
-    try:
-        if not _renamed(partial, path, _RENAME_NOREPLACE):
-            partial.rename(path)
-    except FileExistsError:
-        raise InputError(f"{path} appeared meanwhile, so it is not replaced; choose another output path") from None
-
-
-def _renamed(one: Path, other: Path, how: int) -> bool:
-    """Rename, or swap, two paths in one step; False where the system or the file system cannot. Raises `OSError`."""
-    library = ctypes.CDLL(None, use_errno=True)
-    call = getattr(library, "renameat2", None) if sys.platform == "linux" else None
-    if call is None:
-        return False
-    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), how) == 0:
-        return True
-    error = ctypes.get_errno()
-    if error in _UNKNOWN:
-        return False
-    raise OSError(error, os.strerror(error), str(other))
 
 
 def _remove(path: Path) -> None:
