@@ -8,7 +8,6 @@ what to do; 70 an error that we did not foresee. Results go to stdout, progress 
 import errno
 import io
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -46,9 +45,6 @@ _MOST_REPEATS = 10_000
 _MOST_PROMPT = 1 << 24  # bytes
 _MOST_SEED = (1 << 63) - 1
 _NO_OUTPUT = "no output folder was given; say where to write with -o FOLDER, or look first with --dry-run"
-# How every report begins, and nothing else that we write but a ledger: the version, then the verb's own first key.
-_REPORT = re.compile(rb'\{\n "version": \d+,\n "(comparison|machine|path|quantized|recipe|text)": ')
-_REPORT_HEAD = 64
 
 _terminal = Terminal(quiet=False)
 
@@ -547,27 +543,20 @@ def _next(*words: str | Path) -> str:
 
 
 def _json_free(path: Path | None, *inputs: str | Path | None, output: Path | None = None) -> None:
-    """A report may replace an older one, but nothing else, and lies neither in an input nor in the output.
+    """A report may replace a .json file, but nothing else, and lies neither in an input nor in the output.
 
     Raises:
         InputError: it would, or cannot be written.
     """
-    from mossquant.files.outputs import check_free, check_outside
+    from mossquant.files.outputs import check_apart, check_free, check_outside
 
     if path is None:
         return
     check_free(path, force=True, as_file=True, inputs=[_read_at(each) for each in inputs if each])
+    check_apart(path, [] if output is None else [output], role="output")
     check_outside(path)
-    _check_report(path)
-    if output is None:
-        return
-    one, other = (Path(os.path.realpath(each)) for each in (path, output))
-    if one == other:
-        raise InputError(f"{path} was given both for the output and for --json; choose another path for one of them")
-    if one.is_relative_to(other):
-        raise InputError(f"{path} lies in the output {output}; choose another path for --json")
-    if other.is_relative_to(one):
-        raise InputError(f"the output {output} lies in {path}, which is to be a file; choose another path for --json")
+    if path.exists() and path.suffix != ".json":
+        raise InputError(f"{path} exists already, and a report replaces .json files only; choose another path")
 
 
 def _read_at(given: str | Path) -> Path:
@@ -577,21 +566,12 @@ def _read_at(given: str | Path) -> Path:
     return asset_folder(BUNDLED) if given == BUNDLED else Path(given)
 
 
-def _check_report(path: Path) -> None:
-    """Raise `InputError`: what is there is not a report."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if _REPORT.match(file.read(_REPORT_HEAD)) is None:
-                raise InputError(f"{path} exists already and is not a report, so it is not replaced; choose another")
-
-
 def _write_json(path: Path | None, report: _Reported) -> None:
     from mossquant.files.outputs import json_bytes, new_file
 
     if path is not None:
-        with new_file(path, force=True) as partial:
+        with new_file(path, force=path.suffix == ".json") as partial:
             partial.write_bytes(json_bytes(report.to_json()))
-            _check_report(path)  # something else may have appeared meanwhile
 
 
 def _percent(text: str) -> float:

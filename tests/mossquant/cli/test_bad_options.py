@@ -76,6 +76,19 @@ BAD_OPTIONS = [
     ("quantize MODEL -o RECIPE.yaml -r RECIPE.yaml", "is, holds or lies in the input"),
     ("import MODEL -o OUT --tokenizer OUT", "is, holds or lies in the input"),
     ("train --text OUT/book.txt -o OUT", "is, holds or lies in the input"),
+    # A report replaces a .json file and nothing else; every verb says so before any work.
+    ("info MODEL --json TEXT", "exists already, and a report replaces .json files only"),
+    ("info QUANTIZED --json QUANTIZED/config.json", "is, holds or lies in the input"),
+    ("info MODEL --json QUANTIZED/ledger.json", "lies in a checkpoint or artifact"),
+    ("perplexity MODEL --text TEXT --json TEXT", "is, holds or lies in the input"),
+    ("compare MODEL QUANTIZED --text TEXT --json QUANTIZED/new.json", "is, holds or lies in the input"),
+    ("verify QUANTIZED ARTIFACT --text TEXT --json ARTIFACT/new.json", "is, holds or lies in the input"),
+    ("bench MODEL QUANTIZED --json QUANTIZED/new.json", "is, holds or lies in the input"),
+    ("quantize MODEL --dry-run -r RECIPE.yaml --json RECIPE.yaml", "is, holds or lies in the input"),
+    ("quantize MODEL -o OUT --json OUT/new.json", "is, holds or lies in the output"),
+    ("quantize MODEL -o OUT/below --json OUT", "is, holds or lies in the output"),
+    ("demo -o OUT --json OUT/new.json", "is, holds or lies in the output"),
+    ("bench MODEL --json /dev/stdout", "is a link, device, pipe or socket"),
 ]
 
 
@@ -143,7 +156,7 @@ def test_an_output_may_have_the_name_of_a_recipe(
     checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8").status == 0
+    assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8", "--json", "int4").status == 0
     assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8", "--force").status == 0
 
 

@@ -110,16 +110,17 @@ def test_bench_writes_the_agreed_json(checkpoint_folder: Path, artifact_folder: 
             assert 0 < speed["min"] <= speed["median"] <= speed["max"]
 
 
-def test_a_report_replaces_a_report_only(checkpoint_folder: Path, tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    assert command("info", checkpoint_folder, "--json", report).status == 0
-    first = report.read_bytes()
-    assert command("quantize", checkpoint_folder, "--dry-run", "--json", report).status == 0
-    assert report.read_bytes() != first
-    for data in (b"", b"notes", b'{"mine": 1}'):
-        report.write_bytes(data)
-        assert "exists already" in command("info", checkpoint_folder, "--json", report).err
-        assert report.read_bytes() == data
+def test_a_report_replaces_a_json_file_only(checkpoint_folder: Path, tmp_path: Path) -> None:
+    for name, data, replaced in (
+        ("report.json", b'{"mine": 1}', True),
+        ("notes", b"notes", False),
+        ("new", None, True),
+    ):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        found = command("info", checkpoint_folder, "--json", tmp_path / name)
+        assert (found.status == 0) == replaced, found
+        assert ((tmp_path / name).read_bytes() != data) == replaced
 
 
 def test_a_dry_run_says_what_an_export_takes_and_an_export_what_it_leaves_out(
