@@ -8,7 +8,6 @@ from pathlib import Path
 from mossquant.checkpoint.locate import BUNDLED, Located, asset_folder, locate
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.files.inputs import is_there
 from mossquant.files.outputs import file_sha256
 from mossquant.runner import Runner
 from mossquant.targets.target import get_target, target_of
@@ -40,7 +39,7 @@ class OpenModel:
         info = self.runner.info
         if self.folder is None:
             raise InputError(f"{self.path} has no tokenizer, so the model takes token ids only; give one that has")
-        if info.tokenizer_sha256 is not None and not is_there(self.folder / "tokenizer.json"):
+        if info.tokenizer_sha256 is not None and not (self.folder / "tokenizer.json").is_file():
             name = next(iter(info.files))
             raise InputError(f"{self.folder} has no tokenizer.json, and {name} was exported with one: copy it there")
         return Tokenizer.for_folder(self.folder, info.vocab_size)

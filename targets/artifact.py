@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict
 
 from mossquant.checkpoint.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.errors import InputError
-from mossquant.files.inputs import is_there
 from mossquant.files.outputs import file_sha256, write_json
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
@@ -153,7 +152,7 @@ def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str,
             program.
     """
     path = program.with_name(MANIFEST)
-    if not is_there(path):
+    if not path.is_file():
         return
     manifest = read_artifact_manifest(path)
     listed = manifest.files
@@ -180,7 +179,7 @@ def check_tokenizer(program: Path, expected: str | None) -> None:
         InputError: it is another one, or too large for one, or the program has none.
     """
     tokenizer = program.with_name(TOKENIZER)
-    if not is_there(tokenizer):
+    if not tokenizer.is_file():
         return
     if expected is None:
         raise InputError(

@@ -18,7 +18,6 @@ from torch import Tensor
 from mossquant.checkpoint.tensorfiles import TensorFiles, TensorWriter, all_finite
 from mossquant.checkpoint.weights import Origin, Weights, value
 from mossquant.errors import InputError
-from mossquant.files.inputs import is_there
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.files.outputs import file_sha256, write_json
 from mossquant.formats import NumberFormat, QuantizedTensor
@@ -62,14 +61,13 @@ class Checkpoint:
             check_values: also read every value once, and refuse NaN and infinities.
 
         Raises:
-            InputError: unreadable files, or what is no file in their place; missing or unexpected tensors, wrong shapes
-                or dtypes, NaN or infinite values: all offenders at once, each by name. Also a quantized checkpoint.
+            InputError: unreadable files; missing or unexpected tensors, wrong shapes or dtypes, NaN or infinite values:
+                all offenders at once, each by name. Also a quantized checkpoint.
         """
         values = read_config_json(folder)
         if "quantization_config" in values:
             raise InputError(f"{folder} is quantized already; give the full-precision checkpoint that it was made from")
         config = MossNetConfig.from_json(values, where=str(folder / "config.json"))
-        _beside(folder)  # what is there by half is refused before any work, not left out
         torch_dtype = values.get("torch_dtype", "float32")
         files = TensorFiles(folder)
         specs = {spec.name: spec for spec in tensor_specs(config)}
@@ -103,7 +101,7 @@ class Checkpoint:
             files={name: file_sha256(self.folder / name) for name in ["config.json", *self._files.files]},
             training_text=seen_text(self.folder),
             calibration_text=(),
-            beside=_beside(self.folder),
+            beside=tuple(path for path in (self.folder / _TOKENIZER, self.folder / _TRAINING) if path.is_file()),
         )
 
     def format(self, name: str) -> NumberFormat | None:
@@ -142,10 +140,6 @@ def _structure_offenders(specs: Mapping[str, TensorSpec], files: TensorFiles, st
     return offenders
 
 
-def _beside(folder: Path) -> tuple[Path, ...]:
-    return tuple(path for path in (folder / _TOKENIZER, folder / _TRAINING) if is_there(path))
-
-
 def seen_text(folder: Path) -> tuple[str, ...]:
     """SHA-256 of the texts named in a folder's `training.json`; none where there is no such file.
 
@@ -153,7 +147,7 @@ def seen_text(folder: Path) -> tuple[str, ...]:
         InputError: the file is there but cannot be understood.
     """
     path = folder / _TRAINING
-    if not is_there(path):
+    if not path.is_file():
         return ()
     values = read_json(path, largest=LARGEST_SMALL, advice="copy the checkpoint folder again")
     if isinstance(values, dict) and values.get("version", 1) != 1:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`manifest.json` of a quantized checkpoint: what the folder holds, what it was made from and by, what it has seen."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -120,7 +119,7 @@ def record_offenders(folder: Path, files: Mapping[str, FileRecord], *, check_has
 
     A tokenizer that is not listed is one too: it would be used, and other files that are not listed are not.
     """
-    foreign = _TOKENIZER not in files and os.path.lexists(folder / _TOKENIZER)
+    foreign = _TOKENIZER not in files and (folder / _TOKENIZER).exists()
     offenders = [f"{_TOKENIZER} does not belong to it, take it away"] if foreign else []
     for name, record in files.items():
         path = folder / name

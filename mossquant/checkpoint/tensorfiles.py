@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mossquant.errors import InputError
-from mossquant.files.inputs import is_there
 from mossquant.files.json import LARGEST, read_json
 from mossquant.files.outputs import write_json
 
@@ -72,7 +71,7 @@ class TensorFiles:
         self.folder = folder
         listed = _weight_map(folder)
         shards = [_FILE] if listed is None else sorted(set(listed.values()))
-        self.files = sorted([*shards, _INDEX] if is_there(folder / _INDEX) else shards)
+        self.files = sorted([*shards, _INDEX] if (folder / _INDEX).is_file() else shards)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._open: dict[str, Any] = {}
@@ -223,7 +222,7 @@ def _shard_name(number: int) -> str:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name → shard, as the index says; None where there is one file without an index."""
     index = folder / _INDEX
-    indexed, single = is_there(index), is_there(folder / _FILE)
+    indexed, single = index.is_file(), (folder / _FILE).is_file()
     if not indexed:
         if not single:
             raise InputError(f"{folder} holds no {_FILE} and no {_INDEX}; copy the whole checkpoint folder again")

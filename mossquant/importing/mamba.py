@@ -24,7 +24,6 @@ from mossquant.checkpoint.checkpoint import Checkpoint, seen_text, write_checkpo
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.tensorfiles import TensorFiles, all_finite
 from mossquant.errors import InputError
-from mossquant.files.inputs import is_there
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
 from mossquant.importing.mamba_configs import SourceConfig, read_source_config
@@ -143,7 +142,7 @@ def import_mamba(
         write_checkpoint(partial, read.config, tensor, dtype=stored)
         if words is not None:
             shutil.copyfile(words, partial / "tokenizer.json")
-        if mossnet is not None and is_there(folder / "training.json"):
+        if mossnet is not None and (folder / "training.json").is_file():
             shutil.copyfile(folder / "training.json", partial / "training.json")
     return Imported(output, read.layout, read.config, dtype_name(stored), parameter_count(read.config), tuple(notes))
 
@@ -151,7 +150,7 @@ def import_mamba(
 def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None:
     """The `tokenizer.json` to take along, checked against the model; None where there is none."""
     path = given if given is not None else folder / "tokenizer.json"
-    if given is None and not is_there(path):
+    if given is None and not path.is_file():
         return None
     entries = Tokenizer.from_file(path).vocab_size
     if entries > vocab_size:

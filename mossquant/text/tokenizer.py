@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mossquant.errors import InputError
-from mossquant.files.inputs import first_bytes, is_there
+from mossquant.files.inputs import first_bytes
 from mossquant.files.outputs import new_file
 from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
 
@@ -117,7 +117,7 @@ class Tokenizer:
             InputError: there is neither, or the tokenizer has more entries than the model.
         """
         path = folder / "tokenizer.json"
-        if not is_there(path):
+        if not path.is_file():
             if vocab_size == _BYTES:
                 return cls.byte_level()
             added = "import it with one (mossquant import --tokenizer FILE)"

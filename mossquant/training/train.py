@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 from mossquant.checkpoint.checkpoint import write_checkpoint
 from mossquant.checkpoint.tensorfiles import save_tensors
 from mossquant.errors import InputError
-from mossquant.files.inputs import is_there
 from mossquant.files.outputs import check_free, check_outside, new_file, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.config import MossNetConfig, preset
@@ -104,7 +103,7 @@ def train(
         encoder, config, words = _tokenizer(tokenizer, documents, texts, config, folder, say)
         tokens = _tokens(encoder, documents, texts, folder, say)
         trainer = Trainer(config, tokens, schedule, device=device)
-        if is_there(snapshot):
+        if snapshot.is_file():
             trainer.restore(snapshot)
             say(f"going on from step {trainer.step} of {schedule.steps}")
     trainer.run(snapshot=snapshot, every=snapshot_every, shown=shown)
@@ -193,7 +192,7 @@ def _tokenizer(
         return Tokenizer.byte_level(), replace(config, vocab_size=_BYTE_VOCABULARY), None
     key = _key(str(config.vocab_size), *(item.sha256 for item in texts))
     path = folder / f"tokenizer-{key}.json"
-    if is_there(path):
+    if path.is_file():
         return Tokenizer.from_file(path), config, path
     say(f"training a tokenizer of {config.vocab_size} entries")
     return train_tokenizer((data.decode() for data in documents), config.vocab_size, path), config, path
@@ -203,7 +202,7 @@ def _tokens(
     encoder: Tokenizer, documents: list[bytes], texts: list[Text], folder: Path, say: Callable[[str], None]
 ) -> Tokens:
     path = folder / f"tokens-{_key(encoder.sha256 or 'bytes', *(item.sha256 for item in texts))}.safetensors"
-    if not is_there(path):
+    if not path.is_file():
         say("encoding the text")
         with new_file(path) as partial:
             save_tensors({"tokens": torch.from_numpy(encoder.encode_documents(documents).astype(np.int32))}, partial)

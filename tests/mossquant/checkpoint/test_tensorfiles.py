@@ -145,7 +145,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "header of another size": (overwrite(0, b"\x01"), "truncated, corrupted or of another format"),
     "a pickle": (pickled, "a pickle, as in pytorch_model.bin"),
     "a file of torch.save": (torch_saved, "a pickle, as in pytorch_model.bin"),
-    "a folder of that name": (folder_instead, "model.safetensors is no file"),
+    "a folder of that name": (folder_instead, "holds no model.safetensors and no"),
     "a dtype of others": (float8, "t in model.safetensors has dtype F8_E4M3"),
     "an index beside it": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both"),
 }

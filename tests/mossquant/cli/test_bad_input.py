@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input, whatever the verb: exit status 2, one line that says what and where, nothing on stdout, nothing left.
 
-The tables below hold what can be wrong with a model; each is tried on every verb that meets it.
+What a reader refuses is tried on the reader; the tables below hold each kind of damage once, each through one verb.
 """
 
 import io
 import json
 import os
 import pickle
-import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from commands import Outcome, command, making, process, reading, refused
+from commands import Outcome, command, making, reading, refused
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
@@ -70,52 +69,24 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
         rewrite("model.safetensors", lambda data: data[:-100]),
         "model.safetensors is not a safetensors file",
     ),
-    "truncated header": (rewrite("model.safetensors", lambda data: data[:50]), "is not a safetensors file"),
-    "empty": (put("model.safetensors", b""), "is not a safetensors file"),
-    "corrupted header": (
-        rewrite("model.safetensors", lambda data: data[:8] + b"x" * 100 + data[108:]),
-        "is not a safetensors file",
-    ),
-    "an endless header": (
-        rewrite("model.safetensors", lambda data: b"\xff" * 8 + data[8:]),
-        "is not a safetensors file",
-    ),
     "NaN": (tensors(lambda found: found[D].fill_(float("nan"))), f"{D} holds NaN or infinite values"),
-    "infinite": (tensors(lambda found: found[D][:1].fill_(float("inf"))), f"{D} holds NaN or infinite values"),
     "wrong shapes": (
         tensors(
             lambda found: found.update({D: found[D][1:].clone(), "backbone.norm_f.weight": torch.ones(3).bfloat16()})
         ),
         f"{D} has shape [127], needs [128]; backbone.norm_f.weight has shape [3], needs [64]",
     ),
-    "missing tensors": (tensors(lambda found: found.pop(D)), f"{D} is missing"),
     "a tensor too many": (
         tensors(lambda found: found.update({"odd\n\x1b[31mname": torch.ones(2)})),
         r"odd\n\x1b[31mname is unexpected",
     ),
-    "integers": (tensors(lambda found: found.update({D: torch.ones(128, dtype=torch.int32)})), f"{D} has dtype int32"),
     "10^12 experts": (values("config.json", num_mlp_experts=10**12), "num_mlp_experts has 1000000000000"),
-    "10^12 experts in a layer": (values("config.json", num_ssm_experts=[4, 10**12]), "num_ssm_experts has 10000000000"),
-    "an unknown key": (values("config.json", hiden_size=3), "unknown key 'hiden_size'"),
-    "a negative size": (values("config.json", hidden_size=-64), "hidden_size is -64"),
     "a size of thousands of digits": (
         rewrite("config.json", lambda data: data.replace(b'"hidden_size": 64', b'"hidden_size": ' + b"9" * 5000)),
         "config.json is not JSON",
     ),
-    "NaN in the config": (values("config.json", rms_norm_eps=float("nan")), "is not JSON (NaN is no number)"),
-    "a config of another release": (values("config.json", version=2), "version 2 was written by a newer release"),
-    "a config that is cut short": (rewrite("config.json", lambda data: data[:-9]), "config.json is not JSON"),
-    "a config that is no object": (put("config.json", b"[]"), "expected a JSON object"),
     "a config that is nested without end": (put("config.json", b'{"a":' * NESTED), "config.json is not JSON"),
-    "a value that is nested without end": (
-        put("config.json", b'{"model_type": "mossnet", "hidden_size": ' + b"[" * NESTED + b"]" * NESTED + b"}"),
-        "config.json is not JSON",
-    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds neither config.json nor a program"),
-    "a config that leads to itself": (
-        lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").symlink_to("config.json")),
-        "holds neither config.json nor a program",
-    ),
     "shards elsewhere": (
         lambda folder: (
             put("model.safetensors.index.json", b'{"weight_map": {"a": "../../model.safetensors"}}')(folder),
@@ -123,14 +94,13 @@ BAD_CHECKPOINTS: dict[str, tuple[Break, str]] = {
         ),
         "names files outside its folder",
     ),
-    "an index that is nested without end": (
-        lambda folder: (
-            put("model.safetensors.index.json", b"[" * NESTED)(folder),
-            (folder / "model.safetensors").unlink(),
-        ),
-        "model.safetensors.index.json is not JSON (it is nested without end)",
-    ),
 }
+
+
+def one_of(verbs: Iterable[list[object]], name: str, table: Iterable[str]) -> list[object]:
+    """Each damage meets one verb, and each verb some damage."""
+    choices = list(verbs)
+    return choices[list(table).index(name) % len(choices)]
 
 
 @pytest.mark.parametrize("name", BAD_CHECKPOINTS)
@@ -138,27 +108,17 @@ def test_bad_checkpoints(
     name: str, checkpoint_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
 ) -> None:
     break_it, message = BAD_CHECKPOINTS[name]
-    model = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    model, out = shutil.copytree(checkpoint_folder, tmp_path / "model"), place / "out"
     break_it(model)
-    for words in [
-        *reading(model, checkpoint_folder, text, place / "out"),
-        *making(model, place / "out"),
-        ["verify", model, artifact_folder],
-    ]:
-        assert message in refused(place, *words), words
-    shutil.rmtree(model)
+    verbs = [*making(model, out), *reading(model, checkpoint_folder, text, out), ["verify", model, artifact_folder]]
+    assert message in refused(place, *one_of(verbs, name, BAD_CHECKPOINTS))
 
 
-def test_a_bad_checkpoint_in_a_process_of_its_own(
-    checkpoint_folder: Path, text: Path, tmp_path: Path, place: Path
-) -> None:
+def test_a_bad_checkpoint_in_a_process_of_its_own(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
     """`bench` opens it in another process, which says no more than we do."""
     model = shutil.copytree(checkpoint_folder, tmp_path / "model")
     BAD_CHECKPOINTS["truncated"][0](model)
     assert "is not a safetensors file" in refused(place, "bench", model)
-    found = process("quantize", model, "-o", place / "out")
-    assert (found.status, found.out, found.err.count("\n")) == (2, "", 1)
-    assert list(place.iterdir()) == []
 
 
 def listed_anew(break_it: Break) -> Break:
@@ -200,39 +160,15 @@ BAD_QUANTIZED: dict[str, tuple[Break, str]] = {
     "truncated": (rewrite("model.safetensors", lambda data: data[:-9]), "bytes, the manifest says"),
     "a bit flipped": (rewrite("model.safetensors", flipped), "model.safetensors has another SHA-256"),
     "no ledger": (lambda folder: (folder / "ledger.json").unlink(), "ledger.json is missing"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "holds no manifest.json"),
-    "a manifest that is nested without end": (put("manifest.json", b"[" * NESTED), "manifest.json is not JSON"),
     "a manifest of another release": (
         values("manifest.json", version=2, release="\x1b[31m9.9"),
         r"was written by mossquant \x1b[31m9.9; use that release",
     ),
-    "a manifest that names other folders": (
-        values("manifest.json", files={"../../x": {"sha256": "0" * 64, "bytes": 1}}),
-        "manifest.json is not a manifest",
-    ),
     "a ledger with another format": (entry(format="int4_g128"), "has a role, shape, format or size that it cannot"),
-    "a ledger with an unknown format": (entry(format="int5"), "has a role, shape, format or size that it cannot"),
-    "a ledger with 10^12 rows": (entry(rows=10**12), "has a role, shape, format or size that it cannot have"),
-    "a ledger of a smaller original": (entry(stored_bytes=63), "has a role, shape, format or size that it cannot"),
-    "a ledger with an unknown solver": (entry(solver="guess"), "has a role, shape, format or size that it cannot"),
-    "a ledger with a negative error": (entry(relative_error=-1.0), "has a role, shape, format or size that it cannot"),
-    "a ledger with a negative size": (entry(predicted_bytes=-5), "has a role, shape, format or size that it cannot"),
     "a ledger with no parameters": (listed_anew(values("ledger.json", parameters=0)), "ledger.json says 0 parameters"),
-    "a ledger nested without end": (
-        listed_anew(put("ledger.json", b'{"version": 1, "tensors": ' + b"[" * NESTED)),
-        "ledger.json is not JSON",
-    ),
-    "a ledger nested deeply": (
-        listed_anew(put("ledger.json", b'{"version": 1, "tensors": ' + b"[" * 900 + b"]" * 900 + b"}")),
-        "ledger.json is not JSON (it is nested deeper than 32)",
-    ),
     "negative scales": (
         listed_anew(tensors(lambda found: first(found, "_scale").fill_(-1))),
         "holds values that are not positive and finite",
-    ),
-    "a wrong padded shape": (
-        listed_anew(tensors(lambda found: first(found, "_shape").fill_(3))),
-        "does not hold the padded shape",
     ),
     "a config of another shape": (listed_anew(values("config.json", hidden_size=128)), "contradicts itself"),
     "a config that says otherwise": (
@@ -255,10 +191,8 @@ def test_bad_quantized_checkpoints(
     break_it, message = BAD_QUANTIZED[name]
     model = shutil.copytree(quantized_folder, tmp_path / "model")
     break_it(model)
-    for words in [*reading(model, checkpoint_folder, text, place / "out"), ["verify", model, artifact_folder]]:
-        assert message in refused(place, *words), words
-    for words in making(model, place / "out"):
-        assert "is of kind 'quantized checkpoint', but" in refused(place, *words), words
+    verbs = [*reading(model, checkpoint_folder, text, place / "out"), ["verify", model, artifact_folder]]
+    assert message in refused(place, *one_of(verbs, name, BAD_QUANTIZED))
 
 
 def program(change: Callable[[onnx.ModelProto], object]) -> Break:
@@ -318,19 +252,9 @@ def outside(proto: onnx.ModelProto) -> None:
 # The message of the verbs that run it, of `info` where it differs, and whether `verify --weights-only` refuses it too.
 BAD_ARTIFACTS: dict[str, tuple[Break, str]] = {
     "truncated": (rewrite("model.onnx", lambda data: data[: len(data) // 2]), "is not a readable ONNX file"),
-    "one byte short": (rewrite("model.onnx", lambda data: data[:-1]), "is not a readable ONNX file"),
-    "empty": (put("model.onnx", b""), "holds no mossquant metadata"),
     "garbage": (put("model.onnx", bytes(range(256)) * 20), "is not a readable ONNX file"),
-    "a text": (put("model.onnx", b"hello, world\n"), "is not a readable ONNX file"),
     "of another program": (program(no_metadata), "holds no mossquant metadata: it was cut short, or another program"),
-    "metadata nested without end": (
-        program(lambda proto: [setattr(prop, "value", "[" * NESTED) for prop in proto.metadata_props]),
-        "its metadata cannot be read",
-    ),
     "metadata of another release": (metadata(version=2), "another release of mossquant wrote it"),
-    "no parameters": (metadata(parameters=0), "parameters: input should be greater than 0"),
-    "a negative size": (metadata(weight_bytes=-1), "weight_bytes: input should be greater than 0"),
-    "no config": (metadata(config={}), "model_type is None, not 'mossnet'"),
     "weights that are not there": (
         metadata(data={"name": "x.data", "sha256": "0" * 64, "bytes": 3}),
         "x.data is missing, and the weights of model.onnx lie in it",
@@ -339,13 +263,8 @@ BAD_ARTIFACTS: dict[str, tuple[Break, str]] = {
         metadata(data={"name": "../x", "sha256": "0" * 64, "bytes": 3}),
         "its metadata cannot be read (data.name",
     ),
-    "two programs": (lambda folder: shutil.copy(folder / "model.onnx", folder / "b.onnx"), "holds 2 programs"),
     "a folder for a program": (
         lambda folder: ((folder / "model.onnx").unlink(), (folder / "model.onnx").mkdir()),
-        "model.onnx is not a file",
-    ),
-    "a program that leads to itself": (
-        lambda folder: ((folder / "model.onnx").unlink(), (folder / "model.onnx").symlink_to("model.onnx")),
         "model.onnx is not a file",
     ),
 }
@@ -369,7 +288,7 @@ CHANGED_ALONE: dict[str, tuple[Break, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_ARTIFACTS)
+@pytest.mark.parametrize("name", [*BAD_ARTIFACTS, *CHANGED_ARTIFACTS])
 def test_bad_artifacts(
     name: str,
     checkpoint_folder: Path,
@@ -379,36 +298,20 @@ def test_bad_artifacts(
     tmp_path: Path,
     place: Path,
 ) -> None:
-    break_it, message = BAD_ARTIFACTS[name]
+    break_it, message = {**BAD_ARTIFACTS, **CHANGED_ARTIFACTS}[name]
     artifact = shutil.copytree(artifact_folder, tmp_path / "artifact")
     break_it(artifact)
-    for words in [*reading(artifact, checkpoint_folder, text, place / "out"), ["verify", quantized_folder, artifact]]:
-        if words[0] != "export":
-            assert message in refused(place, *words), words
-    for words in [["export", artifact, "-o", place / "out"], *making(artifact, place / "out")]:
-        refused(place, *words)
-
-
-@pytest.mark.parametrize("name", [*CHANGED_ARTIFACTS, *(f"{name}, alone" for name in CHANGED_ALONE)])
-def test_changed_artifacts(
-    name: str, checkpoint_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
-) -> None:
-    break_it, message = CHANGED_ARTIFACTS[name] if name in CHANGED_ARTIFACTS else CHANGED_ALONE[name[:-7]]
-    artifact = shutil.copytree(artifact_folder, tmp_path / "artifact")
-    break_it(artifact)
-    for words in reading(artifact, checkpoint_folder, text, place / "out"):
-        if words[0] != "export":
-            assert message in refused(place, *words), words
+    verbs = [words for words in reading(artifact, checkpoint_folder, text, place / "out") if words[0] != "export"]
+    if name in BAD_ARTIFACTS:
+        verbs.append(["verify", quantized_folder, artifact])
+    assert message in refused(place, *one_of(verbs, name, [*BAD_ARTIFACTS, *CHANGED_ARTIFACTS]))
 
 
 def test_a_tokenizer_that_is_none(checkpoint_folder: Path, text: Path, tmp_path: Path, place: Path) -> None:
     model = shutil.copytree(checkpoint_folder, tmp_path / "model")
-    for data in (b"", b"{", b"[" * NESTED, b"\x80\x04", b'{"version": "1.0"}', b"null"):
-        (model / "tokenizer.json").write_bytes(data)
-        for words in reading(model, checkpoint_folder, text, place / "out"):
-            if words[0] not in ("info", "export"):
-                assert "tokenizer.json is not" in refused(place, *words), words
-        assert "tokenizer.json is not" in refused(place, "import", model, "-o", place / "out")
+    (model / "tokenizer.json").write_bytes(b"\x80\x04")
+    for words in (["perplexity", model, "--text", text], ["import", model, "-o", place / "out"]):
+        assert "tokenizer.json is not" in refused(place, *words), words
 
 
 def test_a_model_without_tokenizer_or_with_anothers(
@@ -426,52 +329,41 @@ def test_a_model_without_tokenizer_or_with_anothers(
         assert "has another tokenizer than the bundled text is for" in refused(place, *verb, checkpoint_folder)
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["pickle", "torch.save"])
 def test_a_pickle_is_never_run(
-    plain: bool,
-    checkpoint_folder: Path,
-    quantized_folder: Path,
-    artifact_folder: Path,
-    text: Path,
-    tmp_path: Path,
-    place: Path,
+    checkpoint_folder: Path, quantized_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
 ) -> None:
-    mark = tmp_path / "was run"
-    if plain:
-        harmful = pickle.dumps(Harmful(mark))
-    else:
-        buffer = io.BytesIO()
-        torch.save({"backbone.embeddings.weight": Harmful(mark)}, buffer)
-        harmful = buffer.getvalue()
-    for folder, names in (
-        (checkpoint_folder, ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"]),
-        (quantized_folder, ["model.safetensors", "config.json", "ledger.json", "manifest.json", "tokenizer.json"]),
-        (artifact_folder, ["model.onnx", "manifest.json"]),
-    ):
-        for name in names:
-            model = shutil.copytree(folder, tmp_path / "model")
-            (model / name).write_bytes(harmful)
-            for words in reading(model, checkpoint_folder, text, place / "out"):
-                if name != "tokenizer.json" or words[0] not in ("info", "export"):
-                    refused(place, *words)
-            for words in making(model, place / "out"):
-                if name != "tokenizer.json" or words[0] == "import":
-                    refused(place, *words)
-            shutil.rmtree(model)
+    mark, out, buffer = tmp_path / "was run", place / "out", io.BytesIO()
+    torch.save({"backbone.embeddings.weight": Harmful(mark)}, buffer)
     mamba = tmp_path / "mamba"
     mamba.mkdir()
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 256}
     (mamba / "config.json").write_text(json.dumps({"model_type": "mamba", **sizes}))
-    (mamba / "pytorch_model.bin").write_bytes(harmful)
-    assert "pytorch_model.bin" in refused(place, "import", mamba, "-o", place / "out")
-    (tmp_path / "recipe.yaml").write_bytes(harmful)
-    refused(place, "quantize", checkpoint_folder, "-o", place / "out", "-r", tmp_path / "recipe.yaml")
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "snapshot.safetensors").write_bytes(harmful)
-    options = ["--tokenizer", "bytes", "--steps", 1, "--batch", 2, "--window", 8, "--work", tmp_path / "work"]
-    found = command("--quiet", "train", "--text", text, "-o", place / "out", *options)
-    assert (found.status, found.err.count("\n")) == (2, 1)
-    assert "snapshot.safetensors is not a training snapshot" in found.err
+    work = tmp_path / "work"
+    work.mkdir()
+    training = ["train", "--text", text, "-o", out, "--tokenizer", "bytes", "--steps", 1, "--batch", 2, "--window", 8]
+    for harmful in (pickle.dumps(Harmful(mark)), buffer.getvalue()):
+        for folder, name, verb in (
+            (checkpoint_folder, "model.safetensors", "info"),
+            (checkpoint_folder, "config.json", "info"),
+            (checkpoint_folder, "tokenizer.json", "generate"),
+            (quantized_folder, "model.safetensors", "generate"),
+            (quantized_folder, "ledger.json", "info"),
+            (quantized_folder, "manifest.json", "info"),
+            (artifact_folder, "model.onnx", "generate"),
+            (artifact_folder, "manifest.json", "info"),
+        ):
+            model = shutil.copytree(folder, tmp_path / "model")
+            (model / name).write_bytes(harmful)
+            assert name in refused(place, verb, model, *(["x"] if verb == "generate" else []))
+            shutil.rmtree(model)
+        (mamba / "pytorch_model.bin").write_bytes(harmful)
+        assert "pytorch_model.bin" in refused(place, "import", mamba, "-o", out)
+        (tmp_path / "recipe.yaml").write_bytes(harmful)
+        refused(place, "quantize", checkpoint_folder, "-o", out, "-r", tmp_path / "recipe.yaml")
+        (work / "snapshot.safetensors").write_bytes(harmful)
+        found = command("--quiet", *training, "--work", work)
+        assert (found.status, found.err.count("\n")) == (2, 1)
+        assert "snapshot.safetensors is not a training snapshot" in found.err
     assert not mark.exists()
 
 
@@ -508,51 +400,31 @@ def test_the_wrong_kind(
         ("", "an empty path was given"),
         ("nowhere", "does not exist"),
         ("loop", "does not exist"),
-        ("photos", "holds neither config.json nor a program"),
-        ("file.txt", "is a file that mossquant does not know"),
-        ("file.txt/below", "does not exist"),
         ("n" * 300, "cannot be opened (File name too long)"),
         ("odd\n\x1b[31m", r"odd\n\x1b[31m does not exist"),
         ("\udcff", r"\udcff does not exist"),
     ],
 )
 def test_paths_of_nothing(
-    given: str,
-    message: str,
-    checkpoint_folder: Path,
-    artifact_folder: Path,
-    text: Path,
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    given: str, message: str, checkpoint_folder: Path, text: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     (place / "loop").symlink_to("loop")
-    (place / "photos").mkdir()
-    (place / "photos" / "cat.jpg").write_bytes(b"cat")
-    (place / "file.txt").write_bytes(b"text")
-    model = Path(given) if given else given
-    for words in [
-        *reading(model, checkpoint_folder, text, place / "out"),  # type: ignore[arg-type]
-        *making(model, place / "out"),  # type: ignore[arg-type]
-        ["verify", model, artifact_folder],
-        ["verify", checkpoint_folder, model],
-        ["bench", checkpoint_folder, model],
-    ]:
+    for words in (
+        ["info", given],
+        ["quantize", given, "-o", place / "out"],
+        ["compare", checkpoint_folder, given, "--text", text],
+        ["verify", checkpoint_folder, given],
+    ):
         assert message in refused(place, *words), words
 
 
 RECIPE = Recipe.named("int4").text
-BAD_RECIPES: dict[str, tuple[bytes | None, str]] = {
-    "nowhere": (None, "does not exist; give a YAML file"),
-    "empty": (b"\n", "is empty; give a YAML file"),
-    "not UTF-8": (b"\xff\xfe", "is not UTF-8 text"),
+BAD_RECIPES: dict[str, tuple[bytes, str]] = {
     "a misspelled key": (
         RECIPE.replace("format:", "fromat:", 1).encode(),
         "unknown key 'fromat' (did you mean 'format'?)",
     ),
-    "a misspelled section": (RECIPE.replace("weights:", "weihgts:").encode(), "unknown key 'weihgts' (did you mean"),
-    "an unknown format": (RECIPE.replace("int4_g32", "int5_g32").encode(), "unknown number format 'int5_g32'"),
-    "an unknown target": (RECIPE.replace("onnx", "abacus").encode(), "unknown target 'abacus'"),
     "a rule that matches nothing": (
         RECIPE.replace("weights:", 'weights:\n  - {match: "*.nothing.*", format: int8}').encode(),
         "the rule with match '*.nothing.*' matches nothing",
@@ -561,15 +433,11 @@ BAD_RECIPES: dict[str, tuple[bytes | None, str]] = {
         RECIPE.replace("role: embedding", "role: head").replace('role: "embedding"', 'role: "head"').encode(),
         "no rule under weights matches backbone.embeddings.weight",
     ),
-    "of another release": (RECIPE.replace("version: 1", "version: 2").encode(), "version: input should be 1, not 2"),
     "aliases without end": (b"a: &a [*a, *a]\n", "anchors and aliases are not supported"),
     "nested without end": (b"[" * NESTED, "nested deeper than 8"),
     "code": (b"!!python/object/apply:os.mkdir ['was run']\n", "tags are not supported"),
-    "a character beyond the last": (b'"\\U00110000": 1\n', "is not YAML (a character or number in it is out of range)"),
-    "a character far beyond": (b'"\\UFFFFFFFF": 1\n', "is not YAML (a character or number in it is out of range)"),
     "a version of thousands of digits": (b"%YAML " + b"9" * 5000 + b".1\n---\na: 1\n", "is out of range"),
     "not YAML": (b"a: b: c\n", "mapping values are not allowed here"),
-    "a list": (b"- a\n- b\n", "a recipe is a mapping"),
 }
 
 
@@ -577,112 +445,41 @@ BAD_RECIPES: dict[str, tuple[bytes | None, str]] = {
 def test_bad_recipes(name: str, checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
     data, message = BAD_RECIPES[name]
     path = tmp_path / "recipe.yaml"
-    if data is not None:
-        path.write_bytes(data)
-    for words in (["-o", place / "out"], ["--dry-run"]):
-        assert message in refused(place, "quantize", checkpoint_folder, *words, "--recipe", path)
+    path.write_bytes(data)
+    assert message in refused(place, "quantize", checkpoint_folder, "--dry-run", "--recipe", path)
     assert not (Path.cwd() / "was run").exists()
 
 
-def test_an_unknown_recipe_preset_or_target(checkpoint_folder: Path, text: Path, place: Path) -> None:
-    out = place / "out"
-    message = refused(place, "quantize", checkpoint_folder, "-o", out, "-r", "int5")
-    assert "unknown recipe 'int5'; known recipes: int8, int4" in message
-    message = refused(place, "train", "--preset", "huge", "--text", text, "-o", out)
-    assert "unknown preset 'huge'; known presets: tiny, 8x30m, 8x200m, 8x1.5b" in message
-    message = refused(place, "export", checkpoint_folder, "-o", out, "--target", "abacus")
-    assert "unknown target 'abacus'; known targets: onnx" in message
-
-
-NO_FILE: dict[str, Callable[[Path], object]] = {
-    "a folder": Path.mkdir,
-    "a link to nothing": lambda path: path.symlink_to("nowhere"),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a pipe": os.mkfifo,
-}
-
-
-@pytest.mark.parametrize("name", NO_FILE)
 @pytest.mark.parametrize("program", ["model.onnx", "model.pte"])
-def test_a_program_that_is_no_file(
-    name: str, program: str, checkpoint_folder: Path, text: Path, tmp_path: Path, place: Path
-) -> None:
-    artifact = tmp_path / "artifact"
-    artifact.mkdir()
-    NO_FILE[name](artifact / program)
-    for words in [
-        *reading(artifact, checkpoint_folder, text, place / "out"),
-        ["verify", checkpoint_folder, artifact],
-        ["bench", artifact],
-    ]:
+def test_a_program_that_is_no_file(program: str, checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
+    os.mkfifo(tmp_path / program)
+    for words in (["info", tmp_path], ["generate", tmp_path, "x"], ["verify", checkpoint_folder, tmp_path]):
         assert f"{program} is not a file; give an artifact that" in refused(place, *words), words
-    for words in reading(artifact / program, checkpoint_folder, text, place / "out"):
-        refused(place, *words)
 
 
 def test_pipes_for_files(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
     """Nobody writes to them, so that reading would wait without end."""
-    os.mkfifo(tmp_path / "recipe.yaml")
+    os.mkfifo(tmp_path / "pipe")
     for words in (
-        ["quantize", checkpoint_folder, "--dry-run", "-r", tmp_path / "recipe.yaml"],
-        ["generate", checkpoint_folder, "--prompt-file", tmp_path / "recipe.yaml"],
+        ["quantize", checkpoint_folder, "--dry-run", "-r", tmp_path / "pipe"],
+        ["generate", checkpoint_folder, "--prompt-file", tmp_path / "pipe"],
         ["generate", checkpoint_folder, "--prompt-file", "/dev/zero"],
-        ["perplexity", checkpoint_folder, "--text", tmp_path / "recipe.yaml"],
+        ["perplexity", checkpoint_folder, "--text", tmp_path / "pipe"],
+        ["import", checkpoint_folder, "-o", place / "out", "--tokenizer", tmp_path / "pipe"],
     ):
-        assert "cannot be read (it is a device, pipe or socket)" in refused(place, *words), words
+        assert "cannot be read (it is not a regular file)" in refused(place, *words), words
 
 
-HALF_THERE: dict[str, Callable[[Path], None]] = {
-    "a pipe": os.mkfifo,
-    "a folder": Path.mkdir,
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-    "a dangling link": lambda path: path.symlink_to("../blobs/0123"),
-}
-"""What may stand in the place of a file that may be left out; the last is a model's cache that was copied by half."""
-
-
-@pytest.mark.parametrize("what", HALF_THERE)
-@pytest.mark.parametrize("name", ["tokenizer.json", "training.json", "manifest.json", "model.safetensors.index.json"])
-def test_what_may_be_left_out_is_a_file_or_not_there(
-    what: str, name: str, checkpoint_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
-) -> None:
-    """To go on without it would drop a tokenizer, the texts that were seen, or every hash, and say nothing."""
-    source = artifact_folder if name == "manifest.json" else checkpoint_folder
-    model = Path(shutil.copytree(source, tmp_path / "model"))
-    (model / name).unlink(missing_ok=True)
-    HALF_THERE[what](model / name)
-    message = "is a link that leads nowhere" if what == "a dangling link" else "is no file"
-    verbs = [*reading(model, checkpoint_folder, text, place / "out")]
-    if source == artifact_folder:
-        verbs = [words for words in verbs if words[0] != "export"]
-    else:
-        verbs += making(model, place / "out")
-    for words in verbs:
-        assert f"{name} {message}; put the file there, or take it away" in refused(place, *words), words
-
-
-def test_an_artifact_whose_tokenizer_is_there_by_half(
-    artifact_folder: Path, text: Path, tmp_path: Path, place: Path
-) -> None:
-    model = Path(shutil.copytree(artifact_folder, tmp_path / "model"))
-    (model / "tokenizer.json").symlink_to("elsewhere")
-    for words in (["info", model], ["perplexity", model, "--text", text]):
-        assert "tokenizer.json is a link that leads nowhere" in refused(place, *words)
-
-
-def test_a_text_of_twenty_gigabytes(checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
-    text = tmp_path / "text"
-    with text.open("wb") as file:
-        file.truncate(20 << 30)
-    for most, words in (
-        (8, ["perplexity", checkpoint_folder, "--text", text]),
-        (256, ["train", "--preset", "tiny", "--text", text, "-o", place / "out"]),
-    ):
-        assert f"text is larger than {most} MB: give a shorter text" in refused(place, *words), words
+def test_what_may_be_left_out_and_is_no_file_is_left_out(checkpoint_folder: Path, text: Path, tmp_path: Path) -> None:
+    """A pipe or a link that leads nowhere is not waited for."""
+    model = Path(shutil.copytree(checkpoint_folder, tmp_path / "model"))
+    os.mkfifo(model / "tokenizer.json")
+    (model / "training.json").symlink_to("../blobs/0123")
+    assert command("perplexity", model, "--text", text, "--tokens", 9).status == 0
 
 
 def test_a_tokenizer_of_twenty_gigabytes(
-    checkpoint_folder: Path, artifact_folder: Path, tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint_folder: Path, artifact_folder: Path, tmp_path: Path, place: Path
 ) -> None:
     """It is looked at before it is read, hashed or copied."""
     program = tmp_path / "artifact" / "model.onnx"
@@ -693,34 +490,22 @@ def test_a_tokenizer_of_twenty_gigabytes(
             file.truncate(20 << 30)
     with pytest.raises(InputError, match=r"tokenizer\.json is larger than 32 MB"):
         check_tokenizer(program, "0" * 64)
-    for words in (
-        ["generate", model, "x"],
-        ["quantize", model, "-o", place / "out"],
-        ["export", model, "-o", place / "out"],
-        ["export", model, "--dry-run"],
-        ["import", model, "-o", place / "out"],
-    ):
-        assert "tokenizer.json is larger than 32 MB" in refused(place, *words), words
+    for verb in ("quantize", "export", "import"):
+        assert "tokenizer.json is larger than 32 MB" in refused(place, verb, model, "-o", place / "out"), verb
 
 
 def test_names_that_the_runtimes_cannot_take(
-    checkpoint_folder: Path, artifact_folder: Path, text: Path, tmp_path: Path, place: Path
+    checkpoint_folder: Path, artifact_folder: Path, tmp_path: Path, place: Path
 ) -> None:
     """Names of bytes that are no UTF-8."""
-    for folder in (checkpoint_folder, artifact_folder):
+    for folder, words in ((checkpoint_folder, ["-o", place / "out"]), (artifact_folder, [])):
         given = shutil.copytree(folder, tmp_path / f"{folder.name}\udcff")
-        for path in [given, *given.glob("*.onnx")]:
-            for words in reading(path, checkpoint_folder, text, place / "out"):
-                assert "is not a name in UTF-8, which the runtimes need; rename it" in refused(place, *words), words
-            refused(place, "info", path, "--json", place / "out.json")
-    (tmp_path / "artifact").mkdir()
-    (tmp_path / "artifact" / "\udcff.pte").write_bytes(b"")
-    assert "is not a name in UTF-8" in refused(place, "generate", tmp_path / "artifact", "x")
+        message = refused(place, "quantize" if words else "info", given, *words)
+        assert "is not a name in UTF-8, which the runtimes need; rename it" in message
     state = tmp_path / "\udcff"
     state.write_bytes((2).to_bytes(8, "little") + b"{}")
-    assert "is not a name in UTF-8; rename it" in refused(
-        place, "generate", checkpoint_folder, "x", "--load-state", state
-    )
+    message = refused(place, "generate", checkpoint_folder, "x", "--load-state", state)
+    assert "is not a name in UTF-8; rename it" in message
 
 
 def test_an_artifact_without_its_tokenizer(tmp_path: Path) -> None:
@@ -733,39 +518,6 @@ def test_an_artifact_without_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").touch()
     with pytest.raises(InputError, match=r"import the original with one .*, then quantize and export it"):
         Tokenizer.for_folder(tmp_path, 4096)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "ledger.json", "manifest.json", "model.onnx"])
-def test_random_damage(
-    file: str, checkpoint_folder: Path, quantized_folder: Path, artifact_folder: Path, tmp_path: Path, place: Path
-) -> None:
-    """Anything may be refused, or do no harm; nothing is an error of ours. Of an .onnx nothing but the file is left."""
-    source = {"model.onnx": artifact_folder, "ledger.json": quantized_folder, "manifest.json": quantized_folder}
-    model = shutil.copytree(source.get(file, checkpoint_folder), tmp_path / "model")
-    data, repair = (model / file).read_bytes(), listed_anew(lambda folder: None)
-    if file == "model.onnx":
-        (model / "manifest.json").unlink()
-    random.seed(file)
-    for _ in range(60):
-        changed = bytearray(data)
-        at, length = random.randrange(len(data)), random.randrange(1, 40)
-        kind = random.choice(["flip", "flip", "cut", "insert", "clear"])
-        if kind == "flip":
-            changed[at] ^= 1 << random.randrange(8)
-        else:
-            new = {"cut": b"", "insert": changed[at : at + 1] + random.randbytes(length), "clear": bytes(length)}[kind]
-            changed[at : at + (1 if kind == "insert" else length)] = new
-        (model / file).write_bytes(changed)
-        if file == "ledger.json":
-            repair(model)
-        for words in (["info", model], ["generate", model, "x", "--max-tokens", 1]):
-            found = command(*words)
-            assert found.status in (0, 2), (at, kind, found)
-            assert (found.err.count("\n"), found.out == "") == ((1, True) if found.status == 2 else (0, False))
-        if file == "model.onnx":
-            assert command("verify", quantized_folder, model, "--weights-only").status in (0, 1, 2)
-    assert list(place.iterdir()) == []
 
 
 def test_outcomes_are_told_apart() -> None:
