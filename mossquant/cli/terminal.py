@@ -8,10 +8,12 @@ verb goes on: what it writes is whole, and its exit status is its own.
 
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -22,7 +24,7 @@ from mossquant.errors import printable
 if TYPE_CHECKING:
     from mossquant.training.trainer import TrainingStep
 
-__all__ = ["ReaderGone", "Terminal", "drop_stdout"]
+__all__ = ["ReaderGone", "Terminal", "command_line", "drop_stdout", "terminal"]
 
 _PIPED_WIDTH = 10_000
 _STEPS_A_LINE = 100
@@ -34,13 +36,17 @@ class ReaderGone(Exception):
 
 
 class Terminal:
-    """stdout and stderr as they are now.
+    """stdout and stderr as they are when it starts.
 
     Args:
         quiet: no progress and no notes.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.start(quiet=quiet)
+
+    def start(self, *, quiet: bool) -> None:
+        """Take stdout and stderr as they are now."""
         self._out, self._err, self._quiet = _Plain(stderr=False), _Plain(stderr=True), quiet
 
     def show(self, *parts: RenderableType) -> None:
@@ -144,3 +150,12 @@ class _Plain(Console):
 def drop_stdout() -> None:
     """Send what is still to be printed nowhere: else Python complains about it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def command_line(*words: str | Path) -> str:
+    """A command to try next, for a shell."""
+    return shlex.join(["mossquant", *map(str, words)])
+
+
+terminal = Terminal()
+"""Where all verbs print."""

@@ -10,7 +10,7 @@ type is asked for. Letters as in `mossquant.model`.
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -80,6 +80,7 @@ def import_mamba(
     tokenizer: str | Path | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Imported:
     """Write the Mamba in `source` as a MossNet checkpoint.
 
@@ -90,6 +91,7 @@ def import_mamba(
         tokenizer: a `tokenizer.json` to take along; without it, the source folder's, if it has one.
         dtype: stored type; without it the source's, or float32 where the source mixes types.
         force: replace what is at `output`.
+        progress: called for each tensor with its name, how many are written and how many there are.
 
     Raises:
         InputError: another kind of model, a config that no MossNet computes, missing, unexpected or misshapen tensors,
@@ -120,7 +122,13 @@ def import_mamba(
     if mossnet is not None:
         seen_text(folder)  # is taken along, and so must be readable
 
+    written, count = 0, len(tensor_specs(read.config))
+
     def tensor(spec: TensorSpec) -> Tensor:
+        nonlocal written
+        written += 1
+        if progress is not None:
+            progress(spec.name, written, count)
         if spec.name not in names:
             return torch.zeros(spec.shape)  # the bias of a convolution that has none
         return tensors.tensor(names[spec.name])

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs that make something: a checkpoint, a quantized one, an artifact; and the demo, which makes all of them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mossquant.cli.options import (
+    MOST_SEED,
+    NO_OUTPUT,
+    Force,
+    Json,
+    Output,
+    Recipe,
+    Threads,
+    Tokens,
+    check_json,
+    write_json_report,
+)
+from mossquant.cli.terminal import command_line, terminal
+from mossquant.errors import InputError
+
+__all__ = ["demo", "export", "import_", "quantize", "recipes", "train"]
+
+
+def demo(output: Output = Path("demo"), tokens: Tokens = 65536, threads: Threads = None, json: Json = None) -> None:
+    """The main job on the bundled model: quantize, lower, run what came out, and compare it with the original.
+
+    Example: mossquant demo -o demo
+    """
+    from mossquant.eval.report.demo import demo as run
+    from mossquant.eval.report.tables import demo_table
+
+    check_json(json, output=output)
+    with terminal.bar("measuring") as shown:
+        report = run(output, tokens=tokens or 65536, threads=threads, said=terminal.say, progress=shown)
+    terminal.show(demo_table(report), *report.closing())
+    write_json_report(json, report)
+
+
+def train(
+    output: Output,
+    text: Annotated[list[str], typer.Option("--text", help="text file, or python-stdlib; may be repeated")],
+    preset: Annotated[str, typer.Option("--preset", help="tiny, 8x30m, 8x200m or 8x1.5b")] = "tiny",
+    tokenizer: Annotated[Literal["bpe", "bytes"], typer.Option("--tokenizer", help="bpe, or bytes")] = "bpe",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps")] = 5000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="windows a step; half of them carry state")] = 16,
+    window: Annotated[int, typer.Option("--window", min=2, help="tokens a window")] = 256,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="peak learning rate")] = 3e-3,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=MOST_SEED, help="initial weights and order of the text")
+    ] = 0,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="cpu or cuda")] = "cpu",
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"], typer.Option("--dtype", help="stored type")
+    ] = "bfloat16",
+    work: Annotated[Path | None, typer.Option("--work", help="work folder; OUTPUT.training if not given")] = None,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Train a MossNet from text. A killed run goes on from its last snapshot when the same command is given again.
+
+    Example: mossquant train --text book.txt -o my-model --steps 1000
+    """
+    import torch
+
+    from mossquant.training.train import train as run
+    from mossquant.training.trainer import Schedule
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not 0 < learning_rate < 1:
+        raise InputError(f"--learning-rate {learning_rate} is not between 0 and 1; 0.003 suits the presets")
+    schedule = Schedule(steps=steps, batch=batch, window=window, peak_lr=learning_rate, seed=seed)
+    with terminal.training_bar(steps) as shown:
+        trained = run(
+            preset,
+            text,
+            output,
+            tokenizer=tokenizer,
+            schedule=schedule,
+            device=device,
+            dtype=dtype,
+            work=work,
+            force=force,
+            shown=shown,
+            said=terminal.say,
+        )
+    terminal.show(f"{trained.output}: {trained.tokens:,} tokens seen, {trained.loss:.3f} nats a token at the end")
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="FOLDER", help="the Mamba, or a MossNet to add a tokenizer to")],
+    output: Output,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="a tokenizer.json to take along")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"] | None,
+        typer.Option("--dtype", help="stored type; as it is if not given"),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Bring in a Mamba checkpoint: a Hugging Face folder (MambaForCausalLM) or the original state-spaces layout.
+
+    Example: mossquant import mamba-130m-hf -o mamba
+    """
+    from mossquant.importing.mamba import import_mamba
+
+    with terminal.named_bar("importing") as shown:
+        imported = import_mamba(source, output, tokenizer=tokenizer, dtype=dtype, force=force, progress=shown)
+    for note in imported.notes:
+        terminal.say(note)
+    terminal.show(f"{output}: imported; quantize it with: {command_line('quantize', output, '-o', f'{output}-int4')}")
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
+    recipe: Recipe = "int4",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan, bytes, disk and memory; write nothing")
+    ] = False,
+    force: Force = False,
+    json: Json = None,
+) -> None:
+    """Run a recipe on a checkpoint: every tensor to int8 or int4, or kept with a reason in the ledger.
+
+    Example: mossquant quantize tiny -r int4 -o tiny-int4
+    """
+    from mossquant.calibration.quantize import quantize as run
+    from mossquant.eval.report.tables import plan_tables
+    from mossquant.plan.recipe import recipe_files
+
+    check_json(json, model, *recipe_files(recipe), output=output)
+    if output is None and not dry_run:
+        raise InputError(NO_OUTPUT)
+    with terminal.named_bar("quantizing") as shown:
+        plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
+    terminal.show(*plan_tables(plan))
+    if output is not None and not dry_run:
+        terminal.show(f"{output}: lower it with: {command_line('export', output, '-o', f'{output}-onnx')}")
+    write_json_report(json, plan)
+
+
+def recipes() -> None:
+    """The named recipes: what each turns every role of tensor into, and why some are kept.
+
+    Example: mossquant recipes
+    """
+    from mossquant.eval.report.tables import recipe_tables
+
+    terminal.show(*recipe_tables())
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, quantized or not, or tiny")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
+    target: Annotated[str, typer.Option("--target", help="onnx, executorch, or both with a comma between")] = "onnx",
+    activations: Annotated[
+        Literal["int8", "fp32"] | None,
+        typer.Option("--activations", help="inputs of the linears; as planned if not given"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
+    force: Force = False,
+) -> None:
+    """Lower a checkpoint, quantized or not, to an artifact: programs, tokenizer and manifest.
+
+    Example: mossquant export tiny-int4 --target onnx,executorch -o tiny-int4-app
+    """
+    from mossquant.eval.report.tables import needs_table
+    from mossquant.targets.export import export as run
+    from mossquant.targets.export import export_needs
+
+    targets = [name.strip() for name in target.split(",")]
+    if dry_run:
+        terminal.show(needs_table(export_needs(model, target=targets, activations=activations)))
+        return
+    if output is None:
+        raise InputError(NO_OUTPUT)
+    with terminal.named_bar("lowering") as shown:
+        artifact = run(model, output, target=targets, activations=activations, force=force, progress=shown)
+    for note in artifact.notes:
+        terminal.say(note)
+    programs = [artifact.program(name) for name in artifact.targets]
+    for program in programs:
+        terminal.show(f"{program}: {artifact.files[program.name].bytes:,} bytes")
+    terminal.show(f"verify with: {command_line('verify', model, *programs)}")
