@@ -138,7 +138,7 @@ def verify(
         if progress is not None:
             progress(done, stages)
 
-    weights = open_weights(quantized, verb="verify")
+    weights = open_weights(quantized, verb="verify", check_codes=True)
     verdicts = []
     for path in artifacts:
         located = locate(path)

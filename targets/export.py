@@ -54,7 +54,7 @@ def export_needs(
 ) -> Needs:
     """What `export` would need; arguments and errors are those of `export`. Writes nothing."""
     names = _named(target)
-    weights = open_weights(model, verb="export")
+    weights = open_weights(model, verb="export", check_codes=True)
     return _needs(weights, _prepare(weights, names, activations, None))
 
 
@@ -94,7 +94,7 @@ def export(
     names, destination = _named(target), Path(output)
     inputs = [locate(model).path] if isinstance(model, str | Path) else []
     check_free(destination, force=force, inputs=inputs)
-    weights = open_weights(model, verb="export")
+    weights = open_weights(model, verb="export", check_codes=True)
     prepared = _prepare(weights, names, activations, progress)
     needs = _needs(weights, prepared)
     dropped = _programs_there(destination) - set(names)

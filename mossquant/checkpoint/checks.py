@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong in a quantized checkpoint: ledger against config, tensor files against ledger, codes and scales."""
+"""What can be wrong in a quantized checkpoint: ledger against config, tensor files against ledger, scales, codes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from mossquant.model.mossnet import activation_sites, parameter_count, state_spe
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.plan import Plan, SiteEntry, TensorEntry
 
-__all__ = ["plan_offenders", "structure_offenders", "value_offenders"]
+__all__ = ["code_offenders", "plan_offenders", "structure_offenders", "value_offenders"]
 
 
 def plan_offenders(config: MossNetConfig, specs: Mapping[str, TensorSpec], plan: Plan) -> list[str]:
@@ -96,24 +96,28 @@ def structure_offenders(plan: Plan, files: TensorFiles) -> list[str]:
 
 
 def value_offenders(entry: TensorEntry, files: TensorFiles) -> list[str]:
-    """Every code and scale of one tensor, or its kept values."""
+    """What is wrong with the scales and the padded shape of one tensor, or with its kept values."""
     if entry.format is None:
         return [] if all_finite(files.tensor(entry.name)) else [f"{entry.name} holds NaN or infinite values"]
-    found = get_format(entry.format)
-    packed, scale, shape = stored_names(entry.name)
-    offenders = []
-    words, scales = files.tensor(packed), files.tensor(scale)
-    if not all_finite(scales) or bool(scales.amin() <= 0) or float(scales.amax()) > found.max_scale:
+    _, scale, shape = stored_names(entry.name)
+    scales, offenders = files.tensor(scale), []
+    if not all_finite(scales) or bool(scales.amin() <= 0) or float(scales.amax()) > get_format(entry.format).max_scale:
         offenders.append(f"{scale} holds values that are not positive and finite, or so large that codes overflow")
     if files.tensor(shape).tolist() != [entry.rows, entry.padded_columns]:
         offenders.append(f"{shape} does not hold the padded shape [{entry.rows}, {entry.padded_columns}]")
+    return offenders
+
+
+def code_offenders(entry: TensorEntry, files: TensorFiles) -> list[str]:
+    """What is wrong with the codes of one tensor: below their range, or other than 0 in the padding."""
+    if entry.format is None:
+        return []
+    number_format, words, offenders = get_format(entry.format), files.tensor(stored_names(entry.name)[0]), []
+    bits, least = number_format.bits, number_format.code_min
     blocks = row_blocks(entry.rows, entry.padded_columns)
-    if found.code_min > -(1 << (found.bits - 1)) and any(
-        bool(unpack(words[rows], found.bits).amin() < found.code_min) for rows in blocks
-    ):
-        offenders.append(f"{entry.name} holds codes below {found.code_min}")
-    per_word = 32 // found.bits
-    first = entry.columns // per_word
-    if bool(unpack(words[:, first:], found.bits)[:, entry.columns - first * per_word :].any()):
+    if any(bool(unpack(words[rows], bits).amin() < least) for rows in blocks):
+        offenders.append(f"{entry.name} holds codes below {least}")
+    first = entry.columns * bits // 32
+    if bool(unpack(words[:, first:], bits)[:, entry.columns - first * 32 // bits :].any()):
         offenders.append(f"{entry.name} holds codes other than 0 in its padding")
     return offenders

@@ -11,12 +11,13 @@ from mossquant.checkpoint.weights import Weights
 __all__ = ["open_weights"]
 
 
-def open_weights(source: str | Path | Located | Weights, *, verb: str) -> Weights:
+def open_weights(source: str | Path | Located | Weights, *, verb: str, check_codes: bool = False) -> Weights:
     """The weights at a PATH argument; what is `Weights` already is given back.
 
     Args:
         source: a checkpoint folder, quantized or not, or the name "tiny"; or weights.
         verb: what they are needed for, for the error.
+        check_codes: also look at every code of a quantized checkpoint, for whoever takes them elsewhere.
 
     Raises:
         InputError: no checkpoint is there, or a damaged one.
@@ -26,5 +27,9 @@ def open_weights(source: str | Path | Located | Weights, *, verb: str) -> Weight
     if not isinstance(source, Located):
         return source
     folder = source.require("checkpoint", "quantized checkpoint", verb=verb)
-    opened = Checkpoint if source.kind == "checkpoint" else QuantizedCheckpoint
-    return opened.open(folder, path=source.given)
+    if source.kind == "checkpoint":
+        return Checkpoint.open(folder, path=source.given)
+    quantized = QuantizedCheckpoint.open(folder, path=source.given)
+    if check_codes:
+        quantized.check_codes()
+    return quantized

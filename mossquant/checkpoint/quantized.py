@@ -8,7 +8,7 @@
     manifest.json       sha256 and size of each file, versions, the parent's hashes, texts that the model has seen
     tokenizer.json, training.json    copied from the checkpoint, where there are any
 
-Opening checks all of it: nothing is believed that can be compared.
+Opening checks all of it but the codes, which `check_codes` reads: nothing is believed that can be compared.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mossquant.checkpoint.checks import plan_offenders, structure_offenders, value_offenders
+from mossquant.checkpoint.checks import code_offenders, plan_offenders, structure_offenders, value_offenders
 from mossquant.checkpoint.manifest import Manifest, file_offenders, read_manifest
 from mossquant.checkpoint.packing import quantization_config, stored_names, unpack
 from mossquant.checkpoint.tensorfiles import TensorFiles
@@ -32,6 +32,8 @@ from mossquant.model.tensors import TensorSpec
 from mossquant.plan.plan import Plan
 
 __all__ = ["QuantizedCheckpoint"]
+
+_AGAIN = "Copy the folder again, or quantize again."
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,20 @@ class QuantizedCheckpoint:
         Args:
             folder: its folder.
             path: how the user named it, the folder if not given.
-            check_hashes: compare the SHA-256 of every file with the manifest, and look at every code and value; without
-                it, only sizes, names, shapes and types are compared.
+            check_hashes: compare the SHA-256 of every file with the manifest, and look at every scale and kept value;
+                without it, only sizes, names, shapes and types are compared.
 
         Raises:
             InputError: a full-precision checkpoint, unreadable or changed files, tensors that do not fit config or
-                ledger, codes out of range, scales that are not positive and finite: all offenders at once.
+                ledger, scales that are not positive and finite: all offenders at once.
         """
         values = read_config_json(folder)
         if "quantization_config" not in values:
             raise InputError(f"{folder} is not quantized; quantize it first with `mossquant quantize`")
-        again = "Copy the folder again, or quantize again."
         manifest = read_manifest(folder)
         offenders = file_offenders(folder, manifest, check_hashes=check_hashes)
         if offenders:
-            raise InputError.listing(f"{folder} is damaged", offenders, again)
+            raise InputError.listing(f"{folder} is damaged", offenders, _AGAIN)
         config = MossNetConfig.from_json(values, where=str(folder / "config.json"))
         ledger = folder / "ledger.json"
         stored = read_json(ledger, largest=LARGEST, advice="copy the folder again, or quantize again")
@@ -99,8 +100,14 @@ class QuantizedCheckpoint:
         if not offenders and check_hashes:
             offenders = [what for entry in plan.tensors for what in value_offenders(entry, files)]
         if offenders:
-            raise InputError.listing(f"{folder} contradicts itself", offenders, again)
+            raise InputError.listing(f"{folder} contradicts itself", offenders, _AGAIN)
         return cls(folder, config, torch_dtype, specs, plan, manifest, path or str(folder), files)
+
+    def check_codes(self) -> None:
+        """Look at every code. Raises `InputError`: one is out of range, or other than 0 in the padding."""
+        offenders = [offender for entry in self.plan.tensors for offender in code_offenders(entry, self._files)]
+        if offenders:
+            raise InputError.listing(f"{self.folder} contradicts itself", offenders, _AGAIN)
 
     @cached_property
     def origin(self) -> Origin:

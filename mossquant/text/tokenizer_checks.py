@@ -51,7 +51,7 @@ def tokenizer_offenders(data: bytes) -> list[str]:
         parts = list(_parts(tree.get(section)))
         longest = [len(str(part.get(key) or "")) for part in parts for key in ("content", "prepend")]
         if max(longest, default=0) > _LONGEST_ADDED or sum(length > 1 for length in longest) > 1:
-            offenders.append(f"{section} makes a text too much longer: one part, by {_LONGEST_ADDED} characters at most")
+            offenders.append(f"{section} makes a text too much longer: one part may, by {_LONGEST_ADDED} characters")
         if not all(_whole_charsmap(part["precompiled_charsmap"]) for part in parts if "precompiled_charsmap" in part):
             offenders.append(f"{section} has a precompiled_charsmap that is none")
     return offenders
