@@ -37,6 +37,8 @@ class OpenModel:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises `InputError` where it takes token ids only, or its tokenizer is not there."""
         info = self.runner.info
+        if self.folder is None and info.vocab_size == Tokenizer.byte_level().vocab_size:
+            return Tokenizer.byte_level()
         if self.folder is None:
             raise InputError(f"{self.path} has no tokenizer, so the model takes token ids only; give one that has")
         if info.tokenizer_sha256 is not None and not (self.folder / "tokenizer.json").is_file():

@@ -116,7 +116,7 @@ def export(place: Place) -> None:
 
 def import_mamba(place: Place) -> None:
     mossquant.import_mamba(place.damaged, place.out)
-    Checkpoint.open(place.out).seen_text()
+    assert Checkpoint.open(place.out).origin
     shutil.rmtree(place.out)
 
 

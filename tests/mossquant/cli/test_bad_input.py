@@ -382,8 +382,8 @@ def test_the_wrong_kind(
         (["import", program, "-o", out], "is of kind 'onnx', but import needs: checkpoint"),
         (["export", program, "-o", out], "is of kind 'onnx', but export needs: checkpoint or quantized checkpoint"),
         (["verify", program, artifact_folder], "is of kind 'onnx', but verify needs: checkpoint or quantized"),
-        (["verify", quantized_folder, checkpoint_folder], "is of kind 'checkpoint', but verify needs: onnx"),
-        (["verify", quantized_folder, quantized_folder], "is of kind 'quantized checkpoint', but verify needs: onnx"),
+        (["verify", quantized_folder, checkpoint_folder], "is no program; give one that was lowered from a checkpoint"),
+        (["verify", quantized_folder, quantized_folder], "is no program; give one that was lowered from a checkpoint"),
         (["export", checkpoint_folder, "-o", out, "--activations", "int8"], "is not quantized, and int8 activations"),
         (
             ["perplexity", checkpoint_folder, "--text", text, "--activations", "planned"],
