@@ -93,7 +93,7 @@ def test_what_else_lies_in_the_folder(tmp_path: Path) -> None:
     assert checkpoint.origin.training_text == ("12" * 32, "34" * 32)
     assert checkpoint.origin.tokenizer is None
     (folder / "tokenizer.json").write_text("{}")
-    assert checkpoint.origin.tokenizer == folder / "tokenizer.json"
+    assert Checkpoint.open(folder).origin.tokenizer == folder / "tokenizer.json"
 
 
 @pytest.mark.parametrize(
