@@ -2,7 +2,6 @@
 """One small model for tests of the whole line: two blocks, four experts of each kind, a dt_rank that fills no group."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,6 @@ TINY = MossNetConfig(
     num_mlp_experts_per_tok=2,
     mlp_intermediate_size=96,
 )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of its own, for all tests: what passes here is not noted among the user's programs."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

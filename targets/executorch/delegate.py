@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossquant.formats.nibbles import unpack_nibbles
-from mossquant.targets.executorch.flatbuffer import Budget, DamagedError, Table, root
+from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
 __all__ = ["Delegate", "Linear", "array", "read_delegate", "sizes"]
 
@@ -83,13 +83,12 @@ class Delegate:
     constants: tuple[NDArray[np.float32], ...]
 
 
-def read_delegate(payload: memoryview, named: Mapping[str, memoryview], budget: Budget) -> Delegate:
+def read_delegate(payload: memoryview, named: Mapping[str, memoryview]) -> Delegate:
     """Read one payload.
 
     Args:
         payload: its bytes.
         named: the program's named data.
-        budget: of the file.
 
     Raises:
         DamagedError: it points outside itself, or holds what mossquant does not write.
@@ -99,7 +98,7 @@ def read_delegate(payload: memoryview, named: Mapping[str, memoryview], budget: 
     start, size = (int.from_bytes(payload[at : at + 4], "little") for at in (10, 14))
     if start + size > len(payload):
         raise DamagedError("a delegate is cut short")
-    graph = root(payload[start : start + size], b"XN01", budget)
+    graph = root(payload[start : start + size], b"XN01")
     data = [_weights(entry, named) for entry in graph.tables(8)]
     values = {value.number(6): (value, params) for value, params in map(_value, graph.tables(2))}
     linears, filters = [], set()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec, Use
@@ -13,11 +12,9 @@ from mossquant.plan.capabilities import Activations, check_blocks, get_capabilit
 from mossquant.progress import Progress
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
-from mossquant.targets.executorch.metadata import Metadata
+from mossquant.targets.executorch.metadata import Metadata, open_to_run
 from mossquant.targets.executorch.packages import EXECUTORCH, check_packages
-from mossquant.targets.executorch.program_file import ProgramFile
 from mossquant.targets.executorch.read_back import check_linears
-from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.metadata import activations_of, common_metadata
 from mossquant.targets.program import METHODS, MethodName
 from mossquant.targets.taken import Taken, changed_inputs
@@ -51,9 +48,8 @@ def prepare(weights: Weights, *, activations: Activations | None, progress: Prog
         metadata = Metadata.model_validate(common_metadata(weights) | said)
         lower(taken, specs, metadata.model_dump(), folder / PROGRAM, progress)
         try:
-            file = ProgramFile(folder / PROGRAM)
+            file = open_to_run(folder / PROGRAM).file
             check_linears(file, taken, specs)
-            try_apart(file.path, file_sha256(file.path))
         except InputError as error:  # a fault of the lowering, not of the user
             raise RuntimeError(f"what was lowered cannot be used: {error}") from error
         operators: dict[str, set[str]] = {}

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads flatbuffers by slot numbers, every access checked against the buffer, so that a damaged file is an error here.
 
-What a buffer says once it may show a million times, by offsets that all point at the same place. So a vector may hold
-a table once, names are short, and all that is read of a file, in whatever buffer it lies, is counted against a budget
-before anything is made of it.
+What a buffer says once it may show a million times, by offsets that all point at the same place. Nothing is counted
+here: a file is first read in a child process with limits (`mossquant.targets.trial`).
 
 A table lies at a position and begins with the distance back to its vtable: sizes, then the offset of each slot from the
 table, 0 for a slot that is absent. Strings, vectors and tables in a slot lie at a distance forward.
@@ -17,29 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Budget", "DamagedError", "Table", "root"]
-
-
-_LONGEST_NAME = 256
-_MOST_ENTRIES = 1 << 18
-"""Of the vectors of one file, every reading counted: a model has a thousand a block, with an expert a linear three."""
+__all__ = ["DamagedError", "Table", "root"]
 
 
 class DamagedError(ValueError):
     """A flatbuffer that points outside itself, or is none of ours."""
-
-
-class Budget:
-    """How many entries of vectors may still be read of one file; each costs some microseconds and hundreds of bytes."""
-
-    def __init__(self, most: int = _MOST_ENTRIES) -> None:
-        self._most, self._left = most, most
-
-    def spend(self, count: int) -> None:
-        """Take `count` entries. Raises `DamagedError`: there are not so many left."""
-        self._left -= count
-        if self._left < 0:
-            raise DamagedError(f"its parts have more than {self._most:,} entries together")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +30,10 @@ class Table:
     Attributes:
         data: the whole buffer.
         position: where the table begins.
-        budget: of the file.
     """
 
     data: memoryview
     position: int
-    budget: Budget
 
     def number(self, slot: int, kind: str = "<u4", default: int = 0) -> int:
         """A whole number, of a numpy type."""
@@ -64,27 +43,19 @@ class Table:
     def table(self, slot: int) -> "Table | None":
         """A table, None where it is absent."""
         at = self._at(slot)
-        return None if at is None else Table(self.data, _forward(self.data, at), self.budget)
+        return None if at is None else Table(self.data, _forward(self.data, at))
 
     def tables(self, slot: int) -> Iterator["Table"]:
-        """A vector of tables, each of which is there once."""
+        """A vector of tables."""
         at = self._at(slot)
-        if at is None:
-            return
-        first, count = self._vector(at, 4)
-        self.budget.spend(count)
-        places = np.arange(first, first + 4 * count, 4) + np.frombuffer(self.data, "<u4", count, first)
-        if len(np.unique(places)) != count:
-            raise DamagedError("a vector holds one table twice")
-        yield from (Table(self.data, int(place), self.budget) for place in places)
+        if at is not None:
+            first, count = self._vector(at, 4)
+            yield from (Table(self.data, _forward(self.data, first + 4 * index)) for index in range(count))
 
     def string(self, slot: int) -> str:
         """A name, empty where it is absent."""
-        found = self.bytes(slot)
-        if len(found) > _LONGEST_NAME:
-            raise DamagedError(f"a name has {len(found)} bytes")
         try:
-            return bytes(found).decode()
+            return bytes(self.bytes(slot)).decode()
         except UnicodeDecodeError:
             raise DamagedError("a string is not UTF-8") from None
 
@@ -123,11 +94,11 @@ class Table:
         return start + 4, count
 
 
-def root(data: memoryview, identifier: bytes, budget: Budget) -> Table:
+def root(data: memoryview, identifier: bytes) -> Table:
     """The root table. Raises `DamagedError`: too short, or another kind of flatbuffer."""
     if len(data) < 8 or bytes(data[4:8]) != identifier:
         raise DamagedError(f"the identifier {identifier.decode()} is missing")
-    return Table(data, _forward(data, 0), budget)
+    return Table(data, _forward(data, 0))
 
 
 def _scalar(data: memoryview, at: int, kind: str) -> Any:

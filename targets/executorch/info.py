@@ -2,7 +2,6 @@
 """What a .pte is, and what each byte of it is for. The file is read, not run."""
 
 from mossquant.checkpoint.locate import Located
-from mossquant.files.outputs import file_sha256
 from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.executorch.metadata import open_program, weight_bytes
 from mossquant.targets.executorch.target import TARGET
@@ -15,7 +14,7 @@ def info(located: Located) -> InfoReport:
     """Say what a .pte is. Raises `InputError` where it is none of ours, or not what its manifest says."""
     opened = open_program(located.path)
     file, metadata = opened.file, opened.metadata
-    hashes = {located.path.name: file_sha256(located.path)}
+    hashes = {located.path.name: opened.sha256}
     check_listed(located.path, hashes, model=metadata.model_dump())
     check_tokenizer(located.path, metadata.tokenizer_sha256)
     memory = max(method.planned_bytes for method in file.methods.values())

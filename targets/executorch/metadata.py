@@ -11,14 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossquant.errors import InputError
+from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
-from mossquant.targets.executorch.packages import EXECUTORCH
+from mossquant.targets.executorch.packages import EXECUTORCH, load_runtime
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, PlanMethod, ProgramFile
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed
 from mossquant.targets.program import METHODS
+from mossquant.targets.trial import EXTRA_BYTES, start, try_apart
 
-__all__ = ["Metadata", "Opened", "open_program", "read_metadata", "weight_bytes"]
+__all__ = ["Metadata", "Opened", "open_program", "open_to_run", "read_metadata", "weight_bytes"]
+
+_READ = "mossquant.targets.executorch.program_file:read"
+_RUN = "mossquant.targets.executorch.first_run:run"
+_READING_SECONDS, _READING_BYTES = 20.0, 1 << 28
+"""Reading 24 blocks takes two seconds and some ten megabytes."""
 
 
 class Metadata(ProgramMetadata):
@@ -50,11 +57,13 @@ class Opened:
         file: what it holds.
         metadata: what it says about itself.
         config: the model's shape.
+        sha256: of the file.
     """
 
     file: ProgramFile
     metadata: Metadata
     config: MossNetConfig
+    sha256: str
 
     @property
     def states(self) -> dict[str, tuple[int, ...]]:
@@ -63,15 +72,31 @@ class Opened:
 
 
 def open_program(path: Path) -> Opened:
-    """Read a .pte of ours.
+    """Read a .pte of ours, in the child process first: nothing but its limits bounds what bytes may say.
 
     Raises:
         InputError: no .pte of ours, or damaged; methods, inputs, outputs or a table that are not those of its config.
     """
+    sha256, extra = file_sha256(path), _READING_BYTES + path.stat().st_size
+    try_apart(path, sha256, _READ, seconds=_READING_SECONDS, extra_bytes=extra)
     file = ProgramFile(path)
     metadata = read_metadata(file)
-    opened = Opened(file, metadata, MossNetConfig.from_json(metadata.config, where=f"the metadata of {path}"))
+    config = MossNetConfig.from_json(metadata.config, where=f"the metadata of {path}")
+    opened = Opened(file, metadata, config, sha256)
     _check_ports(opened)
+    return opened
+
+
+def open_to_run(path: Path) -> Opened:
+    """Read a .pte of ours and run it once in the child process; then it can be loaded here.
+
+    Raises:
+        InputError: as `open_program`; it cannot be loaded or run, or brought the child process down.
+    """
+    start(_RUN, file_sha256(path))
+    load_runtime()  # while the child process does so too
+    opened, extra = open_program(path), EXTRA_BYTES + 4 * path.stat().st_size
+    try_apart(path, opened.sha256, _RUN, arguments={"methods": METHODS}, extra_bytes=extra)
     return opened
 
 
@@ -115,8 +140,10 @@ def weight_bytes(opened: Opened) -> int:
     # The look-up's copy of scales or values is the head's too.
     heads = (linear for linear in linears if linear.shape[0] == rows_of)
     of_head = {_digest(linear.scales if linear.bits else linear.codes) for linear in heads}
-    # No other tensor than the table is held in codes outside the delegates.
-    return total - sum(one.nbytes for one in rows if one.dtype.kind in "iu" or _digest(one) in of_head)
+    # No other tensor than the table is held in codes outside the delegates. What lies in one place is looked at once.
+    places = {one.__array_interface__["data"][0]: one for one in rows}
+    shared = {place for place, one in places.items() if one.dtype.kind in "iu" or _digest(one) in of_head}
+    return total - sum(one.nbytes for place, one in places.items() if place in shared)
 
 
 def _digest(array: NDArray[Any]) -> tuple[tuple[int, ...], bytes]:

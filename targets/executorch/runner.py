@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
-from mossquant.files.outputs import file_sha256
 from mossquant.model.mossnet import state_specs
 from mossquant.plan.capabilities import get_capabilities
 from mossquant.runner import (
@@ -31,9 +30,8 @@ from mossquant.runner import (
     checked_tokens,
 )
 from mossquant.targets.artifact import check_listed, check_tokenizer
-from mossquant.targets.executorch.metadata import Metadata, open_program, weight_bytes
+from mossquant.targets.executorch.metadata import Metadata, open_to_run, weight_bytes
 from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
-from mossquant.targets.executorch.trial import try_apart
 
 __all__ = ["ExecutorchRunner"]
 
@@ -42,7 +40,7 @@ class ExecutorchRunner:
     """A `mossquant.runner.Runner` of a .pte file or the artifact folder that holds it."""
 
     def __init__(self, path: str | Path, *, given: str | None = None, threads: int | None = None) -> None:
-        """Open a .pte. It is read and checked, then run apart (`mossquant.targets.executorch.trial`), then loaded.
+        """Open a .pte. It is read and run in a child process first (`mossquant.targets.trial`), then loaded.
 
         Args:
             path: the file, or the artifact's folder.
@@ -56,14 +54,13 @@ class ExecutorchRunner:
         self._given = given or str(path)
         self._path = locate(path).require("executorch", verb="the ExecuTorch Runner")
         check_packages()
-        opened = open_program(self._path)
+        opened = open_to_run(self._path)
         self._metadata, self._weight_bytes = opened.metadata, weight_bytes(opened)
         self._specs, self._vocab_size = state_specs(opened.config), opened.config.vocab_size
         self._chunk = self._metadata.max_chunk
-        self._sha256 = file_sha256(self._path)
+        self._sha256 = opened.sha256
         check_listed(self._path, {self._path.name: self._sha256}, model=self._metadata.model_dump())
         check_tokenizer(self._path, self._metadata.tokenizer_sha256)
-        try_apart(self._path, self._sha256)
         if threads is not None and set_threads(threads):
             for other in _OPEN:
                 other._load()

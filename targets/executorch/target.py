@@ -3,14 +3,13 @@
 
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
-from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.plan.capabilities import Activations
 from mossquant.progress import Progress
 from mossquant.runner import Runner
+from mossquant.targets.executorch.metadata import open_to_run
 from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.executorch.runner import ExecutorchRunner
-from mossquant.targets.executorch.trial import try_apart
 from mossquant.targets.info_report import InfoReport
 from mossquant.targets.target import Prepared, active_share
 from mossquant.targets.weights_report import WeightsReport
@@ -34,7 +33,7 @@ class _Executorch:
         return ExecutorchRunner(source.path, given=source.given, threads=threads)
 
     def warm(self, located: Located) -> None:
-        try_apart(located.path, file_sha256(located.path))
+        open_to_run(located.path)
 
     def info(self, located: Located) -> InfoReport:
         from mossquant.targets.executorch.info import info

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mossquant.targets.executorch import trial
+from mossquant.targets import trial
 
 __all__ = ["EXTRA_MB", "SECONDS", "Cost", "cap_memory", "measured"]
 
