@@ -75,6 +75,8 @@ class VerifyReport:
             weights = artifact.weights
             found = "all equal" if weights.passed else f"{len(weights.differences)} differences"
             rows.append((artifact.path, f"weights of {weights.tensors} tensors", found, "", _verdict(weights.passed)))
+            if artifact.parity is None:
+                rows.append((artifact.path, "graph", "not compared: nothing was run", "", ""))
             for check in artifact.parity.checks if artifact.parity is not None else ():
                 bound, verdict = "", ""
                 if check.bound is not None:
@@ -93,6 +95,7 @@ class VerifyReport:
                     "path": artifact.path,
                     "passed": artifact.passed,
                     "weights": artifact.weights.to_json(),
+                    "graph_compared": artifact.parity is not None,
                     "parity": None if artifact.parity is None else artifact.parity.to_json(),
                 }
                 for artifact in self.artifacts
@@ -117,7 +120,7 @@ def verify(
     Args:
         quantized: the quantized checkpoint; the full-precision one for an artifact of that; or weights.
         artifacts: PATH arguments.
-        weights_only: compare the weights and run nothing.
+        weights_only: compare the weights and run nothing: what the graph computes with them is not compared then.
         text: what to run on; None: the bundled held-out text.
         positions: single steps that are compared.
         stream: tokens that both run freely.

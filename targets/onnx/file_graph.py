@@ -5,6 +5,7 @@ Initializers are taken from the protobuf or the file of external weights; the fe
 uses them (Cast, Expand, Mul, …) are evaluated here, in numpy.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +18,17 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from mossquant.formats.nibbles import unpack_nibbles
-from mossquant.targets.onnx.metadata import Opened
+from mossquant.targets.onnx.metadata import Opened, graphs
 
 __all__ = ["FileGraph", "Matrix", "expanded", "expanding", "stored_array"]
 
 Array = NDArray[Any]
 # What comes of sizes, types or attributes that do not fit: the file is damaged, and holds no such value.
 _DAMAGE = (ValueError, LookupError, TypeError, OverflowError)
+_DEEPEST = 64
+"""Nodes between an initializer and the node that uses it; there are six at most."""
+_LARGEST_GROWTH, _ROOM = 16, 1 << 16
+"""Elements that may be held at a time: so many times those of the largest initializer, and some more."""
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _RANGE = re.compile(r"^(.*\.experts\.)(\d{1,4})-(\d{1,4})(\..*)$", re.ASCII)
 
@@ -79,12 +84,18 @@ class FileGraph:
         self._consumers: dict[str, list[onnx.NodeProto]] = {}
         self._values: dict[str, Array | None] = {}
         self._folder = opened.path.parent
-        self._add(opened.proto.graph)
+        self._nodes: list[onnx.NodeProto] = []
+        for graph in graphs(opened.proto.graph):
+            self._add(graph)
+        largest = max((math.prod(tensor.dims) for tensor in self.stored.values()), default=0)
+        self._most = _ROOM + _LARGEST_GROWTH * largest
+        self._held = self._depth = 0
 
     def _add(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
             self.stored[tensor.name] = tensor
         for node in graph.node:
+            self._nodes.append(node)
             if node.name:
                 self.named[node.name] = node
             if node.op_type in _LOOKUPS:
@@ -93,19 +104,37 @@ class FileGraph:
                 self._producer[name] = node
             for name in node.input:
                 self._consumers.setdefault(name, []).append(node)
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    self._add(attribute.g)
+
+    def nodes(self, operator: str) -> list[onnx.NodeProto]:
+        """The nodes with this operator."""
+        return [node for node in self._nodes if node.op_type == operator]
+
+    def initializer(self, name: str) -> onnx.TensorProto | None:
+        """The initializer that a node's input is, seen through Identity; None where it is none."""
+        for _ in range(_DEEPEST):
+            node = self._producer.get(name)
+            if name in self.stored or node is None or node.op_type != "Identity" or not node.input:
+                break
+            name = node.input[0]
+        return self.stored.get(name)
 
     def value(self, name: str) -> Array | None:
-        """A value that depends on initializers alone; None where it is known at run time only."""
+        """A value that depends on initializers alone; None where it is known at run time only.
+
+        None, too, where a graph of a stranger goes too deep, or would take more memory than weights do.
+        """
         if name not in self._values:
-            self._values[name] = self._evaluate(name)
+            self._depth += 1
+            found = self._evaluate(name) if self._depth <= _DEEPEST else None
+            self._depth -= 1
+            self._held += 0 if found is None else found.size
+            self._values[name] = found if self._held <= self._most else None
         return self._values[name]
 
     def forget(self) -> None:
         """Drop the values that are held so far."""
         self._values.clear()
+        self._held = 0
 
     def _evaluate(self, name: str) -> Array | None:
         node = self._producer.get(name)
@@ -117,21 +146,26 @@ class FileGraph:
                 return None
             inputs = [self.value(one) for one in node.input]
             known = [value for value in inputs if value is not None]
-            return None if len(known) < len(inputs) else _OPERATORS[node.op_type](node, *known)
+            room = sum(value.size for value in known) + self._held <= self._most
+            return _OPERATORS[node.op_type](node, *known) if room and len(known) == len(inputs) else None
         except _DAMAGE:
             return None
 
     def used(self, name: str) -> list[Array]:
         """What the nodes that run see of an initializer: every last constant value that follows from it."""
         found: list[Array] = []
-        for node in self._consumers.get(name, []):
-            output = self.value(node.output[0]) if node.output else None
-            if output is not None:
-                found += self.used(node.output[0])
-            else:
-                own = self.value(name)
-                assert own is not None
-                found.append(own)
+        waiting, seen = [name], {name}
+        while waiting:
+            name, follow = waiting.pop(), []
+            own = self.value(name)
+            for node in self._consumers.get(name, []):
+                after = node.output[0] if node.output else ""
+                if after and self.value(after) is not None:
+                    follow += [after] if after not in seen else []
+                    seen.add(after)
+                elif own is not None:
+                    found.append(own)
+            waiting += reversed(follow)
         return found
 
     def matrix(self, node: onnx.NodeProto) -> Matrix | None:
@@ -191,6 +225,7 @@ def _concat(node: onnx.NodeProto, *parts: Array) -> Array:
 _OPERATORS: dict[str, Callable[..., Array]] = {
     "Cast": lambda node, x: x.astype(np.float32),
     "Concat": _concat,
+    "Identity": lambda node, x: x,
     "Exp": lambda node, x: np.exp(x),
     "Expand": lambda node, x, shape: np.broadcast_to(x, tuple(shape)),
     "Mul": lambda node, x, y: x * y,

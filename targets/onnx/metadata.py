@@ -22,6 +22,7 @@ __all__ = [
     "Metadata",
     "Opened",
     "file_hashes",
+    "graphs",
     "initializers",
     "read_metadata",
 ]
@@ -124,14 +125,18 @@ def file_hashes(path: Path, metadata: Metadata) -> dict[str, str]:
     return {name: file_sha256(path.parent / name) for name in names}
 
 
-def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    """All initializers of a graph and of the branches and loops inside it."""
-    found = list(graph.initializer)
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and the branches and loops inside it."""
+    yield graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                found += initializers(attribute.g)
-    return found
+                yield from graphs(attribute.g)
+
+
+def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """All initializers of a graph and of the branches and loops inside it."""
+    return [tensor for inner in graphs(graph) for tensor in inner.initializer]
 
 
 class _NotProtobuf(Exception):

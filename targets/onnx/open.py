@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens an .onnx of ours: what it says about itself, then its graph, before anything looks into it or runs it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mossquant.errors import InputError
-from mossquant.targets.onnx.metadata import Opened, initializers, read_metadata
-from mossquant.targets.onnx.structure import check_structure
+from mossquant.model.mossnet import state_specs
+from mossquant.targets.onnx.metadata import Opened, graphs, initializers, read_metadata
+from mossquant.targets.onnx.structure import check_structure, check_values
+from mossquant.targets.trial import EXTRA_BYTES, try_apart
 
-__all__ = ["open_program"]
+__all__ = ["open_program", "open_to_run"]
+
+_RUN = "mossquant.targets.onnx.session:run"
 
 
 def open_program(path: Path) -> Opened:
     """Read and check an .onnx of ours, its graph too.
 
     Raises:
-        InputError: as `read_metadata`; a graph that cannot be parsed, that reads weights from another file, or that is
-            not the one that its config lowers to.
+        InputError: as `read_metadata`; a graph that cannot be parsed, that reads weights from another file, or that
+            does not hold what its config says.
     """
     metadata = read_metadata(path)
     proto = onnx.ModelProto()
@@ -43,14 +48,36 @@ def open_program(path: Path) -> Opened:
     return opened
 
 
+def open_to_run(path: Path, hashes: Mapping[str, str] | None = None) -> Opened:
+    """Read and check an .onnx of ours, its values too, and run it once in the child process; then it may be loaded.
+
+    Args:
+        path: the file.
+        hashes: of the program and its external weights, where they are known.
+
+    Raises:
+        InputError: as `open_program`; values that are no numbers; it cannot be loaded or run, or brought the child
+            process down.
+    """
+    opened = open_program(path)
+    check_values(opened)
+    states = {spec.name: spec.shape for spec in state_specs(opened.config)}
+    try_apart(
+        path,
+        " ".join((hashes or opened.hashes()).values()),
+        _RUN,
+        arguments={"vocabulary": opened.config.vocab_size, "states": states},
+        extra_bytes=EXTRA_BYTES + 4 * opened.bytes,
+    )
+    return opened
+
+
 def _names_are_text(graph: onnx.GraphProto) -> bool:
     """Whether every name is UTF-8: the library gives bytes where one is not."""
-    names = []
+    names = [value.name for inner in graphs(graph) for value in (*inner.input, *inner.output)]
     for tensor in initializers(graph):
         names += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
-    for node in graph.node:
-        names += [node.name, node.op_type, *node.input, *node.output]
+    for node in (node for inner in graphs(graph) for node in inner.node):
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
         names += [attribute.name for attribute in node.attribute]
-        if not all(_names_are_text(attribute.g) for attribute in node.attribute if attribute.HasField("g")):
-            return False
     return all(isinstance(name, str) for name in names)

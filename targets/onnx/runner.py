@@ -5,9 +5,7 @@ The state lives in two sets of arrays that are bound to the session: a call read
 decode loop only tokens and logits cross into Python.
 """
 
-import io
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
-from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.runner import (
     Arrays,
@@ -33,9 +30,9 @@ from mossquant.runner import (
 )
 from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.onnx.metadata import Metadata, file_hashes, read_metadata
-from mossquant.targets.onnx.open import open_program
+from mossquant.targets.onnx.open import open_to_run
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
-from mossquant.targets.onnx.structure import check_weights
+from mossquant.targets.onnx.session import open_session
 
 __all__ = ["OnnxRunner"]
 
@@ -46,7 +43,7 @@ _AGAIN = "copy the artifact's folder again, or export again"
 # onnxruntime reads these where they lie: they must outlive every run.
 _ALL, _LAST = np.array([0], np.int64), np.array([-1], np.int64)
 # The last one where the error's own text quotes a damaged name.
-_LOAD_ERRORS = (
+_ERRORS = (
     *(errors.InvalidProtobuf, errors.InvalidGraph, errors.Fail, errors.InvalidArgument, errors.NotImplemented),
     *(errors.RuntimeException, UnicodeDecodeError),
 )
@@ -73,7 +70,7 @@ class OnnxRunner:
         _check_runtime(self._path, self._metadata)
         self._files = _checked_files(self._path, self._metadata)
         check_listed(self._path, self._files, model=self._metadata.model_dump())
-        config = _checked_config(self._path)
+        config = open_to_run(self._path, self._files).config
         self._session = _session(self._path, threads)
         self._specs = state_specs(config)
         self._vocab_size = config.vocab_size
@@ -224,28 +221,17 @@ class _Carried:
         binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
 
     def _run(self, binding: ort.IOBinding) -> None:
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except _ERRORS as error:  # a graph that was changed may run on some lengths alone
+            raise InputError(f"the program cannot be run ({_reason(error)}); {_AGAIN}") from None
         self._turn = 1 - self._turn
 
 
-def _checked_config(path: Path) -> MossNetConfig:
-    """The config of a program whose graph and weights were looked at: nothing else is given to onnxruntime."""
-    opened = open_program(path)
-    check_weights(opened)
-    return opened.config
-
-
 def _session(path: Path, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4  # errors are raised, and not printed besides
     try:
-        # The library prints about falling back to another provider, even where there is none.
-        with redirect_stdout(io.StringIO()):
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except _LOAD_ERRORS as error:
+        return open_session(path, threads)
+    except _ERRORS as error:
         raise InputError(f"{path} cannot be loaded ({_reason(error)}); {_AGAIN}") from None
 
 

@@ -8,6 +8,7 @@ from mossquant.plan.capabilities import Activations
 from mossquant.progress import Progress
 from mossquant.runner import Runner
 from mossquant.targets.info_report import InfoReport
+from mossquant.targets.onnx.open import open_to_run
 from mossquant.targets.onnx.runner import OnnxRunner
 from mossquant.targets.target import Prepared, active_share
 from mossquant.targets.weights_report import WeightsReport
@@ -30,7 +31,7 @@ class _Onnx:
         return OnnxRunner(source.path, given=source.given, threads=threads)
 
     def warm(self, located: Located) -> None:
-        """The runtime is imported with this module."""
+        open_to_run(located.path)
 
     def info(self, located: Located) -> InfoReport:
         from mossquant.targets.onnx.info import info

@@ -80,6 +80,8 @@ def test_weights_only_runs_nothing(folders: dict[str, Path]) -> None:
     report = verify(folders["int4"], [folders["int8 activations"]], weights_only=True)
     assert report.passed
     assert report.artifacts[0].parity is None
+    assert ("graph", "not compared: nothing was run") in [row[1:3] for row in report.rows()]
+    assert json.loads(json_bytes(report.to_json()))["artifacts"][0]["graph_compared"] is False
 
 
 def test_bad_input(folders: dict[str, Path]) -> None:
