@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mossquant.eval.machine import machine
-from mossquant.targets.executorch.packages import load_method, load_program, quiet, set_threads
+from mossquant.targets.executorch.packages import load_method, load_program, set_threads
 from mossquant.targets.executorch.scan import loop, step
 from mossquant.targets.program import Scan
 
@@ -98,7 +98,7 @@ class Program(nn.Module):
 def lowered(form: Scan, A: Tensor, inputs: tuple[Tensor, ...], path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
     """The form as a loaded method."""
     torch._dynamo.reset()
-    with quiet(), torch.no_grad():
+    with torch.no_grad():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 

@@ -10,11 +10,12 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,6 +30,8 @@ __all__ = ["ReaderGone", "Terminal", "command_line", "drop_stdout", "terminal"]
 _PIPED_WIDTH = 10_000
 _STEPS_A_LINE = 100
 _SECONDS_A_LINE = 30
+_NOISE = 2000
+"""Bytes of what libraries printed that an error takes along."""
 
 
 class ReaderGone(Exception):
@@ -78,6 +81,36 @@ class Terminal:
         except BrokenPipeError:
             drop_stdout()
             raise ReaderGone from None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep what libraries print to the standard error, C++ included, from the screen; an error takes it along.
+
+        It concerns the whole process. What this terminal prints goes where it went before.
+        """
+        with ExitStack() as until_done:
+            try:
+                before = os.dup(2)
+                until_done.callback(os.close, before)
+                noise = until_done.enter_context(tempfile.TemporaryFile())
+            except OSError:  # there is no standard error, or no room: nothing is kept from it
+                yield
+                return
+            if _descriptor(sys.stderr) == 2:
+                self._err.file = until_done.enter_context(
+                    os.fdopen(os.dup(before), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors)
+                )
+            os.dup2(noise.fileno(), 2)
+            try:
+                yield
+            except Exception as error:
+                noise.seek(max(0, noise.seek(0, os.SEEK_END) - _NOISE))
+                if said := noise.read().decode(errors="replace").strip():
+                    error.add_note(said)
+                raise
+            finally:
+                os.dup2(before, 2)
+                self._err.file = sys.stderr
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -145,6 +178,13 @@ class _Plain(Console):
         """Be silent from now on."""
         self.quiet = True
         drop_stdout()
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except OSError:  # what stands in its place has none
+        return None
 
 
 def drop_stdout() -> None:

@@ -15,7 +15,7 @@ from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import get_capabilities
 from mossquant.targets.executorch.matrices import XnnpackMatrices
-from mossquant.targets.executorch.packages import check_packages, quiet
+from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.executorch.program_file import METADATA
 from mossquant.targets.executorch.scan import loop, step
 from mossquant.targets.program import METHODS, Method, Model
@@ -59,8 +59,7 @@ def lower(
     programs: dict[str, torch.export.ExportedProgram] = {}
     with torch.no_grad():
         for name in METHODS:
-            with quiet():
-                programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), weights.config, name)
+            programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), weights.config, name)
             stage_done()
         _write(programs, {METADATA: json.dumps(metadata, sort_keys=True)}, path, stage_done)
 
@@ -69,8 +68,7 @@ def lower_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> N
     """Write a program with one method, `forward`, for inputs of these very shapes: a part of a model, to be timed."""
     torch._dynamo.reset()
     with torch.no_grad():
-        with quiet():
-            exported = torch.export.export(module.eval(), inputs, strict=False)
+        exported = torch.export.export(module.eval(), inputs, strict=False)
         _write({"forward": exported}, {}, path, lambda: None)
 
 
@@ -80,23 +78,20 @@ def _write(
     path: Path,
     stage_done: Callable[[], None],
 ) -> None:
-    # What is shown of the progress goes where the libraries' noise is kept from: outside of every quiet part.
-    with quiet():
-        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
-        edge = to_edge_transform_and_lower(
-            dict(programs),
-            partitioner={name: [_partitioner()] for name in programs},
-            # The loop of the scan is not an operator that the verifier knows.
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
-            constant_methods=dict(constants),
-        )
+    edge = to_edge_transform_and_lower(
+        dict(programs),
+        partitioner={name: [_partitioner()] for name in programs},
+        # The loop of the scan is not an operator that the verifier knows.
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        constant_methods=dict(constants),
+    )
     stage_done()
-    with quiet():
-        # Tables stay codes only if their look-ups are recognised, which this switch is for.
-        lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
-        with path.open("wb") as file:
-            lowered.write_to_file(file)
+    # Tables stay codes only if their look-ups are recognised, which this switch is for.
+    lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
     stage_done()
 
 

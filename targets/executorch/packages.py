@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optional packages of this target, imported when first needed and without their noise.
+"""The optional packages of this target, imported when first needed.
 
 Both print to the standard error while they load (torchao about CUDA libraries that a CPU build does not have,
-ExecuTorch's C++ about files that only phones have). What they print is kept from the terminal, and shown with the error
-if there is one.
+ExecuTorch's C++ about files that only phones have); the command line keeps that from the screen.
 """
 
-import os
-import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +23,6 @@ __all__ = [
     "load_method",
     "load_program",
     "load_runtime",
-    "quiet",
     "set_threads",
 ]
 
@@ -38,70 +31,6 @@ EXECUTORCH, TORCHAO = "1.4.1", "0.18.0"
 
 _DYNAMIC = "int8_asym_per_token"
 _CODE_TYPES = {4: getattr(torch, "int4"), 8: torch.int8}  # noqa: B009  the stubs do not know torch.int4
-
-
-class _Quiet:
-    """Where the standard error goes while some thread is in a quiet part: the first in redirects, the last out ends."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside, self._saved = 0, -1
-        self._kept: IO[bytes] | None = None
-
-    def enter(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside > 1:
-                return
-            try:
-                self._saved = os.dup(2)
-            except OSError:  # there is none
-                return
-            self._kept = tempfile.TemporaryFile()  # noqa: SIM115  lives until the last one leaves
-            os.dup2(self._kept.fileno(), 2)
-
-    def leave(self) -> str:
-        """Ends it where no one else is inside; what was printed so far."""
-        with self._lock:
-            self._inside -= 1
-            if self._kept is None:
-                return ""
-            at = self._kept.seek(0, os.SEEK_END)
-            self._kept.seek(max(0, at - _NOISE))
-            said = self._kept.read().decode(errors="replace").strip()
-            if self._inside == 0:
-                os.dup2(self._saved, 2)
-                os.close(self._saved)
-                self._kept.close()
-                self._kept = None
-            return said
-
-
-_NOISE = 2000
-"""Bytes of what was printed that an error shows."""
-_QUIET = _Quiet()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what libraries print to the standard error, C++ included, from the terminal; an error shows it.
-
-    It concerns the whole process, other threads too; it may be nested, and entered by several threads.
-    """
-    _QUIET.enter()
-    said = ""
-    try:
-        yield
-    except Exception as error:
-        said = _QUIET.leave()
-        if said:
-            error.add_note(said)
-        raise
-    except BaseException:
-        _QUIET.leave()
-        raise
-    else:
-        _QUIET.leave()
 
 
 def check_packages() -> None:
@@ -126,10 +55,9 @@ def check_packages() -> None:
 
 def intx_tensor(codes: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
     """Codes int8 [N, K] and scales [N, groups] as torchao's tensor, with inputs rounded to int8, one range a row."""
-    with quiet():
-        from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-            IntxUnpackedToInt8Tensor,
-        )
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8Tensor,
+    )
 
     columns = codes.shape[1]
     group = number_format.group_size or columns
@@ -148,11 +76,10 @@ def load_runtime() -> Any:
     """
     check_packages()
     try:
-        with quiet():
-            from executorch.extension.pybindings import _portable_lib
+        from executorch.extension.pybindings import _portable_lib
 
-            # The second depends on symbols of the first.
-            import executorch.kernels.quantized  # noqa: F401  isort: skip
+        # The second depends on symbols of the first.
+        import executorch.kernels.quantized  # noqa: F401  isort: skip
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -169,19 +96,17 @@ def load_program(path: str | Path) -> Any:
         RuntimeError: the runtime refuses it.
     """
     library = load_runtime()
-    with quiet():
-        return library._load_program(
-            str(path),
-            enable_etdump=False,
-            debug_buffer_size=0,
-            program_verification=library.Verification.InternalConsistency,
-        )
+    return library._load_program(
+        str(path),
+        enable_etdump=False,
+        debug_buffer_size=0,
+        program_verification=library.Verification.InternalConsistency,
+    )
 
 
 def load_method(program: Any, name: str) -> Any:
     """A method of a program, called with a list of tensors for a list of tensors. XNNPACK packs its weights now."""
-    with quiet():
-        return program.load_method(name)
+    return program.load_method(name)
 
 
 def set_threads(count: int) -> bool:
@@ -191,8 +116,7 @@ def set_threads(count: int) -> bool:
         Whether the number changed: methods that were loaded before run on threads that ended, and must be loaded again.
     """
     library = load_runtime()
-    with quiet():
-        if library._threadpool_get_thread_count() == count:
-            return False
-        library._unsafe_reset_threadpool(count)
+    if library._threadpool_get_thread_count() == count:
+        return False
+    library._unsafe_reset_threadpool(count)
     return True

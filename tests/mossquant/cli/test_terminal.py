@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is shown of long work where stderr is no terminal."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mossquant.cli import terminal
@@ -27,3 +30,26 @@ def test_long_work_says_where_it_stands(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_quiet_work_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert _told(monkeypatch, capsys, quiet=True) == ("", "")
+
+
+def test_what_libraries_print_is_kept_from_the_screen_and_shown_with_an_error() -> None:
+    """C++ writes to the descriptor; our own lines are seen meanwhile, and everything is afterwards."""
+    script = """
+import os, sys, warnings
+from mossquant.cli.terminal import Terminal
+terminal = Terminal(quiet=False)
+with terminal.alone():
+    os.write(2, b"noise of a library\\n")
+    warnings.warn("noise of Python")
+    terminal.say("ours")
+try:
+    with terminal.alone():
+        os.write(2, b"what went before\\n")
+        raise RuntimeError("wrong")
+except RuntimeError as error:
+    assert error.__notes__ == ["what went before"], error.__notes__
+os.write(2, b"after\\n")
+terminal.say("ours again")
+"""
+    ran = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stderr == "ours\nafter\nours again\n"
