@@ -79,7 +79,7 @@ def _mambas(folder: Path) -> None:
     """The same Mamba as Hugging Face and as the original code store it."""
     source = write_model(folder / "plain-mamba", random_model(MAMBA, seed=8, dtype=torch.float32))
     opened = Checkpoint.open(source)
-    tensors = {name: opened.tensor(name).clone() for name in opened.specs}
+    tensors = {name: opened.kept(name).clone() for name in opened.specs}
     shutil.rmtree(source)
     hugging_face, original = folder / "mamba", folder / "original"
     hugging_face.mkdir()

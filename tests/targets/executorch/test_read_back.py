@@ -2,7 +2,6 @@
 """Reading back: it passes on what was exported, and names the first difference of what was changed."""
 
 import re
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,10 +132,7 @@ ROLES = {
     "x_proj": ([f"0.mixer.experts.{e}.x_proj" for e in range(4)], 0, 64 * 46, "code [46, 1] is"),
     # Four experts of 32 columns, 16 bytes, 12 of which are filled: byte 64 + 33 is row 1, expert 2, column 3.
     "dt_proj": ([f"0.mixer.experts.{e}.dt_proj" for e in range(4)], 1, 64 + 33, "code [1, 67] is"),
-    # Even padding is looked at: byte 7 of an expert holds columns 14 and 15.
-    "padding": ([f"1.mixer.experts.{e}.dt_proj" for e in range(4)], 1, 7, "code [0, 15] is"),
     "w2": ([f"1.mlp.experts.{e}.w2" for e in range(4)], 1, 5, "code [0, 11] is"),
-    "w3": ([f"1.mlp.experts.{e}.w3" for e in range(4)], 0, 0, "code [0, 1] is"),
 }
 
 
@@ -169,9 +165,6 @@ def test_a_changed_table_is_named(int4: Lowered, source: Taken, tmp_path: Path) 
 
 SMALL = {
     "0.norm.weight": (lambda value: value, "0.norm.weight: value [5] is"),
-    "1.norm2.weight": (lambda value: value, "1.norm2.weight: value [5] is"),
-    "0.mixer.D": (lambda value: value, "0.mixer.D: value [5] is"),
-    "1.mixer.conv1d.bias": (lambda value: value, "1.mixer.conv1d.bias: value [5] is"),
     "1.mixer.conv1d.weight": (lambda value: value[:, 0, 2], "1.mixer.conv1d.weight, tap 2: value [5] is"),
     "0.mixer.router.weight": (lambda value: value, "0.mixer.router.weight: value [0, 5] is"),
 }
@@ -248,14 +241,17 @@ def test_taps_exchanged_are_seen(int4: Lowered, tmp_path: Path) -> None:
 
 def test_every_array_matters(int4: Lowered, tmp_path: Path) -> None:
     """Whatever array of a method is changed anywhere, reading back sees it."""
-    random = np.random.default_rng(0)
+    random, data = np.random.default_rng(0), bytearray(int4.program.read_bytes())
     method = ProgramFile(int4.program).methods["decode"]
     arrays = [one.tobytes() for one in method.constants if one.size > 16]
     for linear in (one for part in method.delegates for one in part.linears):
         arrays.append(_packed(linear.codes) if linear.bits == 4 else linear.codes.tobytes())
     assert len(arrays) == 21 + 21
     for array in arrays:
-        _differences(int4, _changed(int4.program, tmp_path, array, _flip(int(random.integers(len(array))), 0x40)))
+        assert data.count(array) == 1
+        data[data.find(array) + int(random.integers(len(array)))] ^= 0x40
+    (tmp_path / "model.pte").write_bytes(data)
+    assert len(_differences(int4, tmp_path / "model.pte")) == len(arrays)
 
 
 def _with_linears(file: ProgramFile, change: Callable[[list[Linear]], list[Linear]]) -> ProgramFile:
@@ -313,24 +309,6 @@ def test_a_linear_that_does_not_round_its_input(int4: Lowered, monkeypatch: pyte
     assert not report.passed
     assert re.search(r"in the file as 4-bit \[\d+, \d+\](?!,)", report.summary)
     assert any("its input not rounded is in the file and belongs to no tensor" in line for line in report.differences)
-
-
-def test_linears_that_share_their_bytes_are_unpacked_one_at_a_time(
-    int4: Lowered, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def repeated(*args: object) -> Delegate:
-        found = read_delegate(*args)  # type: ignore[arg-type]
-        return replace(found, linears=found.linears * 50)
-
-    verify(int4.checkpoint, int4.artifact)
-    monkeypatch.setattr("mossquant.targets.executorch.program_file.read_delegate", repeated)
-    tracemalloc.start()
-    report = verify(int4.checkpoint, int4.artifact)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert not report.passed
-    # 50 × 200,000 codes would be 10 MB; a number is what the checkpoint's own take.
-    assert peak < 6e6
 
 
 def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:

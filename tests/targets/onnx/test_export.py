@@ -61,7 +61,7 @@ def test_metadata(workshop: Workshop) -> None:
     assert metadata.config == source.config.to_json(torch_dtype="bfloat16")
     assert metadata.source_files == source.origin.files
     assert metadata.source_kind == "quantized checkpoint"
-    assert metadata.payload_bytes == source.payload_bytes
+    assert metadata.payload_bytes == source.origin.payload_bytes
     assert metadata.parameters == source.parameters
     assert metadata.tokenizer_sha256 is None
     assert open_program(lowered.program).config == MODELS["wide"]
