@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = typer.main.get_command(app)
         words = [word for word in ours if word not in (_QUIET, _DEBUG)] + rest
-        with _terminal.alone(), command.make_context("mossquant", words) as context:
+        with terminal.alone(), command.make_context("mossquant", words) as context:
             command.invoke(context)
     except typer.Exit as ended:
         return ended.exit_code
