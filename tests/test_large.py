@@ -40,7 +40,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("large") / "wide", random_model(WIDE, dtype=torch.float32))
 
 
-@pytest.fixture(params=["shards", "one file"])
+SLOW = pytest.mark.slow
+RECIPES = [pytest.param("int8", marks=SLOW), "int4"]
+"""What recipes share is in `make test` once."""
+
+
+@pytest.fixture(params=["shards", pytest.param("one file", marks=SLOW)])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How tensor files are written; sizes that would take a large model are made small."""
     if request.param == "shards":
@@ -50,7 +55,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_quantizing_takes_what_was_said(many: Path, tmp_path: Path, layout: str, recipe: str) -> None:
     plan = quantize(many, tmp_path / "out", recipe=recipe, dry_run=True)
     said = memory_bytes(plan)
@@ -60,7 +65,7 @@ def test_quantizing_takes_what_was_said(many: Path, tmp_path: Path, layout: str,
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file() == (layout == "shards")
 
 
-@pytest.mark.parametrize("recipe", [None, "int8", "int4"])
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
 def test_exporting_takes_what_was_said(
     many: Path, tmp_path: Path, recipe: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +80,7 @@ def test_exporting_takes_what_was_said(
     assert peak <= said.memory_bytes < 2 * 17e6 * 4 / 2, "about half of the model in fp32"
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_large_tensor_is_looked_at_in_pieces(
     wide: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +157,7 @@ def test_too_little_memory_is_said_before_work(
     assert "MB of memory, and 1.0 MB are available" in said
 
 
-@pytest.mark.slow
+@SLOW
 def test_every_step_on_a_checkpoint_of_350_mb(tmp_path: Path) -> None:
     """In processes of their own, as `bench/large.py` measures the large one: under the same bar."""
     measured = tmp_path / "measured.json"
