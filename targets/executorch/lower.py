@@ -2,7 +2,10 @@
 """Lowers a model to one ExecuTorch program: prefill, score and decode over the same constants, delegated to XNNPACK."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import get_capabilities
+from mossquant.targets.executorch.blocks import Traced, repeated
 from mossquant.targets.executorch.matrices import XnnpackMatrices
 from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.executorch.program_file import METADATA
 from mossquant.targets.executorch.scan import loop, step
-from mossquant.targets.program import METHODS, Method, Model
+from mossquant.targets.program import Model, Scan
 
 __all__ = ["CHUNK", "lower", "lower_module"]
 
@@ -26,7 +30,6 @@ CHUNK = get_capabilities("executorch").limits.max_chunk or 1
 """Most tokens of one call of prefill or score. Memory is planned for so many, so that it is a limit of the file."""
 
 _EXAMPLE = 16
-_SCANS = {"prefill": loop, "score": loop, "decode": step}
 
 
 def lower(
@@ -36,63 +39,125 @@ def lower(
     path: Path,
     on_stage: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Write the program of `source`.
+    """Write the program of a model.
 
     Args:
-        source: the tensors.
+        weights: the tensors.
         specs: what they are, `mossquant.model.mossnet.tensor_specs` of the config.
         metadata: what the program is to say about itself.
         path: file to write.
-        on_stage: called after each stage with its name, its number and how many there are.
+        on_stage: called when a stage begins with its name, how many are done and how many there are; and at the end.
     """
-    stages = [*(f"exporting {name}" for name in METHODS), "delegating to XNNPACK", "writing"]
-    done = 0
-
-    def stage_done() -> None:
-        nonlocal done
-        done += 1
-        if on_stage is not None:
-            on_stage(stages[done - 1], done, len(stages))
-
+    begins = _Stages(on_stage)
     check_packages()
+    begins("reading tensors")
     model = Model(weights.config, specs, XnnpackMatrices(weights)).eval()
     programs: dict[str, torch.export.ExportedProgram] = {}
     with torch.no_grad():
-        for name in METHODS:
-            programs[name] = _exported(Method(model, _SCANS[name], last=name != "score"), weights.config, name)
-            stage_done()
-        _write(programs, {METADATA: json.dumps(metadata, sort_keys=True)}, path, stage_done)
+        begins("tracing prefill and score")
+        program, module = _traced(model, loop, weights.config)
+        for name in ("prefill", "score"):
+            programs[name] = repeated(program, module, model, last=name == "prefill")
+        begins("tracing decode")
+        program, module = _traced(model, step, weights.config)
+        programs["decode"] = repeated(program, module, model, last=True)
+        _write(programs, {METADATA: json.dumps(metadata, sort_keys=True)}, path, begins)
+
+
+class _Stages:
+    """Says which stage begins."""
+
+    names = (
+        "reading tensors",
+        "tracing prefill and score",
+        "tracing decode",
+        "delegating to XNNPACK",
+        "planning memory",
+        "writing",
+        "written",
+    )
+
+    def __init__(self, on_stage: Callable[[str, int, int], None] | None) -> None:
+        self._on_stage = on_stage
+
+    def __call__(self, name: str) -> None:
+        """A stage begins."""
+        if self._on_stage is not None:
+            self._on_stage(name, self.names.index(name), len(self.names) - 1)
 
 
 def lower_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     """Write a program with one method, `forward`, for inputs of these very shapes: a part of a model, to be timed."""
     torch._dynamo.reset()
     with torch.no_grad():
-        exported = torch.export.export(module.eval(), inputs, strict=False)
-        _write({"forward": exported}, {}, path, lambda: None)
+        exported = _edge(torch.export.export(module.eval(), inputs, strict=False))
+        _write({"forward": exported}, {}, path, _Stages(None))
 
 
 def _write(
     programs: Mapping[str, torch.export.ExportedProgram],
     constants: Mapping[str, str],
     path: Path,
-    stage_done: Callable[[], None],
+    begins: _Stages,
 ) -> None:
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    """Delegate programs in the edge dialect, and write them."""
+    begins("delegating to XNNPACK")
+    from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchBackendConfig
 
-    edge = to_edge_transform_and_lower(
-        dict(programs),
-        partitioner={name: [_partitioner()] for name in programs},
-        # The loop of the scan is not an operator that the verifier knows.
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        constant_methods=dict(constants),
-    )
-    stage_done()
+    edge = EdgeProgramManager(dict(programs), dict(constants), _edge_config())
+    with _sorted_once():
+        edge = edge.to_backend({name: _partitioner() for name in programs})
+    begins("planning memory")
+    # Every tensor is contiguous: the pass that looks for other orders changes nothing, and runs all delegates.
+    edge.compile_config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
     # Tables stay codes only if their look-ups are recognised, which this switch is for.
     lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+    begins("writing")
     with path.open("wb") as file:
         lowered.write_to_file(file)
-    stage_done()
+    begins("written")
+
+
+@contextmanager
+def _sorted_once() -> Iterator[None]:
+    """Meanwhile ExecuTorch sorts a graph after its last delegate is cut out of it, and not the whole graph after each.
+
+    No setting of it says so (1.4.1, which `check_packages` asks for): its own functions are wrapped as long as this
+    lasts.
+    """
+    from executorch.exir.backend import backend_api
+    from torch.fx.passes.tools_common import legalize_graph
+
+    cut_out, cut_all = backend_api.create_submodule_from_nodes, backend_api._create_partitions_in_graph_module
+
+    def sorted_after(module: torch.fx.GraphModule, *args: Any, **options: Any) -> dict[str, list[torch.fx.Node]]:
+        delegates = cut_all(module, *args, **options)
+        targets = {backend: {node.target for node in nodes} for backend, nodes in delegates.items()}
+        legalize_graph(module)  # makes every node anew
+        calls = [node for node in module.graph.nodes if node.op == "call_module"]
+        return {backend: [node for node in calls if node.target in names] for backend, names in targets.items()}
+
+    backend_api.create_submodule_from_nodes = partial(cut_out, skip_legalize_graph=True)
+    backend_api._create_partitions_in_graph_module = sorted_after
+    try:
+        yield
+    finally:
+        backend_api.create_submodule_from_nodes, backend_api._create_partitions_in_graph_module = cut_out, cut_all
+
+
+def _edge_config() -> Any:
+    from executorch.exir import EdgeCompileConfig
+
+    # Linears go to XNNPACK as they are. The loop of the scan is not an operator that the verifier knows.
+    return EdgeCompileConfig(_check_ir_validity=False, preserve_ops=[torch.ops.aten.linear.default])
+
+
+def _edge(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A program in the dialect that delegates take."""
+    from executorch.exir import to_edge
+
+    edge: torch.export.ExportedProgram = to_edge(program, compile_config=_edge_config()).exported_program()
+    return edge
 
 
 def _partitioner() -> Any:
@@ -109,13 +174,19 @@ def _partitioner() -> Any:
     return partitioner
 
 
-def _exported(method: nn.Module, config: MossNetConfig, name: str) -> torch.export.ExportedProgram:
+def _traced(model: Model, scan: Scan, config: MossNetConfig) -> tuple[torch.export.ExportedProgram, Traced]:
+    """One block of each structure in the edge dialect, for any number of tokens (`loop`) or for one (`step`)."""
     from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  defines the table operators
 
     # A length that was fixed for one method would be fixed for the next one too.
     torch._dynamo.reset()
-    states: Sequence[Tensor] = [spec.zeros(1) for spec in state_specs(config)]
-    length = 1 if name == "decode" else _EXAMPLE
+    module, rest = Traced(model, scan).eval(), iter(state_specs(config))
+    every = [[spec.zeros(1) for spec in islice(rest, count)] for *_, count in model.order]
+    states = [every[module.kinds.index(kind)] for kind in range(len(module.order))]
+    length, dynamic = 1, None
+    if scan is loop:
+        length, fixed = _EXAMPLE, [[None] * len(own) for own in states]
+        dynamic = ({1: torch.export.Dim("T", min=2, max=CHUNK)}, fixed)
     tokens = torch.zeros((1, length), dtype=torch.int64)
-    dynamic = None if name == "decode" else ({1: torch.export.Dim("T", min=2, max=CHUNK)}, [None] * len(states))
-    return torch.export.export(method, (tokens, states), dynamic_shapes=dynamic, strict=False)
+    exported = torch.export.export(module, (tokens, states), dynamic_shapes=dynamic, strict=False)
+    return _edge(exported), module
