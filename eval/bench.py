@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,9 @@ from typing import Any
 from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine
-from mossquant.progress import Count
+from mossquant.progress import Progress
+from mossquant.targets.target import target_of
+from mossquant.targets.trial import passed
 
 __all__ = ["BenchReport", "Speed", "Timing", "bench"]
 
@@ -38,10 +40,6 @@ class Speed:
     def of(cls, values: Sequence[float]) -> "Speed":
         """Median and range of one value a repeat."""
         return cls(statistics.median(values), min(values), max(values))
-
-    def to_json(self) -> dict[str, float]:
-        """One speed of `--json`."""
-        return {"median": self.median, "min": self.min, "max": self.max}
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,6 @@ class Timing:
     peak_rss_mb: float
     idle_rss_mb: float
     bytes_per_token: int
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `--json`."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value.to_json() if isinstance(value, Speed) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class BenchReport:
             "prompt_tokens": self.prompt,
             "decode_tokens": self.decode,
             "repeats": self.repeats,
-            "artifacts": [timing.to_json() for timing in self.artifacts],
+            "artifacts": [asdict(timing) for timing in self.artifacts],
         }
 
 
@@ -122,7 +115,7 @@ def bench(
     prompt: int = 512,
     decode: int = 64,
     repeats: int = 5,
-    progress: Count | None = None,
+    progress: Progress | None = None,
 ) -> BenchReport:
     """Time artifacts against one another.
 
@@ -149,27 +142,27 @@ def bench(
     ]
     if offenders or not paths:
         raise InputError.listing("nothing can be timed", offenders or ["no artifact was given"], "Give others.")
-    for path in paths:
-        locate(path)
+    for located in [locate(path) for path in paths]:
+        target_of(located).warm(located)  # programs are tried here, in one child process, and not by each worker
     used = threads or cpu_count()
     bandwidth = copy_bandwidth(used)
     prefill: list[list[float]] = [[] for _ in paths]
     steps: list[list[float]] = [[] for _ in paths]
     with ExitStack() as stack:
         workers = [stack.enter_context(_Worker()) for _ in paths]
-        opened = [
-            worker.ask({"do": "open", "path": str(path), "threads": used})
+        loaded = [
+            worker.ask({"do": "open", "path": str(path), "threads": used, "passed": passed()})
             for worker, path in zip(workers, paths, strict=True)
         ]
         for turn in range(repeats + 1):
             for i, worker in enumerate(workers):
-                found = worker.ask({"do": "turn", "prompt": prompt, "decode": decode})
+                seconds = worker.ask({"do": "turn", "prompt": prompt, "decode": decode})
                 if turn > 0:
-                    prefill[i].append(prompt / found["prefill_s"])
-                    steps[i].append(decode / found["decode_s"])
+                    prefill[i].append(prompt / seconds["prefill"])
+                    steps[i].append(decode / seconds["decode"])
                 if progress is not None:
-                    progress(turn * len(workers) + i + 1, (repeats + 1) * len(workers))
-        closed = [worker.ask({"do": "memory"}) for worker in workers]
+                    progress("turns", turn * len(workers) + i + 1, (repeats + 1) * len(workers))
+        memory = [worker.ask({"do": "memory"}) for worker in workers]
     return BenchReport(
         machine=machine(),
         threads=used,
@@ -178,24 +171,9 @@ def bench(
         decode=decode,
         repeats=repeats,
         artifacts=tuple(
-            _timing(opened[i], closed[i], prefill=Speed.of(prefill[i]), decode=Speed.of(steps[i]))
+            Timing(**loaded[i], **memory[i], prefill_tok_s=Speed.of(prefill[i]), decode_tok_s=Speed.of(steps[i]))
             for i in range(len(paths))
         ),
-    )
-
-
-def _timing(opened: Mapping[str, Any], closed: Mapping[str, Any], *, prefill: Speed, decode: Speed) -> Timing:
-    return Timing(
-        path=opened["path"],
-        kind=opened["kind"],
-        weights=opened["weights"],
-        activations=opened["activations"],
-        decode_tok_s=decode,
-        prefill_tok_s=prefill,
-        load_ms=opened["load_ms"],
-        peak_rss_mb=closed["peak_rss_mb"],
-        idle_rss_mb=opened["idle_rss_mb"],
-        bytes_per_token=round(opened["weight_bytes"] * opened["active_share"]),
     )
 
 

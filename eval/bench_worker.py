@@ -23,6 +23,7 @@ from mossquant.eval.scores import advance
 from mossquant.model.config import MossNetConfig
 from mossquant.runner import Runner
 from mossquant.targets.target import target_of
+from mossquant.targets.trial import accept
 
 __all__ = ["main"]
 
@@ -55,19 +56,20 @@ def main() -> None:
 
 def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:
     located = locate(order["path"])
+    accept(order["passed"])
     _warm(located)
     idle = peak_rss_mb()
     start = time.perf_counter()
     opened = open_model(located, threads=order["threads"])
     load_ms = (time.perf_counter() - start) * 1e3
     info = opened.runner.info
+    config = MossNetConfig.from_json(info.config, where=info.path)
     return opened.runner, {
         "path": opened.path,
         "kind": info.kind,
         "weights": info.weights,
         "activations": info.activations,
-        "weight_bytes": info.weight_bytes,
-        "active_share": target_of(located).active_share(MossNetConfig.from_json(info.config, where=info.path)),
+        "bytes_per_token": round(info.weight_bytes * target_of(located).active_share(config)),
         "load_ms": load_ms,
         "idle_rss_mb": idle,
     }
@@ -88,12 +90,12 @@ def _turn(runner: Runner, *, prompt: int, decode: int) -> dict[str, Any]:
     state = runner.initial_state(1)
     start = time.perf_counter()
     logits, state = advance(runner, tokens, state)
-    prefill_s = time.perf_counter() - start
+    prefill_seconds = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(decode):
         token = np.array([[int(np.argmax(logits[0, -1]))]], np.int64)
         logits, state = runner(token, state, logits="last")
-    return {"prefill_s": prefill_s, "decode_s": time.perf_counter() - start}
+    return {"prefill": prefill_seconds, "decode": time.perf_counter() - start}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ weights computed in fp32. Decide by KL: over some ten thousand tokens perplexity
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mossquant.eval.open import open_model
 from mossquant.eval.passage import Passage, held_out_passage
 from mossquant.eval.scores import Scores, score
 from mossquant.eval.windows import RESAMPLES, WINDOW, Interval, Windows
-from mossquant.progress import Count
+from mossquant.progress import Progress
 from mossquant.runner import RunnerInfo
 from mossquant.text.text import Text
 
@@ -41,17 +41,6 @@ class Baseline:
     perplexity: float
     bytes: int
     bits_per_weight: float
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `--json`."""
-        return {
-            "path": self.path,
-            "kind": self.kind,
-            "weights": self.weights,
-            "perplexity": self.perplexity,
-            "bytes": self.bytes,
-            "bits_per_weight": self.bits_per_weight,
-        }
 
 
 @dataclass(frozen=True)
@@ -91,13 +80,6 @@ class Candidate:
     file_bytes: int
     bits_per_weight: float
     gate_failed: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `--json`."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("ppl_increase_ci95", "kl_ci95"):
-            values[name] = None if values[name] is None else values[name].to_json()
-        return values
 
 
 @dataclass(frozen=True)
@@ -143,8 +125,8 @@ class ComparisonReport:
                 "streams": self.streams,
                 "seen_by": list(self.seen_by),
             },
-            "baseline": self.baseline.to_json(),
-            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "baseline": asdict(self.baseline),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
             "interval": {"level": 0.95, "method": "paired bootstrap", "window_tokens": WINDOW, "resamples": RESAMPLES},
             "gate": None if self.max_ppl_increase_pct is None else gate,
         }
@@ -183,7 +165,7 @@ def compare(
     activations: str | None = None,
     threads: int | None = None,
     allow_seen: bool = False,
-    progress: Count | None = None,
+    progress: Progress | None = None,
 ) -> ComparisonReport:
     """Measure candidates against the original.
 
@@ -206,14 +188,14 @@ def compare(
         raise InputError("no candidate was given; name a checkpoint or artifact to compare with the original")
     if max_ppl_increase is not None and not math.isfinite(max_ppl_increase):
         raise InputError(f"the gate {max_ppl_increase} is not a number of per cent; give one, e.g. 1%")
-    at_once, each = shared_out(threads, 1 + len(candidates))
-    opened = [open_model(base, threads=each)]
+    at_once, own_threads = shared_out(threads, 1 + len(candidates))
+    opened = [open_model(base, threads=own_threads)]
     for candidate in candidates:
         source = locate(candidate) if isinstance(candidate, str | Path) else candidate
         kind = source.kind if isinstance(source, Located) else source.origin.kind
         # Only a quantized checkpoint has a choice.
         wanted = activations if kind == "quantized checkpoint" else None
-        opened.append(open_model(source, activations=wanted, threads=each))
+        opened.append(open_model(source, activations=wanted, threads=own_threads))
     passage = held_out_passage(opened, text=text, tokens=tokens, streams_wanted=streams, allow_seen=allow_seen)
     runners = [model.runner for model in opened]
     scores = score(runners, passage.tokens, at_once=at_once, progress=progress)
@@ -241,29 +223,29 @@ def report_of(
             base.bits_per_weight,
         ),
         candidates=tuple(
-            _candidate(info, found, scores[0], windows, max_ppl_increase)
-            for info, found in zip(infos[1:], scores[1:], strict=True)
+            _candidate(info, own, scores[0], windows, max_ppl_increase)
+            for info, own in zip(infos[1:], scores[1:], strict=True)
         ),
         max_ppl_increase_pct=max_ppl_increase,
         scores=tuple(scores),
     )
 
 
-def _candidate(info: RunnerInfo, found: Scores, original: Scores, windows: Windows, gate: float | None) -> Candidate:
-    rise = found.nll - original.nll
+def _candidate(info: RunnerInfo, own: Scores, original: Scores, windows: Windows, gate: float | None) -> Candidate:
+    rise = own.nll - original.nll
     increase = 100 * math.expm1(rise.mean())
     return Candidate(
         path=info.path,
         kind=info.kind,
         weights=info.weights,
         activations=info.activations,
-        perplexity=math.exp(found.nll.mean()),
+        perplexity=math.exp(own.nll.mean()),
         ppl_increase_pct=increase,
         ppl_increase_ci95=windows.percentiles(100 * np.expm1(windows.resampled_means(rise))),
-        kl_mean=float(found.kl.mean()),
-        kl_ci95=windows.interval(found.kl),
-        kl_median=float(np.median(found.kl)),
-        top1_agreement=float(found.agree.mean()),
+        kl_mean=float(own.kl.mean()),
+        kl_ci95=windows.interval(own.kl),
+        kl_median=float(np.median(own.kl)),
+        top1_agreement=float(own.agree.mean()),
         bytes=info.weight_bytes,
         file_bytes=info.file_bytes,
         bits_per_weight=info.bits_per_weight,

@@ -12,7 +12,7 @@ The bounds are this file's constants; every one of them is a line of the report.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `--json`."""
-        return {"name": self.name, "value": self.value, "bound": self.bound, "passed": self.passed}
+        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mossquant.eval.open import open_model
 from mossquant.eval.passage import held_out_passage
 from mossquant.eval.scores import score
 from mossquant.eval.windows import WINDOW, Windows
-from mossquant.progress import Count
+from mossquant.progress import Progress
 from mossquant.text.text import Text
 
 __all__ = ["PerplexityReport", "perplexity"]
@@ -73,7 +73,7 @@ def perplexity(
     activations: str | None = None,
     threads: int | None = None,
     allow_seen: bool = False,
-    progress: Count | None = None,
+    progress: Progress | None = None,
 ) -> PerplexityReport:
     """Measure one model, checkpoint or artifact.
 

@@ -6,10 +6,10 @@ logits are held, and what remains are nats a token. The pieces depend on the num
 the Runners can take, and change results by rounding only.
 """
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mossquant import divergence
 from mossquant.divergence import Predictions
 from mossquant.errors import InputError
-from mossquant.progress import Count
+from mossquant.progress import Progress
 from mossquant.runner import Floats, LogitsWanted, Runner, State, Tokens
 
 __all__ = ["LOGITS_BYTES", "MOST_NATS", "Scores", "advance", "not_finite", "score"]
@@ -51,7 +51,7 @@ class Scores:
 
 
 def score(
-    runners: Sequence[Runner], tokens: Tokens, *, at_once: int = 1, progress: Count | None = None
+    runners: Sequence[Runner], tokens: Tokens, *, at_once: int = 1, progress: Progress | None = None
 ) -> list[Scores]:
     """Run every Runner over tokens [S, L] from its initial state, each stream by itself.
 
@@ -59,7 +59,7 @@ def score(
         runners: the original first, then the candidates.
         tokens: [S, L], L ≥ 2.
         at_once: Runners that work at the same time, each in a thread of its own; changes no result.
-        progress: told after every piece.
+        progress: told after every piece, in tokens.
 
     Returns:
         One `Scores` for each Runner.
@@ -69,47 +69,65 @@ def score(
     """
     total, length = tokens.shape[0], tokens.shape[1] - 1
     shape = (total, length)
-    found = [Scores(np.zeros(shape), np.zeros(shape), np.ones(shape, np.bool_)) for _ in runners]
+    scores = [Scores(np.zeros(shape), np.zeros(shape), np.ones(shape, np.bool_)) for _ in runners]
     rows = max(1, LOGITS_BYTES // (4 * len(runners) * runners[0].info.vocab_size))
     together = min([total, rows, *(runner.info.max_batch or total for runner in runners)])
     piece = max(1, min(PIECE, rows // together))
+    seconds = [0.0] * len(runners)
     with ThreadPoolExecutor(at_once) as pool:
         for first in range(0, total, together):
             part = slice(first, min(first + together, total))
             states = [runner.initial_state(part.stop - part.start) for runner in runners]
             for start in range(0, length, piece):
                 span = slice(start, min(start + piece, length))
-                answers = list(pool.map(partial(_advance_all, tokens[part, span]), runners, states))
-                logits, states = [own for own, _ in answers], [state for _, state in answers]
-                _keep(found, logits, tokens[part, span.start + 1 : span.stop + 1], part, span)
-                _check_losses(runners, found, part, span)
+                # The slowest begins first, so that no core waits for it in the end.
+                order = sorted(range(len(runners)), key=seconds.__getitem__, reverse=True)
+                calls = {i: pool.submit(_timed_advance, runners[i], tokens[part, span], states[i]) for i in order}
+                logits, states, seconds = map(list, zip(*(calls[i].result() for i in sorted(calls)), strict=True))
+                _keep(pool, scores, logits, tokens[part, span.start + 1 : span.stop + 1], part, span)
+                _check_losses(runners, scores, part, span)
                 if progress is not None:
-                    progress(first * length + (part.stop - part.start) * span.stop, total * length)
-    return found
+                    progress("tokens", first * length + (part.stop - part.start) * span.stop, total * length)
+    return scores
 
 
-def _keep(found: Sequence[Scores], logits: Sequence[Floats], targets: Tokens, part: slice, span: slice) -> None:
+def _timed_advance(runner: Runner, tokens: Tokens, state: State) -> tuple[Floats, State, float]:
+    begun = time.perf_counter()
+    logits, state = advance(runner, tokens, state, logits="all")
+    return logits, state, time.perf_counter() - begun
+
+
+def _keep(
+    pool: ThreadPoolExecutor,
+    scores: Sequence[Scores],
+    logits: Sequence[Floats],
+    targets: Tokens,
+    part: slice,
+    span: slice,
+) -> None:
     """What remains of one piece: logits [B, T, V] of every Runner and the tokens that came [B, T]."""
-    batch, time, vocab_size = logits[0].shape
+    batch, time_steps, vocab_size = logits[0].shape
     step = max(1, _BLOCK_LOGITS // vocab_size)
-    for row in range(batch):
-        for at in range(0, time, step):
-            block = slice(at, min(at + step, time))
-            place = (part.start + row, slice(span.start + block.start, span.start + block.stop))
-            original: Predictions | None = None
-            for scores, own in zip(found, logits, strict=True):
-                predicted = Predictions(own[row, block])
-                scores.nll[place] = divergence.nll(predicted, targets[row, block])
-                if original is None:
-                    original = predicted
-                else:
-                    scores.kl[place] = divergence.kl(original, predicted)
-                    scores.agree[place] = divergence.agreement(original, predicted)
+
+    def keep_block(row: int, at: int) -> None:
+        block = slice(at, min(at + step, time_steps))
+        place = (part.start + row, slice(span.start + block.start, span.start + block.stop))
+        original = Predictions(logits[0][row, block])
+        scores[0].nll[place] = divergence.nll(original, targets[row, block])
+        for candidate_scores, candidate_logits in zip(scores[1:], logits[1:], strict=True):
+            candidate = Predictions(candidate_logits[row, block])
+            candidate_scores.nll[place] = divergence.nll(candidate, targets[row, block])
+            candidate_scores.kl[place] = divergence.kl(original, candidate)
+            candidate_scores.agree[place] = divergence.agreement(original, candidate)
+
+    blocks = [(row, at) for row in range(batch) for at in range(0, time_steps, step)]
+    for kept in [pool.submit(keep_block, *block) for block in blocks]:
+        kept.result()
 
 
-def _check_losses(runners: Sequence[Runner], found: Sequence[Scores], part: slice, span: slice) -> None:
-    for runner, scores in zip(runners, found, strict=True):
-        lost = scores.nll[part, span]
+def _check_losses(runners: Sequence[Runner], scores: Sequence[Scores], part: slice, span: slice) -> None:
+    for runner, own in zip(runners, scores, strict=True):
+        lost = own.nll[part, span]
         if not np.isfinite(lost).all():
             raise InputError(not_finite(runner, span.start))
         if lost.mean() > MOST_NATS:
@@ -125,10 +143,6 @@ def not_finite(runner: Runner, token: int) -> str:
         f"{runner.info.path} computed logits that are not finite at token {token} of a stream; "
         "its weights or its activation format do not hold this model"
     )
-
-
-def _advance_all(tokens: Tokens, runner: Runner, state: State) -> tuple[Floats, State]:
-    return advance(runner, tokens, state, logits="all")
 
 
 def advance(runner: Runner, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:

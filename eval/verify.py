@@ -15,7 +15,7 @@ from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.parity import STAGES, ParityReport, parity
-from mossquant.progress import Count
+from mossquant.progress import Progress
 from mossquant.targets.target import target_of
 from mossquant.targets.weights_report import WeightsReport
 from mossquant.text.text import Text
@@ -113,7 +113,7 @@ def verify(
     stream: int = 20_000,
     threads: int | None = None,
     allow_seen: bool = False,
-    progress: Count | None = None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Hold artifacts against their checkpoint.
 
@@ -126,7 +126,7 @@ def verify(
         stream: tokens that both run freely.
         threads: CPU threads.
         allow_seen: run also on text that the model has seen.
-        progress: told how many stages are done.
+        progress: told each stage that is done, and how many are.
 
     Raises:
         InputError: bad paths, text or options; an artifact that was lowered from something else.
@@ -139,7 +139,7 @@ def verify(
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, stages)
+            progress(stage, done, stages)
 
     weights = open_weights(quantized, verb="verify", check_codes=True)
     verdicts = []
@@ -147,9 +147,9 @@ def verify(
         located = locate(path)
         read_back = target_of(located).read_back(weights, located)
         stage_done("weights")
-        found = None
+        report = None
         if read_back.passed and not weights_only:
-            found = parity(
+            report = parity(
                 weights,
                 path,
                 text=text,
@@ -159,7 +159,7 @@ def verify(
                 allow_seen=allow_seen,
                 on_stage=stage_done,
             )
-        verdicts.append(ArtifactVerdict(str(path), read_back, found))
+        verdicts.append(ArtifactVerdict(str(path), read_back, report))
     return VerifyReport(weights.origin.path, tuple(verdicts))
 
 

@@ -3,10 +3,7 @@
 
 from collections.abc import Callable
 
-__all__ = ["Count", "Progress"]
+__all__ = ["Progress"]
 
 Progress = Callable[[str, int, int], None]
-"""(what was just finished, done, in all): tensors with weights or bytes, or stages."""
-
-Count = Callable[[int, int], None]
-"""(done, in all): tokens, or turns."""
+"""(what is being worked on, done, in all): tensors with weights or bytes, stages, tokens, or turns."""

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 
 from mossquant.errors import InputError
 
-__all__ = ["EXTRA_BYTES", "SECONDS", "start", "try_apart"]
+__all__ = ["EXTRA_BYTES", "SECONDS", "accept", "passed", "start", "try_apart"]
 
 SECONDS = 120.0
 """How long loading a program and all calls may take; one that runs longer does not end."""
@@ -91,6 +91,16 @@ def start(function: str, sha256: str) -> None:
     with _lock:
         if (function, sha256) not in _passed:
             _running(function)
+
+
+def passed() -> list[tuple[str, str]]:
+    """What this process tried and passed, (function, SHA-256): for `accept` in a process that it starts."""
+    return sorted(_passed)
+
+
+def accept(tried: Iterable[tuple[str, str]]) -> None:
+    """Take what passed in the process that started this one as passed here too."""
+    _passed.update((function, sha256) for function, sha256 in tried)
 
 
 class _Child:

@@ -2,6 +2,7 @@
 """The main job, start to end, on the bundled model: quantize, lower, read back, run what ships, compare, time.
 
 A second run keeps every checkpoint and artifact whose hashes say that it would come out the same, and measures again.
+What is written is read back at once; what is kept was read back when it was written, and has the same hashes.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from mossquant.eval.report.picture import write_picture
 from mossquant.eval.verify import verify
 from mossquant.files.outputs import check_free
 from mossquant.plan.recipe import Recipe
-from mossquant.progress import Count
+from mossquant.progress import Progress
 from mossquant.release import release
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.executorch.packages import check_packages
@@ -48,7 +49,7 @@ def demo(
     tokens: int = TOKENS,
     threads: int | None = None,
     said: Callable[[str], None] | None = None,
-    progress: Count | None = None,
+    progress: Progress | None = None,
 ) -> DemoReport:
     """Quantize the bundled model to int8 and int4, lower them to .onnx and .pte, and measure every one of them.
 
@@ -57,7 +58,7 @@ def demo(
         tokens: of the held-out text that are measured on.
         threads: CPU threads; None: all to measure with, one to time with.
         said: is given a line for every stage.
-        progress: told how far the measuring is.
+        progress: told what is done (quantizing, lowering, measuring, timing) and how far it is.
 
     Raises:
         InputError: the output cannot be written, holds something else under a name that is needed, or holds other
@@ -83,7 +84,9 @@ def demo(
             say(f"{path}: kept, its hashes match")
         else:
             say(f"{path}: quantizing {BUNDLED} to {recipe}")
-            quantize(BUNDLED, path, recipe=recipe, force=path.exists())
+            quantize(
+                BUNDLED, path, recipe=recipe, force=path.exists(), progress=_stage(f"quantizing to {recipe}:", progress)
+            )
     artifacts: dict[str, dict[str, Path]] = {}
     for name, path in folders.items():
         source, targets = checkpoints.get(name), ("onnx",) if name == "original" else TARGETS
@@ -91,18 +94,19 @@ def demo(
             say(f"{path}: kept, its hashes match")
         else:
             say(f"{path}: lowering {source or BUNDLED} to {' and '.join(targets)}")
-            export(BUNDLED if source is None else source, path, target=targets, force=path.exists())
-        artifacts[name] = {target: Artifact.open(path).program(target) for target in targets}
-        read_back = verify(source or BUNDLED, list(artifacts[name].values()), weights_only=True)
-        if not read_back.passed:
-            # Its hashes match and we wrote it: a fault of the lowering, not of the user.
-            raise RuntimeError(f"{path} does not hold its checkpoint's weights: {read_back.failures()[0]}")
+            shown = _stage(f"lowering {source.name if source else BUNDLED}:", progress)
+            export(source or BUNDLED, path, target=targets, force=path.exists(), progress=shown)
+            read_back = verify(source or BUNDLED, _programs(path, targets), weights_only=True)
+            if not read_back.passed:
+                # Its hashes match and we wrote it: a fault of the lowering, not of the user.
+                raise RuntimeError(f"{path} does not hold its checkpoint's weights: {read_back.failures()[0]}")
+        artifacts[name] = dict(zip(targets, _programs(path, targets), strict=True))
     say(f"measuring on the first {tokens:,} held-out tokens")
     candidates = [*checkpoints.values(), *(path for programs in artifacts.values() for path in programs.values())]
-    comparison = compare(BUNDLED, candidates, tokens=tokens, threads=threads, progress=progress)
+    comparison = compare(BUNDLED, candidates, tokens=tokens, threads=threads, progress=_stage("measuring:", progress))
     say("timing")
     # One core unless more are asked for: the figures then do not depend on what else the machine is doing.
-    timed = bench([BUNDLED, *candidates], threads=threads or 1, repeats=_REPEATS, progress=progress)
+    timed = bench([BUNDLED, *candidates], threads=threads or 1, repeats=_REPEATS, progress=_stage("timing:", progress))
     report = DemoReport(
         comparison=comparison,
         bench=timed,
@@ -117,14 +121,22 @@ def demo(
     return report
 
 
+def _stage(what: str, progress: Progress | None) -> Progress | None:
+    """Progress of one stage of the demo, which says what it is."""
+    if progress is None:
+        return None
+    tell = progress
+    return lambda name, done, total: tell(f"{what} {name}", done, total)
+
+
 def _check_writable(folder: Path, paths: list[Path]) -> None:
     """Every path must be free, or be ours to replace; and so must something in a folder that holds anything."""
     for path in paths:
         check_free(path, force=True)
-    seen = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
-    if seen and not any(path.exists() for path in paths):
+    present = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
+    if present and not any(path.exists() for path in paths):
         raise InputError(
-            f"{folder} holds {seen[0]} and nothing that the demo wrote; choose an empty folder or a new one"
+            f"{folder} holds {present[0]} and nothing that the demo wrote; choose an empty folder or a new one"
         )
 
 
@@ -133,12 +145,13 @@ def _is_current_checkpoint(path: Path, recipe: str, original: Weights) -> bool:
     if not path.exists():
         return False
     try:
-        found = QuantizedCheckpoint.open(path)
+        checkpoint = QuantizedCheckpoint.open(path)
     except InputError:
         return False
+    manifest = checkpoint.manifest
     return (
-        found.manifest.parent.files == dict(original.origin.files)
-        and found.manifest.release == release()
+        manifest.parent.files == dict(original.origin.files)
+        and manifest.release == release()
         and (path / "recipe.yaml").read_text(encoding="utf-8") == Recipe.named(recipe).text
     )
 
@@ -148,12 +161,19 @@ def _is_current_artifact(path: Path, targets: Sequence[str], source: Weights) ->
     if not path.exists():
         return False
     try:
-        found = Artifact.open(path)
+        manifest = Artifact.open(path).manifest
     except InputError:
         return False
-    programs = found.manifest.programs
     return (
-        found.manifest.release == release()
-        and list(programs) == list(targets)
-        and all(program.model.get("source_files") == dict(source.origin.files) for program in programs.values())
+        manifest.release == release()
+        and list(manifest.programs) == list(targets)
+        and all(
+            program.model.get("source_files") == dict(source.origin.files) for program in manifest.programs.values()
+        )
     )
+
+
+def _programs(folder: Path, targets: Sequence[str]) -> list[Path]:
+    """The program files of an artifact that was just written or found to be current."""
+    artifact = Artifact.open(folder)
+    return [artifact.program(target) for target in targets]

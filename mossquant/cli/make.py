@@ -33,7 +33,7 @@ def demo(output: Output = Path("demo"), tokens: Tokens = 65536, threads: Threads
     from mossquant.eval.report.tables import demo_table
 
     check_json(json, output=output)
-    with terminal.bar("measuring") as shown:
+    with terminal.bar() as shown:
         report = run(output, tokens=tokens or 65536, threads=threads, said=terminal.say, progress=shown)
     terminal.show(demo_table(report), *report.closing())
     write_json_report(json, report)
@@ -106,7 +106,7 @@ def import_(
     """
     from mossquant.importing.mamba import import_mamba
 
-    with terminal.named_bar("importing") as shown:
+    with terminal.bar("importing") as shown:
         imported = import_mamba(source, output, tokenizer=tokenizer, dtype=dtype, force=force, progress=shown)
     for note in imported.notes:
         terminal.say(note)
@@ -134,7 +134,7 @@ def quantize(
     check_json(json, model, *recipe_files(recipe), output=output)
     if output is None and not dry_run:
         raise InputError(NO_OUTPUT)
-    with terminal.named_bar("quantizing") as shown:
+    with terminal.bar("quantizing") as shown:
         plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
     terminal.show(*plan_tables(plan))
     if output is not None and not dry_run:
@@ -177,7 +177,7 @@ def export(
         return
     if output is None:
         raise InputError(NO_OUTPUT)
-    with terminal.named_bar("lowering") as shown:
+    with terminal.bar("lowering") as shown:
         artifact = run(model, output, target=targets, activations=activations, force=force, progress=shown)
     for note in artifact.notes:
         terminal.say(note)

@@ -29,7 +29,7 @@ __all__ = ["ReaderGone", "Terminal", "command_line", "drop_stdout", "terminal"]
 
 _PIPED_WIDTH = 10_000
 _STEPS_A_LINE = 100
-_SECONDS_A_LINE = 30
+_SECONDS_A_LINE = 10
 _NOISE = 2000
 """Bytes of what libraries printed that an error takes along."""
 
@@ -113,13 +113,7 @@ class Terminal:
                 self._err.file = sys.stderr
 
     @contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A progress bar, as a function of (done, all)."""
-        with self.named_bar(what) as shown:
-            yield lambda done, total: shown("", done, total)
-
-    @contextmanager
-    def named_bar(self, what: str) -> Iterator[Callable[[str, int, int], None]]:
+    def bar(self, what: str = "") -> Iterator[Callable[[str, int, int], None]]:
         """Progress, as a function of (name of what is being worked on, done, all): a bar on a terminal, a line now and
         then elsewhere.
         """
@@ -129,7 +123,7 @@ class Terminal:
 
             def shown(name: str, done: int, total: int) -> None:
                 nonlocal told
-                text = f"{what} {name}".rstrip()
+                text = f"{what} {name}".strip()
                 progress.update(task, completed=done, total=total, description=text)
                 if not self._err.is_terminal and time.monotonic() - told >= _SECONDS_A_LINE:
                     told = time.monotonic()

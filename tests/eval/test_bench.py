@@ -20,7 +20,7 @@ def test_report_of_two_checkpoints(byte_model: Path, other_byte_model: Path) -> 
         prompt=8,
         decode=3,
         repeats=2,
-        progress=lambda done, of: told.append((done, of)),
+        progress=lambda _, done, of: told.append((done, of)),
     )
     values = json.loads(json_bytes(report.to_json()))
     assert values["version"] == 1

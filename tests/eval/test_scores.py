@@ -81,7 +81,7 @@ def test_a_candidate_is_held_against_the_first(byte_model: Path, other_byte_mode
 
 def test_progress_ends_with_all(byte_model: Path) -> None:
     told: list[tuple[int, int]] = []
-    score([open_runner(byte_model)], _tokens(2, 30), progress=lambda done, of: told.append((done, of)))
+    score([open_runner(byte_model)], _tokens(2, 30), progress=lambda _, done, of: told.append((done, of)))
     assert told[-1] == (58, 58)
 
 
