@@ -125,7 +125,7 @@ def bench(
         prompt: tokens of the prefill.
         decode: steps of the decode.
         repeats: turns that count; the first, to warm up, does not.
-        progress: told how many turns are done.
+        progress: told how many models are loaded, then how many turns are done.
 
     Raises:
         InputError: bad paths or options.
@@ -144,24 +144,24 @@ def bench(
         raise InputError.listing("nothing can be timed", offenders or ["no artifact was given"], "Give others.")
     for located in [locate(path) for path in paths]:
         target_of(located).warm(located)  # programs are tried here, in one child process, and not by each worker
+    tell = progress or (lambda name, done, total: None)
     used = threads or cpu_count()
     bandwidth = copy_bandwidth(used)
     prefill: list[list[float]] = [[] for _ in paths]
     steps: list[list[float]] = [[] for _ in paths]
     with ExitStack() as stack:
         workers = [stack.enter_context(_Worker()) for _ in paths]
-        loaded = [
-            worker.ask({"do": "open", "path": str(path), "threads": used, "passed": passed()})
-            for worker, path in zip(workers, paths, strict=True)
-        ]
+        loaded = []
+        for worker, path in zip(workers, paths, strict=True):
+            loaded.append(worker.ask({"do": "open", "path": str(path), "threads": used, "passed": passed()}))
+            tell("models loaded", len(loaded), len(paths))
         for turn in range(repeats + 1):
             for i, worker in enumerate(workers):
                 seconds = worker.ask({"do": "turn", "prompt": prompt, "decode": decode})
                 if turn > 0:
                     prefill[i].append(prompt / seconds["prefill"])
                     steps[i].append(decode / seconds["decode"])
-                if progress is not None:
-                    progress("turns", turn * len(workers) + i + 1, (repeats + 1) * len(workers))
+                tell("turns", turn * len(workers) + i + 1, (repeats + 1) * len(workers))
         memory = [worker.ask({"do": "memory"}) for worker in workers]
     return BenchReport(
         machine=machine(),

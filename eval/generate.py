@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from mossquant import state_file
+from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.open import open_model
@@ -74,6 +75,9 @@ def generate(
     The other arguments, what is returned and the errors are those of `continue_text`; besides, an `InputError` where
     nothing that runs is at `model`, or it has no tokenizer.
     """
+    if save_state is not None:
+        inputs = [locate(model).path] if isinstance(model, str | Path) else []
+        state_file.check_state_free(save_state, force=force, inputs=inputs)
     opened = open_model(model, threads=threads)
     return continue_text(
         opened.runner,
@@ -203,9 +207,9 @@ class _StoppingText:
     def add(self, piece: str) -> bool:
         """Add a piece; True once a stop string is complete."""
         self._held += piece
-        found = [at for at in (self._held.find(string) for string in self._stop) if at >= 0]
-        if found:
-            self._give(min(found))
+        places = [at for at in (self._held.find(string) for string in self._stop) if at >= 0]
+        if places:
+            self._give(min(places))
             self._held, self._stopped = "", True
         else:
             self._give(len(self._held) - self._possible_stop())

@@ -26,6 +26,8 @@ __all__ = [
     "process",
     "reading",
     "refused",
+    "started",
+    "streamed",
     "tree",
     "writing",
 ]
@@ -74,22 +76,9 @@ def refused(folder: Path, *words: object, stdin: bytes = b"") -> str:
     return found.err
 
 
-def process(*words: object, stdin: bytes = b"", limit_bytes: int | None = None) -> Outcome:
-    """Run a command as a user does; no file may grow above `limit_bytes`."""
-
-    def limit() -> None:
-        import resource
-
-        assert limit_bytes is not None
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    found = subprocess.run(
-        [*COMMAND, *map(str, words)],
-        input=stdin,
-        capture_output=True,
-        check=False,
-        preexec_fn=None if limit_bytes is None else limit,
-    )
+def process(*words: object) -> Outcome:
+    """Run a command as a user does, in a process of its own."""
+    found = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, check=False)
     return Outcome(found.returncode, found.stdout.decode(), found.stderr.decode())
 
 
@@ -111,6 +100,47 @@ def forked(*words: object, before: Callable[[], object], killed_after: float | N
         time.sleep(killed_after)
         os.kill(child, signal.SIGKILL)  # a process that has ended, and was not waited for yet, takes no notice
     return os.waitpid(child, 0)[1]
+
+
+def started(
+    *words: object,
+    stdin: int = -1,
+    stdout: int = -1,
+    stderr: int = -1,
+    before: Callable[[], object] = lambda: None,
+) -> int:
+    """Run the installed command in a forked copy of this process, with these descriptors as its streams; its id.
+
+    A process of its own would import PyTorch first. A descriptor of −1 is /dev/null.
+    """
+    child = os.fork()
+    if child == 0:
+        status: object = 99
+        try:
+            torch.set_num_threads(1)  # threads of the parent are not there
+            for number, descriptor in enumerate((stdin, stdout, stderr)):
+                os.dup2(os.open(os.devnull, os.O_RDWR) if descriptor < 0 else descriptor, number)
+            # What an interpreter opens when it starts; they are closed with the process.
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.argv = ["mossquant", *map(str, words)]
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            before()
+            cli.run()
+        except SystemExit as ended:
+            status = ended.code
+        finally:
+            os._exit(status if isinstance(status, int) else 99)
+    return child
+
+
+def streamed(*words: object, stdout: int = -1, before: Callable[[], object] = lambda: None) -> Outcome:
+    """Run the installed command as `started` does, to its end; what it wrote to stderr."""
+    reading, writing = os.pipe()
+    child = started(*words, stdout=stdout, stderr=writing, before=before)
+    os.close(writing)
+    with os.fdopen(reading) as errors:
+        said = errors.read()
+    return Outcome(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "", said)
 
 
 def tree(folder: Path) -> list[tuple[str, int, int]]:

@@ -8,7 +8,6 @@ every operation is such a point, and the tests go through all of them.
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import COMMAND, command, forked, tree
+from commands import command, forked, started, tree
 from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
@@ -103,13 +102,13 @@ def test_killed_while_it_replaces(source: Path, quantized: Path, tmp_path: Path)
 
 
 def test_a_process_that_is_killed(source: Path, tmp_path: Path) -> None:
-    """As a user would: a process of its own, killed as soon as its hidden folder is seen; then the same command."""
-    words = ["quantize", str(source), "-o", str(tmp_path / "out")]
-    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-        while running.poll() is None and not tree(tmp_path):
-            time.sleep(0.0005)
-        running.kill()
-    assert running.returncode == -signal.SIGKILL
+    """From outside, as soon as its hidden folder is seen; then the same command again."""
+    words = ["quantize", source, "-o", tmp_path / "out"]
+    child = started(*words)
+    while os.waitpid(child, os.WNOHANG) == (0, 0) and not tree(tmp_path):
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert tree(tmp_path), "the killed run should have got as far as its hidden folder"
     assert command(*words).status == 0

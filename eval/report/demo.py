@@ -123,10 +123,7 @@ def demo(
 
 def _stage(what: str, progress: Progress | None) -> Progress | None:
     """Progress of one stage of the demo, which says what it is."""
-    if progress is None:
-        return None
-    tell = progress
-    return lambda name, done, total: tell(f"{what} {name}", done, total)
+    return progress and (lambda name, done, total: progress(f"{what} {name}", done, total))
 
 
 def _check_writable(folder: Path, paths: list[Path]) -> None:

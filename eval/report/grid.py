@@ -12,13 +12,23 @@ from rich.text import Text
 
 from mossquant.errors import printable
 
-__all__ = ["Head", "grid", "spaced"]
+__all__ = ["Head", "grid", "left", "right", "spaced"]
 
 Head = tuple[str, Literal["left", "right"]]
 """Name and alignment of a column. What is on the right are figures: they are never broken."""
 
 _LEAST_WIDTH = 12
 """Of a column whose lines may be broken."""
+
+
+def left(*names: str) -> list[Head]:
+    """Columns of text."""
+    return [(name, "left") for name in names]
+
+
+def right(*names: str) -> list[Head]:
+    """Columns of figures."""
+    return [(name, "right") for name in names]
 
 
 class _Grid(Table):

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 
 from mossquant.calibration.quantize import disk_bytes, memory_bytes
-from mossquant.eval.report.grid import Head, grid, spaced
+from mossquant.eval.report.grid import grid, left, right, spaced
 from mossquant.model.config import PRESETS
 from mossquant.model.mossnet import tensor_specs
 from mossquant.plan.plan import Plan, TensorEntry, make_plan
@@ -51,9 +51,9 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     by_format = ["tensors", "weights", "bytes", "bits a\nweight"]
     return spaced(
         [
-            grid([*_left("role", "becomes", "solver"), *_right(*by_role)], rows, whole_names=True),
-            grid(_left("because", "these are stored so"), [(why, ", ".join(names)) for why, names in reasons.items()]),
-            grid([*_left("format"), *_right(*by_format)], summary, caption=caption, whole_names=True),
+            grid([*left("role", "becomes", "solver"), *right(*by_role)], rows, whole_names=True),
+            grid(left("because", "these are stored so"), [(why, ", ".join(names)) for why, names in reasons.items()]),
+            grid([*left("format"), *right(*by_format)], summary, caption=caption, whole_names=True),
         ]
     )
 
@@ -72,15 +72,7 @@ def _recipe_table(recipe: Recipe) -> Table:
     rows += [("activations", _which(rule), rule.format, "") for rule in recipe.activations]
     rows += [("state", _which(rule), rule.format, "") for rule in recipe.state]
     caption = f"Recipe {recipe.name}: {_cost(recipe)}; runs on {', '.join(recipe.targets)}."
-    return grid(_left("what", "which", "becomes", "because"), rows, caption=caption)
-
-
-def _left(*names: str) -> list[Head]:
-    return [(name, "left") for name in names]
-
-
-def _right(*names: str) -> list[Head]:
-    return [(name, "right") for name in names]
+    return grid(left("what", "which", "becomes", "because"), rows, caption=caption)
 
 
 def _which(rule: Rule) -> str:

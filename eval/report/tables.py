@@ -10,7 +10,7 @@ from mossquant.eval.bench import BenchReport, Speed
 from mossquant.eval.compare import Candidate, ComparisonReport
 from mossquant.eval.perplexity import PerplexityReport
 from mossquant.eval.report.demo_report import DemoReport
-from mossquant.eval.report.grid import Head, grid, spaced
+from mossquant.eval.report.grid import grid, left, right, spaced
 from mossquant.eval.report.plan_tables import plan_tables, recipe_tables
 from mossquant.eval.verify import VerifyReport
 from mossquant.eval.windows import Interval
@@ -44,7 +44,7 @@ def perplexity_table(report: PerplexityReport) -> Table:
         ("perplexity", f"{report.perplexity:.4f}"),
         ("bits a byte", f"{report.bits_per_byte:.4f}"),
     ]
-    return grid([("", "left"), ("", "left")], rows, header=False)
+    return grid(left("", ""), rows, header=False)
 
 
 def comparison_table(report: ComparisonReport) -> Table:
@@ -52,22 +52,22 @@ def comparison_table(report: ComparisonReport) -> Table:
     base = report.baseline
     size = _size(base.bytes, base.bits_per_weight)
     rows = [[f"{base.path}\noriginal, {base.weights}", f"{base.perplexity:.3f}", _DASH, _DASH, _DASH, size]]
-    for found in report.candidates:
-        failed = "\nabove the gate" if found.gate_failed else ""
+    for candidate in report.candidates:
+        failed = "\nabove the gate" if candidate.gate_failed else ""
         rows.append(
             [
-                f"{found.path}\n{_kind(found.kind, found.activations)}",
-                f"{found.perplexity:.3f}",
-                f"{found.ppl_increase_pct:+.2f}\n{_range(found.ppl_increase_ci95)}{failed}",
-                _divergence(found),
-                f"{100 * found.top1_agreement:.1f}",
-                _size(found.bytes, found.bits_per_weight),
+                f"{candidate.path}\n{_kind(candidate.kind, candidate.activations)}",
+                f"{candidate.perplexity:.3f}",
+                f"{candidate.ppl_increase_pct:+.2f}\n{_range(candidate.ppl_increase_ci95)}{failed}",
+                _divergence(candidate),
+                f"{100 * candidate.top1_agreement:.1f}",
+                _size(candidate.bytes, candidate.bits_per_weight),
             ]
         )
     seen = "; seen by " + ", ".join(report.seen_by) if report.seen_by else ""
     caption = f"{report.text}, {report.tokens:,} tokens in {_streams(report.streams)}{seen}; intervals are 95 %"
-    columns = ["perplexity", "increase, %", "KL,\nnats a token", "same\ntop, %", "weights, MB\nbits a weight"]
-    return grid([("", "left"), *((name, "right") for name in columns)], rows, caption=caption)
+    columns = right("perplexity", "increase, %", "KL,\nnats a token", "same\ntop, %", "weights, MB\nbits a weight")
+    return grid([*left(""), *columns], rows, caption=caption)
 
 
 def needs_table(needs: Needs) -> Table:
@@ -77,7 +77,7 @@ def needs_table(needs: Needs) -> Table:
         ("tokenizer and manifest", _megabytes(needs.beside_bytes), _DASH),
         ("all", _megabytes(needs.disk_bytes), _megabytes(needs.memory_bytes)),
     ]
-    heads: list[Head] = [("", "left"), ("disk, MB,\nat most", "right"), ("memory, MB,\nat most", "right")]
+    heads = [*left(""), *right("disk, MB,\nat most", "memory, MB,\nat most")]
     caption = "Memory is beside Python's own with its imports. Targets are lowered one after the other."
     return grid(heads, rows, caption=caption, whole_names=True)
 
@@ -93,29 +93,29 @@ def parity_table(report: VerifyReport) -> Table:
         rows.append((f"  {name}", value, bound, verdict))
     verdicts = [row[3] for row in rows if row[3]]
     caption = f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
-    return grid([("check", "left"), ("found", "right"), ("at most", "right"), ("", "left")], rows, caption=caption)
+    return grid([*left("check"), *right("found", "at most"), *left("")], rows, caption=caption)
 
 
 def bench_table(report: BenchReport) -> Table:
     """Speed and memory of every artifact."""
     rows = [
         (
-            f"{found.path}\n{_kind(found.kind, found.activations)}",
-            _speed(found.prefill_tok_s),
-            _speed(found.decode_tok_s),
-            f"{found.load_ms:.0f}",
-            f"{found.peak_rss_mb:.0f}",
-            _megabytes(found.bytes_per_token),
+            f"{timing.path}\n{_kind(timing.kind, timing.activations)}",
+            _speed(timing.prefill_tok_s),
+            _speed(timing.decode_tok_s),
+            f"{timing.load_ms:.0f}",
+            f"{timing.peak_rss_mb:.0f}",
+            _megabytes(timing.bytes_per_token),
         )
-        for found in report.artifacts
+        for timing in report.artifacts
     ]
     caption = (
         f"{report.machine['cpu']}, {report.threads} of {report.machine['cores']} cores, copies "
         f"{report.bandwidth_gb_s:.1f} GB/s; prefill of {report.prompt} tokens, {report.decode} decode steps; median "
         f"and range of {report.repeats} turns"
     )
-    columns = ["prefill\ntokens/s", "decode\ntokens/s", "load,\nms", "peak\nMB", "MB read\na token"]
-    return grid([("", "left"), *((name, "right") for name in columns)], rows, caption=caption)
+    columns = right("prefill\ntokens/s", "decode\ntokens/s", "load,\nms", "peak\nMB", "MB read\na token")
+    return grid([*left(""), *columns], rows, caption=caption)
 
 
 def demo_table(report: DemoReport) -> Table:
@@ -141,9 +141,7 @@ def demo_table(report: DemoReport) -> Table:
         f"on {report.bench.threads} of {machine['cores']} cores, {machine['cpu']}. "
         "Checkpoints run in PyTorch with fp32 activations, quantized programs with int8 ones."
     )
-    columns = ["perplexity", "KL", "MB", "bits", "tokens/s"]
-    heads: list[Head] = [("", "left"), ("", "left"), *((name, "right") for name in columns)]
-    return grid(heads, rows, caption=caption)
+    return grid([*left("", ""), *right("perplexity", "KL", "MB", "bits", "tokens/s")], rows, caption=caption)
 
 
 def info_tables(report: InfoReport) -> list[Table | str]:
@@ -162,7 +160,7 @@ def info_tables(report: InfoReport) -> list[Table | str]:
         ("weights", f"{report.weight_bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight"),
         *report.facts,
     ]
-    tables = [grid([("", "left"), ("", "left")], facts, header=False)]
+    tables = [grid(left("", ""), facts, header=False)]
     if report.rows:
         rows = [
             (
@@ -176,8 +174,7 @@ def info_tables(report: InfoReport) -> list[Table | str]:
             )
             for row in report.rows
         ]
-        columns = ["tensors", "weights", "bytes", "bits a\nweight", "largest\nerror"]
-        heads: list[Head] = [("role", "left"), ("stored as", "left"), *((name, "right") for name in columns)]
+        heads = [*left("role", "stored as"), *right("tensors", "weights", "bytes", "bits a\nweight", "largest\nerror")]
         tables.append(grid(heads, rows, whole_names=True))
     if report.sections:
         sections = [
@@ -186,9 +183,9 @@ def info_tables(report: InfoReport) -> list[Table | str]:
         ratio = report.program_bytes / report.payload_bytes
         sections.append(("the program", f"{report.program_bytes:,}", "100.0"))
         caption = f"{ratio:.4f} × the {report.payload_bytes:,} bytes that the checkpoint stores for the weights"
-        tables.append(grid([("bytes for", "left"), ("bytes", "right"), ("%", "right")], sections, caption=caption))
+        tables.append(grid([*left("bytes for"), *right("bytes", "%")], sections, caption=caption))
     files = [(row.name, f"{row.bytes:,}", row.sha256[:_HASH_SHOWN]) for row in report.files]
-    tables.append(grid([("file", "left"), ("bytes", "right"), ("SHA-256 begins", "left")], files))
+    tables.append(grid([*left("file"), *right("bytes"), *left("SHA-256 begins")], files))
     return spaced(tables)
 
 
@@ -200,19 +197,19 @@ def scientific(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def _divergence(found: Candidate) -> str:
+def _divergence(candidate: Candidate) -> str:
     """Mean; below it its interval, both with the mean's exponent; below that the median."""
-    if found.kl_ci95 is None or found.kl_mean <= 0:
-        return scientific(found.kl_mean)
-    (mean, low, high), exponent = _scaled(found.kl_mean, found.kl_ci95.low, found.kl_ci95.high)
-    return f"{mean:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}\nmedian {scientific(found.kl_median)}"
+    if candidate.kl_ci95 is None or candidate.kl_mean <= 0:
+        return scientific(candidate.kl_mean)
+    (mean, low, high), exponent = _scaled(candidate.kl_mean, candidate.kl_ci95.low, candidate.kl_ci95.high)
+    return f"{mean:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}\nmedian {scientific(candidate.kl_median)}"
 
 
-def _with_margin(found: Candidate) -> str:
+def _with_margin(candidate: Candidate) -> str:
     """Mean ± half of its interval: 1.31±0.07e-3."""
-    if found.kl_ci95 is None or found.kl_mean <= 0:
-        return scientific(found.kl_mean)
-    (mean, margin), exponent = _scaled(found.kl_mean, (found.kl_ci95.high - found.kl_ci95.low) / 2)
+    if candidate.kl_ci95 is None or candidate.kl_mean <= 0:
+        return scientific(candidate.kl_mean)
+    (mean, margin), exponent = _scaled(candidate.kl_mean, (candidate.kl_ci95.high - candidate.kl_ci95.low) / 2)
     return f"{mean:.2f}±{margin:.2f}e{exponent}"
 
 

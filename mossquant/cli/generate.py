@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mossquant.cli.options import MOST_SEED, MOST_TOKENS, Force, Model, Threads, read_at
+from mossquant.cli.options import MOST_SEED, MOST_TOKENS, Force, Model, Threads
 from mossquant.cli.terminal import ReaderGone, command_line, terminal
 from mossquant.errors import InputError
 
@@ -46,15 +46,7 @@ def generate(
 
     Example: mossquant generate tiny "def main(" --max-tokens 64
     """
-    from mossquant.eval.generate import continue_text as run
-    from mossquant.eval.open import open_model
-    from mossquant.state_file import check_state_free
-
-    if save_state is not None:
-        check_state_free(save_state, force=force, inputs=[read_at(model)])
-    given = _prompt(prompt, prompt_file, needed=load_state is None)
-    opened = open_model(model, threads=threads)
-    tokenizer = opened.tokenizer
+    from mossquant.eval.generate import generate as run
 
     def write(piece: str) -> None:
         try:
@@ -64,9 +56,8 @@ def generate(
                 raise
 
     run(
-        opened.runner,
-        tokenizer,
-        given,
+        model,
+        _prompt(prompt, prompt_file, needed=load_state is None),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -75,6 +66,7 @@ def generate(
         load_state=load_state,
         save_state=save_state,
         force=force,
+        threads=threads,
         on_text=write,
     )
     if max_tokens > 0:

@@ -66,14 +66,18 @@ def train(
     import torch
 
     from mossquant.training.train import train as run
-    from mossquant.training.trainer import Schedule
+    from mossquant.training.trainer import Schedule, TrainingStep
 
     if threads is not None:
         torch.set_num_threads(threads)
     if not 0 < learning_rate < 1:
         raise InputError(f"--learning-rate {learning_rate} is not between 0 and 1; 0.003 suits the presets")
     schedule = Schedule(steps=steps, batch=batch, window=window, peak_lr=learning_rate, seed=seed)
-    with terminal.training_bar(steps) as shown:
+    with terminal.bar("training:") as bar:
+
+        def shown(step: TrainingStep) -> None:
+            bar(f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s", step.step, steps)
+
         trained = run(
             preset,
             text,

@@ -15,20 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mossquant.errors import printable
 
-if TYPE_CHECKING:
-    from mossquant.training.trainer import TrainingStep
-
 __all__ = ["ReaderGone", "Terminal", "command_line", "drop_stdout", "terminal"]
 
 _PIPED_WIDTH = 10_000
-_STEPS_A_LINE = 100
 _SECONDS_A_LINE = 10
 _NOISE = 2000
 """Bytes of what libraries printed that an error takes along."""
@@ -117,7 +113,9 @@ class Terminal:
         """Progress, as a function of (name of what is being worked on, done, all): a bar on a terminal, a line now and
         then elsewhere.
         """
-        with self._progress(transient=True) as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = self._quiet or not self._err.is_terminal
+        with Progress(*columns, console=self._err, transient=True, disable=hidden) as progress:
             task = progress.add_task(what, total=None)
             told = time.monotonic()
 
@@ -130,30 +128,6 @@ class Terminal:
                     self.say(f"{text}: {done} of {total}")
 
             yield shown
-
-    @contextmanager
-    def training_bar(self, steps: int) -> Iterator[Callable[["TrainingStep"], None]]:
-        """Progress of a training, from its first step on: a bar on a terminal, a line now and then elsewhere."""
-        progress = self._progress(transient=False)
-        task = progress.add_task("training", total=steps)
-
-        def shown(step: "TrainingStep") -> None:
-            text = f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s"
-            if self._err.is_terminal:
-                progress.start()
-                progress.update(task, completed=step.step, description=text)
-            elif step.step % _STEPS_A_LINE == 0:
-                self.say(f"step {step.step} of {steps}: {text}")
-
-        try:
-            yield shown
-        finally:
-            progress.stop()
-
-    def _progress(self, *, transient: bool) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = self._quiet or not self._err.is_terminal
-        return Progress(*columns, console=self._err, transient=transient, disable=hidden)
 
 
 class _Plain(Console):

@@ -12,38 +12,27 @@ from mossquant.eval.machine import copy_bandwidth, cpu_count, machine, peak_rss_
 from mossquant.files.outputs import json_bytes
 
 
-def test_report_of_two_checkpoints(byte_model: Path, other_byte_model: Path) -> None:
+def test_what_the_format_promises(byte_model: Path, other_byte_model: Path, artifact_folder: Path) -> None:
     told: list[tuple[int, int]] = []
+    paths = [byte_model, other_byte_model, artifact_folder]
     report = bench(
-        [byte_model, other_byte_model],
-        threads=1,
-        prompt=8,
-        decode=3,
-        repeats=2,
-        progress=lambda _, done, of: told.append((done, of)),
+        paths, threads=1, prompt=8, decode=3, repeats=2, progress=lambda _, done, of: told.append((done, of))
     )
     values = json.loads(json_bytes(report.to_json()))
-    assert values["version"] == 1
-    assert values["threads"] == 1
+    assert (values["version"], values["threads"]) == (1, 1)
     assert values["bandwidth_gb_s"] > 0
     assert "cpu" in values["machine"]
-    assert [entry["path"] for entry in values["artifacts"]] == [str(byte_model), str(other_byte_model)]
-    for entry in values["artifacts"]:
-        assert entry.keys() >= {
-            "path",
-            "kind",
-            "decode_tok_s",
-            "prefill_tok_s",
-            "load_ms",
-            "peak_rss_mb",
-            "bytes_per_token",
-        }
-        for speed in (entry["decode_tok_s"], entry["prefill_tok_s"]):
+    timings = values["artifacts"]
+    assert [(timing["path"], timing["kind"]) for timing in timings] == [
+        (str(path), kind) for path, kind in zip(paths, ("checkpoint", "checkpoint", "onnx"), strict=True)
+    ]
+    for timing in timings:
+        for speed in (timing["decode_tok_s"], timing["prefill_tok_s"]):
             assert 0 < speed["min"] <= speed["median"] <= speed["max"]
-        assert entry["load_ms"] > 0
-        assert entry["peak_rss_mb"] >= entry["idle_rss_mb"] > 10
-    assert values["artifacts"][0]["bytes_per_token"] == 2 * values["artifacts"][1]["bytes_per_token"]
-    assert told[-1] == (6, 6)
+        assert timing["load_ms"] > 0
+        assert timing["peak_rss_mb"] >= timing["idle_rss_mb"] > 10
+    assert timings[0]["bytes_per_token"] == 2 * timings[1]["bytes_per_token"] > 0
+    assert told[-1] == (9, 9)
 
 
 def test_median_and_range() -> None:
@@ -63,13 +52,13 @@ def test_bad_paths(byte_model: Path, tmp_path: Path) -> None:
         bench([byte_model, tmp_path / "nothing"])
 
 
-def test_a_bad_checkpoint_is_the_users_mistake_and_ends_the_processes(byte_model: Path, tmp_path: Path) -> None:
+def test_a_bad_checkpoint_is_the_users_mistake_and_ends_its_process(byte_model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_bytes((byte_model / "config.json").read_bytes())
     (broken / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(InputError, match="not a safetensors file"):
-        bench([byte_model, broken], threads=1, prompt=1, decode=1, repeats=1)
+        bench([broken], threads=1, prompt=1, decode=1, repeats=1)
 
 
 def test_machine() -> None:

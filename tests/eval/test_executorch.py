@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from mossquant.errors import InputError
-from mossquant.eval.bench import bench
 from mossquant.eval.compare import compare
 from mossquant.eval.generate import continue_text
 from mossquant.eval.info import info
@@ -76,11 +75,6 @@ def test_an_artifact_whose_weights_differ_is_not_run(pte_folder: Path, quantized
     assert not report.passed
     assert report.artifacts[0].parity is None
     assert any("backbone.norm_f.weight: value [0] is" in line for line in report.failures())
-
-
-def test_timing(pte_folder: Path, artifact_folder: Path) -> None:
-    report = bench([pte_folder, artifact_folder], threads=1, prompt=8, decode=3, repeats=1)
-    assert [entry["kind"] for entry in report.to_json()["artifacts"]] == ["executorch", "onnx"]
 
 
 def test_info_accounts_for_every_byte(pte_folder: Path, quantized_folder: Path) -> None:

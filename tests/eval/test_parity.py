@@ -24,6 +24,8 @@ from mossquant.runner import Arrays, Floats, LogitsWanted, Runner, State, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 
 POSITIONS, STREAM = 240, 2400
+SHORT = 600
+"""Tokens where nothing is asked about growth along the text."""
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,7 @@ def _scale_128(name: str, x: torch.Tensor) -> torch.Tensor:
     return (codes * scale).flatten(-2)[..., : x.shape[-1]]
 
 
-FAULTS = ["blocks of 16", "scale max/128", "one site in fp32", "one expert in fp32", "all sites in fp32"]
+FAULTS = ["blocks of 16", "scale max/128", "one site in fp32", "one expert in fp32"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -152,15 +154,14 @@ def test_a_fault_in_the_activations_fails(folder: Path, tokens: Tokens, fault: s
         "scale max/128": _scale_128,
         "one site in fp32": one_site_in_fp32,
         "one expert in fp32": one_expert_in_fp32,
-        "all sites in fp32": None,
     }
     artifact = TorchRunner.open(folder).with_activation(models[fault], name=fault)
-    assert "one step" in _failed(_check(folder, tokens, artifact))
+    assert "one step" in _failed(_check(folder, tokens[:SHORT], artifact))
 
 
 def test_a_state_that_is_not_carried_fails_the_free_run_and_the_forms(folder: Path, tokens: Tokens) -> None:
     artifact = Forgetful(TorchRunner.open(folder, activations="planned"))
-    failed = _failed(_check(folder, tokens, artifact))
+    failed = _failed(_check(folder, tokens[:SHORT], artifact))
     assert {"free run", "one step", "token by token against one call", "split against one call"} <= failed
 
 
@@ -188,12 +189,12 @@ def test_figures_lie_within_their_intervals(folder: Path, tokens: Tokens) -> Non
 
 def test_a_state_array_that_is_not_written_fails_one_step(folder: Path, tokens: Tokens) -> None:
     artifact = SwappedStates(TorchRunner.open(folder, activations="planned"))
-    assert _failed(_check(folder, tokens, artifact)) == {"one step"}
+    assert _failed(_check(folder, tokens[:SHORT], artifact)) == {"one step"}
 
 
 def test_int8_activations_in_place_of_fp32_fail_everything_tight(folder: Path, tokens: Tokens) -> None:
     artifact = TorchRunner.open(folder, activations="planned")
-    failed = _failed(_check(folder, tokens, artifact, quantized_activations=False))
+    failed = _failed(_check(folder, tokens[:SHORT], artifact, quantized_activations=False))
     assert {"one step", "free run"} <= failed
 
 
@@ -231,21 +232,21 @@ def test_a_model_that_no_activation_changes(tokens: Tokens, tmp_path: Path) -> N
     with torch.no_grad():
         model.norm_f.zero_()
     quantize(write_model(tmp_path / "model", model), tmp_path / "int8", recipe="int8")
-    checks = _check(tmp_path / "int8", tokens[:600], TorchRunner.open(tmp_path / "int8", activations="planned"))
+    checks = _check(tmp_path / "int8", tokens[:SHORT], TorchRunner.open(tmp_path / "int8", activations="planned"))
     assert all(check.passed for check in checks)
     assert not any("share of that cost" in check.name for check in checks)
-    # And 600 tokens are too few to say whether anything grows; that is said.
+    # And so few tokens are too few to say whether anything grows; that is said.
     assert sum("not measured" in check.name for check in checks) == 2
 
 
 def test_a_short_stream_leaves_more_to_chance(folder: Path, tokens: Tokens) -> None:
     bounds = {
         length: next(check.bound for check in found if check.name == "free run: difference of perplexity, %")
-        for length in (600, 2400)
+        for length in (300, SHORT)
         for found in [_check(folder, tokens[:length], TorchRunner.open(folder, activations="planned"))]
     }
-    assert bounds[600] == pytest.approx(0.1 * (20_000 / 599) ** 0.5)
-    assert bounds[2400] == pytest.approx(0.1 * (20_000 / 2399) ** 0.5)
+    for length, bound in bounds.items():
+        assert bound == pytest.approx(0.1 * (20_000 / (length - 1)) ** 0.5)
 
 
 def test_a_code_that_rounding_turned_is_explained_and_a_fault_is_not(folder: Path, tokens: Tokens) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from small import SMALL, random_model, write_model
+from torch import Tensor
 
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
@@ -16,8 +17,6 @@ from mossquant.errors import InputError
 from mossquant.eval.parity import parity_of
 from mossquant.eval.verify import verify
 from mossquant.files.outputs import json_bytes
-from mossquant.formats.activations import int8_block
-from mossquant.model.forward import Activation
 from mossquant.plan.inputs import activation_model
 from mossquant.runner import Floats, LogitsWanted, State, Tokens
 from mossquant.targets.export import export
@@ -106,18 +105,17 @@ class _Forgetful:
         return found, self._inner.initial_state(tokens.shape[0])
 
 
-@pytest.mark.parametrize("fault", ["none", "blocks of 16", "scale max/128", "one site in fp32", "state not carried"])
+@pytest.mark.parametrize("fault", ["none", "one site in fp32", "state not carried"])
 def test_a_model_of_other_arithmetic_does_not_fit_the_artifact(folders: dict[str, Path], fault: str) -> None:
     planned = activation_model(QuantizedCheckpoint.open(folders["int4"]))
-    models: dict[str, Activation] = {
-        "blocks of 16": lambda name, x: int8_block(x, 16) if planned(name, x) is not x else x,
-        "scale max/128": lambda name, x: planned(name, x) * (127 / 128),
-        "one site in fp32": lambda name, x: x if ".1.mixer.out_proj" in name else planned(name, x),
-    }
+
+    def one_site_in_fp32(name: str, x: Tensor) -> Tensor:
+        return x if ".1.mixer.out_proj" in name else planned(name, x)
+
     plain = TorchRunner.open(folders["int4"])
-    reference = plain.with_activation(models.get(fault, planned), name=fault)
+    reference = plain.with_activation(one_site_in_fp32 if fault == "one site in fp32" else planned, name=fault)
     artifact = OnnxRunner(folders["int8 activations"], threads=1)
-    tokens = np.frombuffer(TEXT.data, np.uint8)[:1500].astype(np.int64)
+    tokens = np.frombuffer(TEXT.data, np.uint8)[:800].astype(np.int64)
     checks = parity_of(
         reference,
         _Forgetful(artifact) if fault == "state not carried" else artifact,

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import command, forked, process, refused, writing
+from commands import command, refused, streamed, writing
 
 from mossquant.files.outputs import file_sha256
 from mossquant.plan.recipe import Recipe
@@ -167,19 +167,20 @@ def test_a_state_that_cannot_be_saved_is_said_before_the_model_is_opened(
     (place / "taken").mkdir()
     monkeypatch.chdir(place)
     if not name.startswith("n"):  # that a name is too long only the system knows
-        monkeypatch.setattr("mossquant.eval.open.open_model", reached)
+        monkeypatch.setattr("mossquant.eval.generate.open_model", reached)
     refused(place, "generate", checkpoint_folder, "x", "--save-state", name, "--force")
 
 
 def test_a_full_disk(checkpoint_folder: Path, place: Path) -> None:
     """The system's limit on the size of a file stands in for it: the error comes from the same place."""
-    found = process("--quiet", "quantize", checkpoint_folder, "-o", place / "out", limit_bytes=10_000)
-    assert (found.status, found.out) == (2, ""), found
-    assert "File too large; free space or choose another path" in found.err
-    assert found.err.count("\n") == 1, found.err
-    words = ["generate", checkpoint_folder, "x", "--max-tokens", 0, "--save-state", place / "state"]
-    status = forked(*words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
-    assert os.waitstatus_to_exitcode(status) == 2
+    for words in (
+        ["--quiet", "quantize", checkpoint_folder, "-o", place / "out"],
+        ["generate", checkpoint_folder, "x", "--max-tokens", 0, "--save-state", place / "state"],
+    ):
+        ended = streamed(*words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+        assert ended.status == 2
+        assert "File too large; free space or choose another path" in ended.err
+        assert ended.err.count("\n") == 1, ended.err
     assert list(place.iterdir()) == []
 
 
