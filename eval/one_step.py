@@ -69,7 +69,7 @@ def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positi
     stride = lanes.shape[1] // steps
     state = reference.initial_state(count)
     pending: list[_Position] = []
-    found: list[OneStep] = []
+    parts: list[OneStep] = []
     together = min(STATES_AT_ONCE, artifact.info.max_batch or STATES_AT_ONCE)
     rounding = _Rounding(reference)
     for at in range(0, steps * stride, stride):
@@ -84,15 +84,15 @@ def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positi
             row = slice(lane, lane + 1)
             pending.append(_Position(_rows(before, row), here[row], logits[row], _rows(after, row), margins[row, 0]))
         while len(pending) >= together:
-            found.append(_step(artifact, pending[:together], rounding))
+            parts.append(_step(artifact, pending[:together], rounding))
             del pending[:together]
     if pending:
-        found.append(_step(artifact, pending, rounding))
+        parts.append(_step(artifact, pending, rounding))
     return OneStep(
-        np.concatenate([part.kl for part in found]),
-        np.concatenate([part.margin for part in found]),
-        np.concatenate([part.state_error for part in found]),
-        np.concatenate([part.unexplained for part in found]),
+        np.concatenate([part.kl for part in parts]),
+        np.concatenate([part.margin for part in parts]),
+        np.concatenate([part.state_error for part in parts]),
+        np.concatenate([part.unexplained for part in parts]),
     )
 
 
@@ -126,16 +126,16 @@ class _Rounding:
         self._runner = with_noise(reference)
         self._left = EXPLAINED_AT_MOST
 
-    def explains(self, position: _Position, found: Floats) -> bool:
-        """Whether one of the repetitions is what the artifact found, logits [V]."""
+    def explains(self, position: _Position, logits: Floats) -> bool:
+        """Whether one of the repetitions is what the artifact computed, logits [V]."""
         if self._runner is None or self._left == 0:
             return False
         self._left -= 1
-        artifact = Predictions(found[None])
+        artifact = Predictions(logits[None])
         for count in VARIANTS:
             state = self._runner.write({name: np.repeat(value, count, 0) for name, value in position.before.items()})
-            logits, _ = self._runner(np.repeat(position.token, count, 0), state)
-            if (divergence.kl(Predictions(logits[:, 0]), artifact) <= EXPLAINED_KL).any():
+            repeated, _ = self._runner(np.repeat(position.token, count, 0), state)
+            if (divergence.kl(Predictions(repeated[:, 0]), artifact) <= EXPLAINED_KL).any():
                 return True
         return False
 

@@ -159,14 +159,14 @@ def parity(
         needed = f"1 or more positions and {2 * PROMPT_TOKENS} or more tokens"
         raise InputError(f"{positions} positions and {stream} tokens cannot be measured; give {needed}")
     weights = open_weights(quantized, verb="parity")
-    at_once, each = shared_out(threads, 3)
-    program = open_model(artifact, threads=each)
-    plain = open_model(weights, threads=each)
+    at_once, own_threads = shared_out(threads, 3)
+    program = open_model(artifact, threads=own_threads)
+    plain = open_model(weights, threads=own_threads)
     formats = program.runner.info.activations
     # An artifact with several formats has those of the plan.
     wanted = "planned" if formats == "mixed" else formats
     # In float64, so that what is left between the two is the artifact's own rounding.
-    modelled = TorchRunner.open(weights, activations=wanted, dtype=torch.float64, threads=each)
+    modelled = TorchRunner.open(weights, activations=wanted, dtype=torch.float64, threads=own_threads)
     passage = held_out_passage([plain, program], text=text, tokens=stream + 1, allow_seen=allow_seen, allow_fewer=True)
     if passage.predicted < positions:
         raise InputError(
@@ -226,9 +226,9 @@ def parity_of(
     starts = np.linspace(0, max(0, len(tokens) - PROMPT_TOKENS), PROMPTS).astype(int)
     prompts = np.stack([tokens[start : start + PROMPT_TOKENS] for start in starts])
     expected = continuation(reference, prompts, steps=CONTINUED)
-    found = np.concatenate([continuation(artifact, prompt[None], steps=CONTINUED) for prompt in prompts])
+    continued = np.concatenate([continuation(artifact, prompt[None], steps=CONTINUED) for prompt in prompts])
     limit = 0.0 if unquantized_activations is None else None
-    share = float((found != expected).mean())
+    share = float((continued != expected).mean())
     checks.append(Check(f"greedy continuation of {CONTINUED} tokens: share that differs", share, limit))
     tell(STAGES[3])
     return tuple(checks)
@@ -237,13 +237,13 @@ def parity_of(
 def _one_step_checks(
     reference: TorchRunner, artifact: Runner, tokens: Tokens, positions: int, *, exact: bool
 ) -> list[Check]:
-    found = one_step(reference, artifact, tokens, positions=positions)
-    tied = found.margin < ROUTER_TIE
+    steps = one_step(reference, artifact, tokens, positions=positions)
+    tied = steps.margin < ROUTER_TIE
     counted = ~tied if not tied.all() else tied
-    kl, large = found.kl[counted], found.kl[counted] > ONE_STEP_LARGE_KL
+    kl, large = steps.kl[counted], steps.kl[counted] > ONE_STEP_LARGE_KL
     checks = [Check("one step: median KL", float(np.median(kl)), ONE_STEP_MEDIAN_KL)]
     if not exact:
-        different, unexplained = kl > EXPLAINED_KL, found.unexplained[counted]
+        different, unexplained = kl > EXPLAINED_KL, steps.unexplained[counted]
         checks += [
             Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float(different.mean()), None),
             Check("one step: … that rounding does not explain", float(unexplained.mean()), ONE_STEP_UNEXPLAINED_SHARE),
@@ -255,11 +255,11 @@ def _one_step_checks(
         Check("one step: largest KL", float(kl.max()), ONE_STEP_MAX_KL_FP32 if exact else None),
         Check(
             "one step: median relative difference of the state",
-            float(np.median(found.state_error[counted])),
+            float(np.median(steps.state_error[counted])),
             ONE_STEP_MEDIAN_STATE,
         ),
         Check("one step: share of positions with a router near a tie", float(tied.mean()), ROUTER_TIE_SHARE),
-        Check("one step: largest KL at such a position", float(found.kl[tied].max(initial=0.0)), None),
+        Check("one step: largest KL at such a position", float(steps.kl[tied].max(initial=0.0)), None),
     ]
 
 
@@ -269,15 +269,15 @@ def _free_run_checks(
     """The checks of the free run, and the bound that it puts on a mean KL."""
     noisy = with_noise(reference)
     runners = [reference, artifact, *([noisy] if noisy is not None else [])]
-    expected, found, *other = score(runners, tokens[None], at_once=at_once)
-    rise = abs(100 * math.expm1(found.nll.mean() - expected.nll.mean()))
-    mean = float(found.kl.mean())
-    most = FREE_PPL_PCT * math.sqrt(max(1.0, FREE_PPL_TOKENS / found.nll.size))
+    expected, run, *noisy_run = score(runners, tokens[None], at_once=at_once)
+    rise = abs(100 * math.expm1(run.nll.mean() - expected.nll.mean()))
+    mean = float(run.kl.mean())
+    most = FREE_PPL_PCT * math.sqrt(max(1.0, FREE_PPL_TOKENS / run.nll.size))
     checks = [Check("free run: difference of perplexity, %", rise, most)]
-    if unquantized is None or not other:
+    if unquantized is None or not noisy_run:
         return [*checks, Check("free run: mean KL", mean, FREE_KL_FP32)], FREE_KL_FP32
-    windows = Windows(*found.kl.shape)
-    cost, rounding = score([unquantized, reference], tokens[None], at_once=at_once)[1].kl, other[0].kl
+    windows = Windows(*run.kl.shape)
+    cost, rounding = score([unquantized, reference], tokens[None], at_once=at_once)[1].kl, noisy_run[0].kl
     bound = max(FREE_KL_SHARE_OF_COST * float(cost.mean()), FREE_KL_OF_ROUNDING * float(rounding.mean()))
     checks += [
         Check("free run: mean KL", mean, bound),
@@ -289,11 +289,11 @@ def _free_run_checks(
         share = mean / float(cost.mean())
         checks += [
             Check("free run: mean KL as a share of that cost", share, None),
-            *_interval("free run: share of that cost", windows.ratio_interval(found.kl, cost)),
+            *_interval("free run: share of that cost", windows.ratio_interval(run.kl, cost)),
         ]
     for name, values, limit in (
-        ("free run: growth of KL per 10,000 tokens", found.kl, None),
-        ("free run: growth beyond that of other rounding", found.kl - rounding, 0.0),
+        ("free run: growth of KL per 10,000 tokens", run.kl, None),
+        ("free run: growth beyond that of other rounding", run.kl - rounding, 0.0),
     ):
         slope = growth(values[0], skip=SETTLING)
         if slope.interval is None:

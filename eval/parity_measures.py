@@ -68,14 +68,14 @@ def forms(runner: Runner, tokens: Tokens) -> dict[str, NDArray[np.float64]]:
     plans = {"token by token": np.arange(length), "split": edges}
     whole, _ = advance(runner, tokens[None], runner.initial_state(1), logits="all")
     original = Predictions(whole[0])
-    found = {}
+    divergences = {}
     for name, starts in plans.items():
         state, parts = runner.initial_state(1), []
         for start, stop in zip(starts, [*starts[1:], length], strict=True):
             part, state = advance(runner, tokens[None, start:stop], state, logits="all")
             parts.append(part[0])
-        found[name] = divergence.kl(original, Predictions(np.concatenate(parts)))
-    return found
+        divergences[name] = divergence.kl(original, Predictions(np.concatenate(parts)))
+    return divergences
 
 
 def continuation(runner: Runner, prompts: Tokens, *, steps: int) -> Tokens:

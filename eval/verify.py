@@ -73,8 +73,8 @@ class VerifyReport:
         rows = []
         for artifact in self.artifacts:
             weights = artifact.weights
-            found = "all equal" if weights.passed else f"{len(weights.differences)} differences"
-            rows.append((artifact.path, f"weights of {weights.tensors} tensors", found, "", _verdict(weights.passed)))
+            equal = "all equal" if weights.passed else f"{len(weights.differences)} differences"
+            rows.append((artifact.path, f"weights of {weights.tensors} tensors", equal, "", _verdict(weights.passed)))
             if artifact.parity is None:
                 rows.append((artifact.path, "graph", "not compared: nothing was run", "", ""))
             for check in artifact.parity.checks if artifact.parity is not None else ():

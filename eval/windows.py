@@ -36,14 +36,14 @@ class Interval(NamedTuple):
     high: float
 
 
-def share_interval(found: int, of: int) -> Interval:
+def share_interval(counted: int, of: int) -> Interval:
     """95 % interval of a share of independent draws: Wilson's score interval (Wilson 1927; Brown et al. 2001, eq. 4).
 
     Args:
-        found: draws that count.
+        counted: draws that count.
         of: all draws, at least 1.
     """
-    share, z = found / of, _Z**2 / of
+    share, z = counted / of, _Z**2 / of
     centre, half = share + z / 2, _Z * math.sqrt(share * (1 - share) / of + z / (4 * of))
     return Interval(max(0.0, (centre - half) / (1 + z)), min(1.0, (centre + half) / (1 + z)))
 

@@ -66,17 +66,17 @@ class DemoReport:
     def rows(self) -> list[DemoRow]:
         """The table's lines: for each model the checkpoint, then its programs."""
         base = self.comparison.baseline
-        found = {candidate.path: candidate for candidate in self.comparison.candidates}
+        candidates = {candidate.path: candidate for candidate in self.comparison.candidates}
         timed = {timing.path: timing for timing in self.bench.artifacts}
         rows = []
         for model, programs in self.artifacts.items():
             if model in self.checkpoints:
-                rows.append(_row(model, "checkpoint", found[str(self.checkpoints[model])], timed))
+                rows.append(_row(model, "checkpoint", candidates[str(self.checkpoints[model])], timed))
             else:
                 name = f"{model}, {SHORT_NAMES.get(base.weights, base.weights)}"
                 timing, bits = timed[base.path], base.bits_per_weight
                 rows.append(DemoRow(name, "checkpoint", base.perplexity, None, self.original_bytes, bits, timing))
-            rows += [_row("", program.suffix, found[str(program)], timed) for program in programs.values()]
+            rows += [_row("", program.suffix, candidates[str(program)], timed) for program in programs.values()]
         return rows
 
     def closing(self) -> list[str]:

@@ -61,16 +61,16 @@ for _verb in (demo, info, train, import_, quantize, recipes, export, perplexity,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. `arguments` are without the program's name."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     # After "--" there are no options: a prompt may be spelled like one.
-    end = given.index("--") if "--" in given else len(given)
-    ours, rest = given[:end], given[end:]
+    end = words.index("--") if "--" in words else len(words)
+    ours, rest = words[:end], words[end:]
     terminal.start(quiet=_QUIET in ours)
     debug = _DEBUG in ours
     try:
         command = typer.main.get_command(app)
-        words = [word for word in ours if word not in (_QUIET, _DEBUG)] + rest
-        with terminal.alone(), command.make_context("mossquant", words) as context:
+        passed_on = [word for word in ours if word not in (_QUIET, _DEBUG)] + rest
+        with terminal.alone(), command.make_context("mossquant", passed_on) as context:
             command.invoke(context)
     except typer.Exit as ended:
         return ended.exit_code

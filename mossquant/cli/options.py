@@ -69,18 +69,18 @@ def check_json(path: Path | None, *inputs: str | Path | None, output: Path | Non
 
     if path is None:
         return
-    check_free(path, force=True, as_file=True, inputs=[read_at(each) for each in inputs if each])
+    check_free(path, force=True, as_file=True, inputs=[read_at(source) for source in inputs if source])
     check_apart(path, [] if output is None else [output], role="output")
     check_outside(path)
     if path.exists() and path.suffix != ".json":
         raise InputError(f"{path} exists already, and a report replaces .json files only; choose another path")
 
 
-def read_at(given: str | Path) -> Path:
+def read_at(argument: str | Path) -> Path:
     """Where an argument is read from."""
     from mossquant.checkpoint.locate import BUNDLED, asset_folder
 
-    return asset_folder(BUNDLED) if given == BUNDLED else Path(given)
+    return asset_folder(BUNDLED) if argument == BUNDLED else Path(argument)
 
 
 def write_json_report(path: Path | None, report: Report) -> None:
