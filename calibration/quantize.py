@@ -90,7 +90,8 @@ def quantize(
     copied = sum(path.stat().st_size for path in origin.beside)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan))
     total, done = sum(entry.count for entry in plan.tensors), 0
-    with new_folder(destination, force=force) as partial, QuantizedWriter(partial, weights, asked, plan) as writer:
+    with new_folder(destination, force=force) as partial:
+        writer = QuantizedWriter(partial, weights, asked, plan)
         for entry in plan.tensors:
             tensor = weights.kept(entry.name)
             if entry.kept is not None:
@@ -106,7 +107,7 @@ def quantize(
                 trim_heap()
             if progress is not None:
                 progress(entry.name, done, total)
-    return writer.ledger
+        return writer.finish()
 
 
 def disk_bytes(plan: Plan) -> int:

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
-from mossquant.checkpoint.manifest import Sha256, parse_stored
+from mossquant.checkpoint.manifest import Sha256
 from mossquant.checkpoint.tensorfiles import save_tensors
 from mossquant.errors import InputError
-from mossquant.files.json import parse_json
+from mossquant.files.json import parse_json, parse_stored
 from mossquant.files.outputs import check_free, check_outside, new_file
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint.tensorfiles import TensorFiles, TensorWriter, all_finite
+from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, TensorWriter, all_finite, tensor_offenders
 from mossquant.checkpoint.weights import Origin, Weights, value
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
@@ -71,11 +71,12 @@ class Checkpoint:
         torch_dtype = values.get("torch_dtype", "float32")
         files = TensorFiles(folder)
         specs = {spec.name: spec for spec in tensor_specs(config)}
-        offenders = _structure_offenders(specs, files, FLOAT_DTYPES[torch_dtype])
+        dtypes = (FLOAT_DTYPES[torch_dtype], torch.float32)
+        needed = {name: NeededTensor(spec.shape, dtypes) for name, spec in specs.items()}
+        offenders = tensor_offenders(needed, files.shapes, files.dtypes)
         if not offenders and check_values:
-            for name in specs:
-                if not all_finite(files.tensor(name)):
-                    offenders.append(f"{name} holds NaN or infinite values")
+            broken = [name for name in specs if not all_finite(files.tensor(name))]
+            offenders = [f"{name} holds NaN or infinite values" for name in broken]
         if offenders:
             raise InputError.listing(
                 f"{folder} does not fit its config.json", offenders, "Export the checkpoint again, or mend the config."
@@ -125,21 +126,6 @@ class Checkpoint:
         return "fp32"
 
 
-def _structure_offenders(specs: Mapping[str, TensorSpec], files: TensorFiles, stored: torch.dtype) -> list[str]:
-    found = set(files.shapes)
-    offenders = [f"{name} is missing" for name in specs if name not in found]
-    offenders += [f"{name[:80]} is unexpected" for name in sorted(found) if name not in specs]
-    for name, spec in specs.items():
-        if name not in found:
-            continue
-        if files.shapes[name] != spec.shape:
-            offenders.append(f"{name} has shape {list(files.shapes[name])}, needs {list(spec.shape)}")
-        dtype = files.dtypes[name]
-        if dtype not in (stored, torch.float32):
-            offenders.append(f"{name} has dtype {dtype_name(dtype)}, needs {dtype_name(stored)} or float32")
-    return offenders
-
-
 def seen_text(folder: Path) -> tuple[str, ...]:
     """SHA-256 of the texts named in a folder's `training.json`; none where there is no such file.
 
@@ -186,9 +172,10 @@ def write_checkpoint(
     specs = tensor_specs(config)
     write_json(folder / "config.json", config.to_json(torch_dtype=dtype_name(dtype)))
     total = parameter_count(config) * dtype.itemsize
-    with TensorWriter(folder, total_bytes=total) as writer:
-        for spec in specs:
-            writer.add(spec.name, tensor(spec).to(dtype))
+    writer = TensorWriter(folder, total_bytes=total)
+    for spec in specs:
+        writer.add(spec.name, tensor(spec).to(dtype))
+    writer.close()
     if training is not None:
         write_json(folder / _TRAINING, dict(training))
 

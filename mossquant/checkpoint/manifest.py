@@ -3,12 +3,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.files.json import LARGEST_SMALL, parse_stored, read_json
 from mossquant.files.outputs import file_sha256
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Parent",
     "SeenText",
     "file_offenders",
-    "parse_stored",
     "read_manifest",
     "read_stored",
     "record_offenders",
@@ -92,20 +91,6 @@ def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> 
     """
     values = read_json(path, largest=LARGEST_SMALL, advice=advice[0].lower() + advice[1:].rstrip("."))
     return parse_stored(values, schema, where=str(path), noun=noun, advice=advice)
-
-
-def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:
-    """What `read_stored` makes of JSON that lies in the file `where`, among other things."""
-    if isinstance(values, dict) and values.get("version") != 1:
-        release = str(values.get("release", "a newer release"))[:40]
-        raise InputError(
-            f"{where}: version {repr(values.get('version'))[:40]} was written by mossquant {release}; use that release"
-        )
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
-        raise InputError.listing(f"{where} is not {noun}", offenders, advice) from None
 
 
 def file_offenders(folder: Path, manifest: Manifest, *, check_hashes: bool) -> list[str]:

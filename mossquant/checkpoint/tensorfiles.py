@@ -9,8 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +19,18 @@ from torch import Tensor
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, read_json
 from mossquant.files.outputs import write_json
+from mossquant.formats.dtypes import dtype_name
 
-__all__ = ["ONE_FILE_BYTES", "SHARD_BYTES", "TensorFiles", "TensorWriter", "all_finite", "save_tensors"]
+__all__ = [
+    "ONE_FILE_BYTES",
+    "SHARD_BYTES",
+    "NeededTensor",
+    "TensorFiles",
+    "TensorWriter",
+    "all_finite",
+    "save_tensors",
+    "tensor_offenders",
+]
 
 ONE_FILE_BYTES = 256 * 10**6
 SHARD_BYTES = 64 * 10**6
@@ -100,11 +109,8 @@ class TensorFiles:
             opened: Any = safe_open(path, framework="pt")
             names = list(opened.keys())
         except (SafetensorError, OSError) as error:
-            kind = (
-                "a pickle, as in pytorch_model.bin"
-                if _looks_pickled(path)
-                else "truncated, corrupted or of another format"
-            )
+            pickled = _looks_pickled(path)
+            kind = "a pickle, as in pytorch_model.bin" if pickled else "truncated, corrupted or of another format"
             return [f"{shard} is not a safetensors file ({kind}: {str(error)[:100]})"]
         self._open[shard] = opened
         offenders = []
@@ -128,8 +134,8 @@ class TensorFiles:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored."""
-        found: Tensor = self._open[self._where[name]].get_tensor(name)
-        return found
+        tensor: Tensor = self._open[self._where[name]].get_tensor(name)
+        return tensor
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of one tensor's data."""
@@ -139,8 +145,38 @@ class TensorFiles:
         return count
 
 
+class NeededTensor(NamedTuple):
+    """Shape of a tensor that a file must hold, and the types that it may have."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def tensor_offenders(
+    needed: Mapping[str, NeededTensor], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
+) -> list[str]:
+    """Which tensors are missing, unexpected, or of another shape or type than needed.
+
+    Args:
+        needed: tensor name → what it must be.
+        shapes: tensor name → shape, of the tensors that are there.
+        dtypes: tensor name → type of the same.
+    """
+    offenders = [f"{name} is missing" for name in needed if name not in shapes]
+    offenders += [f"{name[:80]} is unexpected" for name in sorted(shapes) if name not in needed]
+    for name, tensor in needed.items():
+        if name not in shapes:
+            continue
+        if shapes[name] != tensor.shape:
+            offenders.append(f"{name} has shape {list(shapes[name])}, needs {list(tensor.shape)}")
+        if dtypes[name] not in tensor.dtypes:
+            allowed = " or ".join(dict.fromkeys(map(dtype_name, tensor.dtypes)))
+            offenders.append(f"{name} has dtype {dtype_name(dtypes[name])}, needs {allowed}")
+    return offenders
+
+
 class TensorWriter:
-    """Writes named tensors into a folder, as one file or as shards; a context manager.
+    """Writes named tensors into a folder, as one file or as shards; `close` ends it.
 
     Args:
         folder: an existing folder (itself written aside).
@@ -154,15 +190,6 @@ class TensorWriter:
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total = 0
-
-    def __enter__(self) -> "TensorWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Store one tensor; it is held until its shard is full."""
@@ -179,7 +206,8 @@ class TensorWriter:
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Write what is left, and the index."""
         if self._limit is None:
             save_tensors(self._pending, self._folder / _FILE, metadata=_METADATA)
             return
@@ -201,10 +229,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
-        found = _OS_ERROR.search(str(error))
-        if found is None:
+        number = _OS_ERROR.search(str(error))
+        if number is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def all_finite(tensor: Tensor) -> bool:

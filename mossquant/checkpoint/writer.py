@@ -5,7 +5,6 @@ What is written depends on the checkpoint, the recipe and the release alone: no 
 """
 
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def container_bytes(plan: Plan) -> int:
 
 
 class QuantizedWriter:
-    """A context manager; after it, `ledger` holds what happened.
+    """Takes every tensor of the plan; `finish` writes the rest and gives the ledger.
 
     Args:
         folder: an existing, empty folder (itself written aside).
@@ -50,18 +49,6 @@ class QuantizedWriter:
         quantized = sum(entry.format is not None for entry in plan.tensors)
         self._tensors = TensorWriter(folder, total_bytes=plan.predicted_bytes + quantized * _SHAPE_BYTES)
         self._results: dict[str, tuple[int, float]] = {}
-        self.ledger: Ledger = plan
-
-    def __enter__(self) -> "QuantizedWriter":
-        self._tensors.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tensors.__exit__(kind, error, trace)
-        if kind is None:
-            self._finish()
 
     def add_quantized(self, name: str, words: Tensor, scales: Tensor, relative_error: float) -> None:
         """Store the packed codes and the scales of a tensor."""
@@ -82,15 +69,16 @@ class QuantizedWriter:
         assert written == predicted, f"{name}: {written} bytes written, {predicted} predicted"
         self._results[name] = (written, relative_error)
 
-    def _finish(self) -> None:
+    def finish(self) -> Ledger:
+        """Write what is left of the tensors, config, recipe, ledger and manifest."""
+        self._tensors.close()
         folder, weights, recipe = self._folder, self._weights, self._recipe
-        origin = weights.origin
-        self.ledger = self._plan.with_results(self._results)
+        origin, ledger = weights.origin, self._plan.with_results(self._results)
         config = weights.config.to_json(torch_dtype=origin.torch_dtype)
-        config["quantization_config"] = quantization_config(weights.specs, self.ledger)
+        config["quantization_config"] = quantization_config(weights.specs, ledger)
         write_json(folder / "config.json", config)
         (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8", newline="")
-        write_json(folder / "ledger.json", self.ledger.to_json())
+        write_json(folder / "ledger.json", ledger.to_json())
         for path in origin.beside:
             (folder / path.name).write_bytes(path.read_bytes())
         files = {
@@ -103,7 +91,7 @@ class QuantizedWriter:
                 "kind": "quantized checkpoint",
                 "release": release(),
                 "recipe": recipe.name,
-                "payload_bytes": self.ledger.predicted_bytes,
+                "payload_bytes": ledger.predicted_bytes,
                 "files": files,
                 "parent": {
                     "torch_dtype": origin.torch_dtype,
@@ -114,3 +102,4 @@ class QuantizedWriter:
                 "text": {"training": list(origin.training_text), "calibration": list(origin.calibration_text)},
             },
         )
+        return ledger

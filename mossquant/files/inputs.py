@@ -4,16 +4,30 @@
 import errno
 from pathlib import Path
 
-__all__ = ["first_bytes"]
+from mossquant.errors import InputError
+
+__all__ = ["read_bytes"]
 
 
-def first_bytes(path: Path, count: int) -> bytes:
-    """The first `count` bytes of a file, or all of them where there are fewer.
+def read_bytes(path: Path, *, largest: int, advice: str) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: the file.
+        largest: most bytes that it may have.
+        advice: what to do where it cannot be read, without a full stop.
 
     Raises:
-        OSError: it cannot be read, or is not a regular file: reading a device or pipe may never end.
+        InputError: missing, unreadable, too large, or not a regular file: reading a device or a pipe may never end.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "it is not a regular file", str(path))
-    with path.open("rb") as file:
-        return file.read(count)
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is a folder" if path.is_dir() else "it is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); {advice}") from None
+    if len(data) > largest:
+        size = f"{largest >> 20} MB" if largest >= 1 << 20 else f"{largest >> 10} kB"
+        raise InputError(f"{path} is larger than {size}; {advice}")
+    return data

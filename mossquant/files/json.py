@@ -8,12 +8,16 @@ thirty times its size in memory. Nothing that we store needs that.
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from mossquant.errors import InputError
-from mossquant.files.inputs import first_bytes
+from mossquant.files.inputs import read_bytes
 
-__all__ = ["LARGEST", "LARGEST_SMALL", "parse_json", "read_json"]
+__all__ = ["LARGEST", "LARGEST_SMALL", "complaints", "parse_json", "parse_stored", "read_json"]
+
+Stored = TypeVar("Stored")
 
 LARGEST_SMALL = 1 << 20
 """Most bytes of a config, a manifest, or what a program says about itself."""
@@ -53,17 +57,40 @@ def read_json(path: Path, *, largest: int, advice: str) -> Any:
     Raises:
         InputError: unreadable, too large, or not JSON as above.
     """
+    data = read_bytes(path, largest=largest, advice=advice)
     try:
-        data = first_bytes(path, largest + 1)
-        if len(data) > largest:
-            raise InputError(f"{path} is larger than {largest >> 20} MB, which no such file is; {advice}")
         return parse_json(data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); {advice}") from None
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path} is not JSON ({str(error)[:120]}); {advice}") from None
+
+
+def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:
+    """JSON of ours as what it stands for; it carries a version.
+
+    Args:
+        values: the JSON.
+        schema: a pydantic model, or a dataclass, that says what it must hold.
+        where: the file that it lies in, for the error.
+        noun: what it should be, with its article, for the error.
+        advice: what to do, one sentence.
+
+    Raises:
+        InputError: of another version, or not what `schema` says: all offenders at once.
+    """
+    if isinstance(values, dict) and values.get("version") != 1:
+        release = str(values.get("release", "a newer release"))[:40]
+        raise InputError(
+            f"{where}: version {repr(values.get('version'))[:40]} was written by mossquant {release}; use that release"
+        )
+    try:
+        return TypeAdapter(schema).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise InputError.listing(f"{where} is not {noun}", complaints(error), advice) from None
+
+
+def complaints(error: ValidationError) -> list[str]:
+    """What is wrong with each value of a JSON that is not what a schema says."""
+    return [f"{'.'.join(map(str, item['loc']))[:120]}: {item['msg'].lower()}" for item in error.errors()]
 
 
 def _containers(item: dict[str, Any] | list[Any]) -> list[dict[str, Any] | list[Any]]:

@@ -3,10 +3,9 @@
 
 A file or folder is written under a hidden temporary name beside its destination, flushed to disk, then renamed.
 A process killed at any point leaves nothing at the output path, or what was there before; what it left beside it
-(`.NAME.partial-PID`) is removed by the next run that writes to the same path.
+(`.NAME.mossquant-partial`) is removed by the next run that writes to the same path.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -30,10 +29,6 @@ __all__ = [
     "new_folder",
     "write_json",
 ]
-
-_PARTIAL = ".partial-"
-# What follows it: the process, and whether it is the folder that was about to be replaced.
-_LEFTOVER = re.compile(r"([1-9][0-9]{0,9})(-old)?", re.ASCII)
 
 # Names in a full-precision checkpoint, which has no manifest that lists them.
 _CHECKPOINT_FILES = re.compile(
@@ -95,12 +90,12 @@ def new_folder(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) 
             _flush(entry)
         _flush(partial)
         check_free(path, force=force)  # the work may have taken hours
-        old = partial.with_name(f"{partial.name}-old")
+        replaced = _temporary(path, "replaced")
         if path.exists():
-            path.rename(old)
+            path.rename(replaced)
         partial.rename(path.absolute())
         _flush(partial.parent)
-        _remove(old)
+        _remove(replaced)
 
 
 @contextmanager
@@ -180,19 +175,16 @@ def _object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """What `make` makes under a free temporary name beside `path`. If the block fails, nothing stays: not it, not
-    folders made to hold it.
+    """What `make` makes under a temporary name beside `path`. If the block fails, nothing stays: not it, not folders
+    made to hold it.
     """
-    path = path.absolute()
-    made = [folder for folder in path.parents if not folder.exists()]
-    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    partial = _temporary(path, "partial")
     try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
-                process = _LEFTOVER.fullmatch(left.name.removeprefix(f".{path.name}{_PARTIAL}"))
-                if process is not None and not _alive(int(process[1])):
-                    _remove(left)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            for left_by_a_killed_run in (partial, _temporary(path, "replaced")):
+                _remove(left_by_a_killed_run)
             make(partial)
         except OSError as error:  # a read-only disk, a name that is too long
             raise InputError(f"{path} cannot be written ({error.strerror}); {_ANOTHER}") from None
@@ -205,14 +197,9 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # a number that no process can have is not of ours
-        return True
-    return pid != os.getpid()
+def _temporary(path: Path, what: str) -> Path:
+    path = path.absolute()
+    return path.with_name(f".{path.name}.mossquant-{what}")
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from mossquant.errors import InputError
-from mossquant.files.inputs import first_bytes
+from mossquant.files.inputs import read_bytes
 
 __all__ = ["Lines", "Value", "parse_yaml", "read_yaml_text"]
 
@@ -47,16 +47,7 @@ def read_yaml_text(path: Path) -> str:
     Raises:
         InputError: missing, a folder, a pipe, unreadable, larger than 128 kB, empty, or not UTF-8.
     """
-    try:
-        data = first_bytes(path, _MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a YAML file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder; give a YAML file") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a readable YAML file") from None
-    if len(data) > _MAX_BYTES:
-        raise InputError(f"{path} is larger than 128 kB; give a YAML file of a few lines")
+    data = read_bytes(path, largest=_MAX_BYTES, advice="give a YAML file of a few lines")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -76,24 +67,15 @@ def parse_yaml(text: str, *, where: str) -> tuple[Value, Lines]:
     """
     lines: Lines = {}
     try:
-        node = _composed(text, where)
-        value = None if node is None else _value(node, (), lines)
+        node = _Loader(text).get_single_node()
+        return None if node is None else _value(node, (), lines), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f", line {mark.line + 1}" if mark else ""
         problem = " ".join((error.problem or error.context or "not YAML").split())
         raise InputError(f"{where}{at}: {problem}; mend the file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two for "\U00110000", or a long version
         raise InputError(f"{where} is not YAML ({' '.join(str(error).split())[:120]}); mend the file") from None
-    return value, lines
-
-
-def _composed(text: str, where: str) -> yaml.Node | None:
-    try:
-        found: yaml.Node | None = _Loader(text).get_single_node()
-    except (ValueError, OverflowError):  # of the library: "\U00110000", a version of thousands of digits
-        raise InputError(f"{where} is not YAML (a character or number in it is out of range); mend the file") from None
-    return found
 
 
 def _value(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> Value:

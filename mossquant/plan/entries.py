@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lines of a plan: one for a tensor, one for the input of linear layers, one for a state array."""
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from pydantic import ConfigDict
+
+from mossquant.formats import get_format
+from mossquant.formats.activations import get_activation_format
+from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.model.tensors import SiteSpec, TensorSpec
 
 __all__ = ["FormatSummary", "SiteEntry", "StateEntry", "TensorEntry"]
 
@@ -48,6 +54,29 @@ class TensorEntry:
     written_bytes: int | None = None
     relative_error: float | None = None
 
+    @classmethod
+    def of(
+        cls, spec: TensorSpec, storage: str, *, stored_bytes: int, reason: str, solver: str | None = None
+    ) -> "TensorEntry":
+        """The entry of a tensor before the run.
+
+        Args:
+            spec: the tensor.
+            storage: its number format, or the float type in which it is kept.
+            stored_bytes: bytes in the checkpoint that it comes from.
+            reason: why this storage.
+            solver: how scales and codes are found, None where it is kept.
+        """
+        rows, columns = spec.matrix_shape
+        if storage in FLOAT_DTYPES:
+            number_format, kept, padded = None, storage, columns
+            size = spec.count * FLOAT_DTYPES[storage].itemsize
+        else:
+            number_format, kept, padded = storage, None, get_format(storage).padded_columns(columns)
+            size = get_format(storage).payload_bytes(rows, columns)
+        shapes = (spec.shape, rows, columns, padded)
+        return cls(spec.name, spec.role, *shapes, number_format, kept, solver, reason, stored_bytes, size)
+
     @property
     def count(self) -> int:
         """Number of weights."""
@@ -82,6 +111,21 @@ class SiteEntry:
     format: str
     block: int | None
     reason: str
+
+    @classmethod
+    def of(cls, spec: SiteSpec, asked: str, *, blocks: AbstractSet[int], reason: str) -> "SiteEntry":
+        """The entry of a site.
+
+        Args:
+            spec: the site.
+            asked: the activation format that is asked for.
+            blocks: values that share a scale by the formats of the weights that read it; none where all are kept.
+            reason: why this format.
+        """
+        if not blocks and asked != "fp32":
+            asked, reason = "fp32", "all weights that read it are kept"
+        block = min(blocks) if blocks and get_activation_format(asked).blocked else None
+        return cls(spec.name, spec.role, spec.width, spec.tensors, asked, block, reason)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ and knows no target.
     relative error = ‖W − Q‖ / ‖W‖ in the Frobenius norm, float64
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, FailFast, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FailFast
 
 from mossquant.errors import InputError
+from mossquant.files.json import parse_stored
 from mossquant.formats import NumberFormat, get_format
 from mossquant.formats.activations import get_activation_format
 from mossquant.formats.dtypes import dtype_name
@@ -27,9 +27,17 @@ from mossquant.model.tensors import SiteSpec, TensorSpec
 from mossquant.plan.entries import FormatSummary, SiteEntry, StateEntry, TensorEntry
 from mossquant.plan.recipe import Recipe, Rule, first_match
 
-__all__ = ["FormatSummary", "Ledger", "Plan", "SiteEntry", "StateEntry", "TensorEntry", "make_plan"]
+__all__ = [
+    "FormatSummary",
+    "Ledger",
+    "Plan",
+    "SiteEntry",
+    "StateEntry",
+    "TensorEntry",
+    "activation_blocks",
+    "make_plan",
+]
 
-_VERSION = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -38,6 +46,7 @@ class Plan:
     """A recipe resolved; after the run, the ledger.
 
     Attributes:
+        version: of the stored form.
         recipe: name of the recipe.
         targets: targets that it must run on.
         parameters: parameters of the full-precision model, a tied table once.
@@ -48,6 +57,7 @@ class Plan:
 
     __pydantic_config__ = _STRICT
 
+    version: Literal[1] = field(default=1, kw_only=True)
     recipe: str
     targets: tuple[str, ...]
     parameters: int
@@ -115,35 +125,20 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The content of a plan file or `ledger.json`."""
-        return {"version": _VERSION, **asdict(self)}
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], *, where: str = "ledger.json") -> "Plan":
+    def from_json(cls, values: Any, *, where: str = "ledger.json") -> "Plan":
         """Read what `to_json` gave.
 
         Raises:
             InputError: another version, unknown or missing keys, or values of the wrong type.
         """
-        if not isinstance(values, Mapping):
-            raise InputError(f"{where}: expected a JSON object; this is not a plan")
-        if values.get("version") != _VERSION:
-            raise InputError(
-                f"{where}: version {values.get('version')!r} is of another release of mossquant; use that one"
-            )
-        content = {key: value for key, value in values.items() if key != "version"}
-        try:
-            return _PLAN.validate_json(json.dumps(content))
-        except ValidationError as error:
-            offenders = [f"{'.'.join(map(str, each['loc']))[:120]}: {each['msg'].lower()}" for each in error.errors()]
-            raise InputError.listing(
-                f"{where} is not a plan", offenders, "Make it again with `mossquant quantize`."
-            ) from None
+        return parse_stored(values, cls, where=where, noun="a plan", advice="Make it again with `mossquant quantize`.")
 
 
 Ledger = Plan
 """A plan with what came out."""
-
-_PLAN = TypeAdapter(Plan)
 
 
 def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: Recipe) -> Plan:
@@ -174,12 +169,12 @@ def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: 
     formats = {entry.name: entry.format for entry in entries}
     site_entries = []
     for site, index in zip(sites, for_sites, strict=True):
-        blocks = sorted({get_format(name).activation_block for name in map(formats.get, site.tensors) if name})
-        rule = recipe.activations[index]
+        blocks, rule = activation_blocks(site, formats), recipe.activations[index]
         if get_activation_format(rule.format).blocked and len(blocks) > 1:
-            offenders.append(f"the weights that read {site.name} have blocks of {' and '.join(map(str, blocks))}")
+            sizes = " and ".join(map(str, sorted(blocks)))
+            offenders.append(f"the weights that read {site.name} have blocks of {sizes}")
         reason = f"{rule.pattern} in recipe {recipe.name}"
-        site_entries.append(_site_entry(site, rule.format, blocks, reason))
+        site_entries.append(SiteEntry.of(site, rule.format, blocks=blocks, reason=reason))
     if offenders:
         raise InputError.listing(
             f"{recipe.where} does not fit this model", offenders, "Give them formats with one group size."
@@ -195,6 +190,11 @@ def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: 
             for spec, index in zip(states, for_states, strict=True)
         ),
     )
+
+
+def activation_blocks(site: SiteSpec, formats: Mapping[str, str | None]) -> set[int]:
+    """Values of a site that share a scale, by the formats (tensor name → number format) of the weights that read it."""
+    return {get_format(name).activation_block for name in map(formats.get, site.tensors) if name is not None}
 
 
 def _choose(
@@ -214,45 +214,14 @@ def _choose(
 
 
 def _tensor_entry(spec: TensorSpec, dtype: torch.dtype, recipe: Recipe, index: int) -> TensorEntry:
-    rule = recipe.weights[index]
-    rows, columns = spec.matrix_shape
-    stored = spec.count * dtype.itemsize
+    rule, stored, stored_bytes = recipe.weights[index], dtype_name(dtype), spec.count * dtype.itemsize
     reason = rule.why or f"{rule.pattern} in recipe {recipe.name}"
-
-    def kept(as_dtype: torch.dtype, why: str) -> TensorEntry:
-        size = spec.count * as_dtype.itemsize
-        name = dtype_name(as_dtype)
-        return TensorEntry(
-            spec.name, spec.role, spec.shape, rows, columns, columns, None, name, None, why, stored, size
-        )
-
-    if rule.keep is not None:
-        return kept(torch.float32 if rule.keep == "fp32" else dtype, reason)
-    assert rule.format is not None
-    found = get_format(rule.format)
-    size = found.payload_bytes(rows, columns)
-    if size >= stored:
-        return kept(dtype, f"{found.name} would take {size} bytes, {dtype_name(dtype)} as stored takes {stored}")
-    return TensorEntry(
-        spec.name,
-        spec.role,
-        spec.shape,
-        rows,
-        columns,
-        found.padded_columns(columns),
-        found.name,
-        None,
-        rule.solver or recipe.solver,
-        reason,
-        stored,
-        size,
-    )
-
-
-def _site_entry(site: SiteSpec, asked: str, blocks: Sequence[int], reason: str) -> SiteEntry:
-    if not blocks and asked != "fp32":
-        return SiteEntry(
-            site.name, site.role, site.width, site.tensors, "fp32", None, "all weights that read it are kept"
-        )
-    block = blocks[0] if blocks and get_activation_format(asked).blocked else None
-    return SiteEntry(site.name, site.role, site.width, site.tensors, asked, block, reason)
+    if rule.format is None:
+        kept = "float32" if rule.keep == "fp32" else stored
+        return TensorEntry.of(spec, kept, stored_bytes=stored_bytes, reason=reason)
+    solver = rule.solver or recipe.solver
+    entry = TensorEntry.of(spec, rule.format, stored_bytes=stored_bytes, reason=reason, solver=solver)
+    if entry.predicted_bytes < stored_bytes:
+        return entry
+    reason = f"{rule.format} would take {entry.predicted_bytes} bytes, {stored} as stored takes {stored_bytes}"
+    return TensorEntry.of(spec, stored, stored_bytes=stored_bytes, reason=reason)

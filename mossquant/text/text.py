@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from mossquant.errors import InputError
-from mossquant.files.inputs import first_bytes
+from mossquant.files.inputs import read_bytes
 from mossquant.text.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, Tokens, decode_utf8, train_tokenizer
 
 __all__ = [
@@ -62,16 +62,7 @@ def read_text(path: Path, *, as_bytes: bool = False, largest: int = LARGEST_TEXT
         InputError: the file is missing, a folder, a pipe, not readable, too large or empty, or is not UTF-8 where that
             is needed.
     """
-    try:
-        data = first_bytes(path, largest + 1)
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, and a text file is needed: give the file") from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such text file: check the path") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a readable text file") from None
-    if len(data) > largest:
-        raise InputError(f"{path} is larger than {largest >> 20} MB: give a shorter text")
+    data = read_bytes(path, largest=largest, advice="give another text file")
     if not data:
         raise InputError(f"{path} is empty: give a file with text in it")
     if not as_bytes:

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mossquant.errors import InputError
-from mossquant.files.inputs import first_bytes
+from mossquant.files.inputs import read_bytes
 from mossquant.files.outputs import new_file
 from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
 
@@ -87,16 +87,9 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
         """Read a `tokenizer.json`. Raises `InputError` if it is missing or not one."""
-        try:
-            data = first_bytes(path, LARGEST_TOKENIZER + 1)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}): give a tokenizer.json") from None
-        if len(data) > LARGEST_TOKENIZER:
-            raise InputError(f"{path} is larger than {LARGEST_TOKENIZER >> 20} MB: give a tokenizer.json")
+        data = read_bytes(path, largest=LARGEST_TOKENIZER, advice="give a tokenizer.json")
         try:
             offenders, text = tokenizer_offenders(data), data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{path} is not UTF-8: give a tokenizer.json of Hugging Face tokenizers") from None
         except ValueError as error:
             raise InputError(f"{path} is not {_OURS} ({str(error)[:120]}): give another") from None
         if offenders:

@@ -3,13 +3,8 @@
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import CONFIGS, random_model, write_model
 
-import mossquant.files.outputs
 from mossquant.calibration.quantize import disk_bytes, memory_bytes, quantize
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
@@ -33,8 +27,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("recipe", "dtype"), [("int4", torch.bfloat16), ("int8", torch.float32)])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_predicted_is_written_to_the_byte(config: str, dtype: torch.dtype, recipe: str, tmp_path: Path) -> None:
     model = random_model(CONFIGS[config], dtype=torch.float32)
@@ -49,6 +42,8 @@ def test_predicted_is_written_to_the_byte(config: str, dtype: torch.dtype, recip
     folder_bytes = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert folder_bytes <= disk_bytes(plan)
     assert memory_bytes(plan) > max(entry.stored_bytes for entry in plan.tensors)
+    opened = QuantizedCheckpoint.open(tmp_path / "out")
+    assert (opened.config, opened.plan) == (CONFIGS[config], ledger)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -209,80 +204,11 @@ def test_no_room(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     refused(checkpoint_folder, tmp_path / "out", "MB free")
 
 
-def test_blocks_of_rows_change_nothing(
-    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes and scales of a few rows at a time, and of the whole matrix."""
-    written = []
-    for weights in (500, 1 << 30):
+    source = write_model(tmp_path / "model", random_model(CONFIGS["mamba"], dtype=torch.float32))
+    for name, weights in (("blocks", 500), ("whole", 1 << 30)):
         monkeypatch.setattr("mossquant.files.space.BLOCK_WEIGHTS", weights)
-        for recipe in RECIPES:
-            quantize(checkpoint_folder, tmp_path / f"{recipe}-{weights}", recipe=recipe)
-        written.append([digests(tmp_path / f"{recipe}-{weights}")["model.safetensors"] for recipe in RECIPES])
-    assert written[0] == written[1]
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run in a forked process; its wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-
-def kill_self(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("point", ["first tensor", "middle", "last tensor", "ledger", "manifest", "flush", "rename"])
-def test_killed_at_any_point_leaves_nothing(
-    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
-    out = tmp_path / "out"
-    names = list(Checkpoint.open(checkpoint_folder).specs)
-    fatal = {"first tensor": names[0], "middle": names[len(names) // 2], "last tensor": names[-1]}.get(point)
-
-    def work() -> None:
-        if point in ("ledger", "manifest"):
-            write = mossquant.files.outputs.write_json
-            monkeypatch.setattr(
-                "mossquant.checkpoint.writer.write_json",
-                lambda path, value: kill_self() if path.stem == point else write(path, value),
-            )
-        elif point == "flush":
-            monkeypatch.setattr(os, "fsync", kill_self)
-        elif point == "rename":
-            monkeypatch.setattr("mossquant.files.outputs._renamed", kill_self)
-        quantize(checkpoint_folder, out, progress=lambda name, done, total: kill_self() if name == fatal else None)
-
-    assert os.WTERMSIG(in_child(work)) == signal.SIGKILL
-    assert not out.exists()
-    assert len(list(tmp_path.iterdir())) == 1, "the killed run should have got as far as its hidden folder"
-    quantize(checkpoint_folder, out)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the next run removes what was left"
-    quantize(checkpoint_folder, tmp_path / "whole")
-    assert digests(out) == digests(tmp_path / "whole")
-
-
-def test_killed_from_outside_leaves_nothing(checkpoint_folder: Path, tmp_path: Path) -> None:
-    """As a user would: another process, killed at times spread over its whole run."""
-    code = (
-        "import sys, torch; from mossquant.calibration.quantize import quantize; "
-        "torch.set_num_threads(1); print(flush=True);"
-        "[quantize(sys.argv[1], sys.argv[2], force=True) for _ in range(1000)]"
-    )
-    for delay in (0.02, 0.1):
-        out = tmp_path / f"{delay}" / "out"
-        command = [sys.executable, "-c", code, str(checkpoint_folder), str(out)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(delay)
-            process.kill()
-        if out.exists():
-            QuantizedCheckpoint.open(out)
-        quantize(checkpoint_folder, out, force=True)
-        assert QuantizedCheckpoint.open(out).origin.recipe == "int4"
+        quantize(source, tmp_path / name)
+    blocks, whole = (digests(tmp_path / name)["model.safetensors"] for name in ("blocks", "whole"))
+    assert blocks == whole

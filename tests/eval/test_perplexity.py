@@ -84,7 +84,7 @@ def test_text_that_was_seen_is_refused_or_marked(tmp_path: Path) -> None:
         ({"text": Text.of("some", b"abcdef"), "tokens": 1}, "1 tokens are too few"),
         ({"text": Text.of("some", b"abcdef"), "activations": "int7"}, "has no int7 activations"),
         ({"text": Text.of("some", b"abcdef"), "threads": 0}, "0 threads"),
-        ({"text": "nowhere.txt"}, "no such text file"),
+        ({"text": "nowhere.txt"}, "cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(byte_model: Path, options: dict[str, object], message: str) -> None:

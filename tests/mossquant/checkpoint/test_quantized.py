@@ -14,16 +14,14 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from safetensors.torch import load_file, save_file
-from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.checkpoint import Checkpoint
-from mossquant.checkpoint.packing import is_module_weight, pack, stored_names
+from mossquant.checkpoint.packing import is_module_weight, pack
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import input_format, value
 from mossquant.errors import InputError
 from mossquant.eval.verify import verify
-from mossquant.formats import FORMATS
 from mossquant.formats.activations import int8_block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
@@ -191,16 +189,6 @@ def test_activation_model_runs_in_the_model(quantized_folders: dict[str, Path]) 
         assert seen == {tensor for site in opened.plan.activations for tensor in site.tensors}
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_shape_opens(config: str, tmp_path: Path) -> None:
-    source = write_model(tmp_path / "model", random_model(CONFIGS[config], dtype=torch.float32))
-    for recipe in RECIPES:
-        quantize(source, tmp_path / recipe, recipe=recipe)
-        opened = QuantizedCheckpoint.open(tmp_path / recipe)
-        assert opened.config == CONFIGS[config]
-        assert sum((opened.format(name) is not None) for name in opened.specs) > 5
-
-
 Tensors = dict[str, torch.Tensor]
 D = "backbone.layers.1.mixer.D"
 DT = "backbone.layers.0.mixer.experts.3.dt_proj.weight"
@@ -266,7 +254,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: change_tensors(f, drop), f"{D}_scale is missing"),
     "wrong shape": (
         lambda f: change_tensors(f, lambda t: t.update({f"{D}_scale": torch.ones(1, 3, dtype=torch.bfloat16)})),
-        f"{D}_scale is torch.bfloat16 [1, 3], needs bfloat16 [1, 4]",
+        f"{D}_scale has shape [1, 3], needs [1, 4]",
     ),
     "format": (
         lambda f: change_json(f, "ledger.json", lambda v: v["tensors"][0].update(format="int5")),
@@ -355,8 +343,3 @@ def test_full_precision_is_refused(checkpoint_folder: Path) -> None:
 def test_quantized_is_refused_as_a_checkpoint(quantized_folders: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="quantized already"):
         Checkpoint.open(quantized_folders["int4"])
-
-
-def test_stored_names() -> None:
-    assert stored_names("a.weight") == ("a.weight_packed", "a.weight_scale", "a.weight_shape")
-    assert {form.bits for form in FORMATS.values()} == {4, 8}

@@ -20,7 +20,7 @@ from mossquant.plan.recipe import Recipe
 SMALL_TRAINING = "train --text TEXT -o OUT --tokenizer bytes --batch 2 --window 8"
 BAD_OPTIONS = [
     ("perplexity MODEL --text EMPTY", "is empty: give a file with text in it"),
-    ("compare MODEL MODEL --text OUT", "there is no such text file"),
+    ("compare MODEL MODEL --text OUT", "cannot be read"),
     ("verify QUANTIZED ARTIFACT --text BYTE", "are too few"),
     ("train --text EMPTY -o OUT", "is empty: give a file with text in it"),
     ("train --text BYTE -o OUT", "has 2 bytes"),
@@ -28,9 +28,9 @@ BAD_OPTIONS = [
     ("perplexity tiny --text LATIN", "is not UTF-8 at byte 2 (0xf6): convert it to UTF-8; only a byte-level model"),
     ("train --text LATIN -o OUT", "is not UTF-8 at byte 2"),
     ("generate tiny --prompt-file LATIN", "is not UTF-8 at byte 2"),
-    ("generate MODEL --prompt-file SPARSE", "sparse is larger than 16 MB: give a shorter text"),
-    ("perplexity MODEL --text SPARSE", "sparse is larger than 8 MB: give a shorter text"),
-    ("train --text SPARSE -o OUT", "sparse is larger than 256 MB: give a shorter text"),
+    ("generate MODEL --prompt-file SPARSE", "sparse is larger than 16 MB"),
+    ("perplexity MODEL --text SPARSE", "sparse is larger than 8 MB"),
+    ("train --text SPARSE -o OUT", "sparse is larger than 256 MB"),
     ("perplexity MODEL --text TEXT --tokens 1", "Invalid value for '--tokens'"),
     ("perplexity MODEL --text TEXT --tokens 100000", "tokens, 100000 were asked for; give a longer text or fewer"),
     ("demo --tokens 100000000 -o OUT", "100000000 tokens cannot be measured on; the held-out text has"),

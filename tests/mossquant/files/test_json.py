@@ -39,7 +39,7 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(b"[1]")
     assert read_json(path, largest=LARGEST_SMALL, advice="copy it again") == [1]
-    with pytest.raises(InputError, match=r"is larger than 0 MB, which no such file is; copy it again"):
+    with pytest.raises(InputError, match=r"is larger than 0 kB; copy it again"):
         read_json(path, largest=2, advice="copy it again")
     path.write_bytes(b"\xff\xff")
     with pytest.raises(InputError, match=r"x\.json is not JSON \(.*\); copy it again"):

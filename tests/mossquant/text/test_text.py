@@ -116,7 +116,7 @@ def test_read_text_keeps_the_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (None, "no such text file"),
+        (None, "cannot be read"),
         (b"", "is empty"),
         (b"abc\xff", r"not UTF-8 at byte 3 \(0xff\).*byte-level model"),
         (b"abc\xe2\x82", r"not UTF-8 at byte 3 \(0xe2\)"),
