@@ -90,7 +90,11 @@ def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, ad
 
 def complaints(error: ValidationError) -> list[str]:
     """What is wrong with each value of a JSON that is not what a schema says."""
-    return [f"{'.'.join(map(str, item['loc']))[:120]}: {item['msg'].lower()}" for item in error.errors()]
+    offenders = []
+    for item in error.errors(include_url=False):
+        value = "" if item["type"] in ("missing", "extra_forbidden") else f", not {repr(item['input'])[:60]}"
+        offenders.append(f"{'.'.join(map(str, item['loc']))[:120]}: {item['msg'].lower()}{value}")
+    return offenders
 
 
 def _containers(item: dict[str, Any] | list[Any]) -> list[dict[str, Any] | list[Any]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mossquant.checkpoint.checkpoint import Checkpoint, seen_text, write_checkpoint
 from mossquant.checkpoint.locate import locate
-from mossquant.checkpoint.tensorfiles import TensorFiles, all_finite
+from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, all_finite, tensor_offenders
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
@@ -107,9 +107,7 @@ def import_mamba(
     if mossnet is None:
         read = read_source_config(values, where=folder / "config.json")
     else:
-        read = SourceConfig(
-            "mossnet", mossnet.config, conv_bias=True, embeddings="backbone.embeddings.weight", notes=()
-        )
+        read = SourceConfig("mossnet", mossnet.config, True, "backbone.embeddings.weight", ())
     notes = list(read.notes)
     words = _tokenizer(folder, Path(tokenizer) if tokenizer is not None else None, read.config.vocab_size)
     if words is None and read.config.vocab_size != 256:
@@ -144,7 +142,7 @@ def import_mamba(
 
 def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None:
     """The `tokenizer.json` to take along, checked against the model; None where there is none."""
-    path = given if given is not None else folder / "tokenizer.json"
+    path = given or folder / "tokenizer.json"
     if given is None and not path.is_file():
         return None
     entries = Tokenizer.from_file(path).vocab_size
@@ -173,6 +171,8 @@ class _Pickled:
     """The tensors of a `pytorch_model.bin`, all in memory."""
 
     content: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
 
     @classmethod
     def load(cls, path: Path) -> "_Pickled":
@@ -203,15 +203,9 @@ class _Pickled:
             raise InputError.listing(
                 f"{path} holds more than named tensors", offenders, "Save the state_dict of the model."
             )
-        return cls({str(name): value.detach() for name, value in content.items()})
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self.content.items()}
-
-    @property
-    def dtypes(self) -> Mapping[str, torch.dtype]:
-        return {name: value.dtype for name, value in self.content.items()}
+        tensors = {str(name): tensor.detach() for name, tensor in content.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return cls(tensors, shapes, {name: tensor.dtype for name, tensor in tensors.items()})
 
     def tensor(self, name: str) -> Tensor:
         return self.content[name]
@@ -234,19 +228,13 @@ def _names(read: SourceConfig, tensors: _Tensors) -> dict[str, str]:
 
 
 def _check_structure(folder: Path, config: MossNetConfig, names: Mapping[str, str], tensors: _Tensors) -> None:
-    shapes, dtypes = tensors.shapes, tensors.dtypes
-    wanted = {names[spec.name]: spec for spec in tensor_specs(config) if spec.name in names}
-    # A tied head may be in the file once more; `_check_values` compares it.
-    spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    offenders = [f"{name} is missing" for name in wanted if name not in shapes]
-    offenders += [f"{name[:80]} is unexpected" for name in sorted(shapes) if name not in wanted and name not in spare]
-    for name, spec in wanted.items():
-        if name not in shapes:
-            continue
-        if shapes[name] != spec.shape:
-            offenders.append(f"{name} has shape {list(shapes[name])}, needs {list(spec.shape)}")
-        if dtypes[name] not in _FLOATS:
-            offenders.append(f"{name} has dtype {dtype_name(dtypes[name])}, needs a float type")
+    shapes, dtypes = dict(tensors.shapes), tensors.dtypes
+    needed = {
+        names[spec.name]: NeededTensor(spec.shape, _FLOATS) for spec in tensor_specs(config) if spec.name in names
+    }
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)  # a tied head may be in the file once more; `_check_values` compares it
+    offenders = tensor_offenders(needed, shapes, dtypes)
     _refuse(folder, offenders)
 
 

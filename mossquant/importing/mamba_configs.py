@@ -5,12 +5,15 @@ A key that changes what is computed is understood or refused with its value; wha
 Keys that say how the model was initialised or trained have no effect here.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from mossquant.errors import InputError
+from mossquant.files.json import complaints
 from mossquant.model.config import MossNetConfig
 
 __all__ = ["SourceConfig", "read_source_config"]
@@ -47,6 +50,64 @@ class SourceConfig:
     notes: tuple[str, ...]
 
 
+Rank = Annotated[PositiveInt | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+"""dt_rank: an integer, or "auto" for ⌈D / 16⌉."""
+
+
+class _Keys(BaseModel):
+    """Keys that have an effect, with the layout's defaults; the others are in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    def others(self, unused: set[str]) -> list[str]:
+        """Keys of which it is not known that they have no effect."""
+        return [key[:60] for key in self.model_extra or {} if key not in unused]
+
+
+class _HuggingFace(_Keys):
+    model_type: Literal["mamba"]
+    hidden_act: Literal["silu", "swish"] = "silu"
+    use_bias: Literal[False] = False
+    quantization_config: None = None
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    expand: PositiveInt = 2
+    intermediate_size: PositiveInt | None = None
+    state_size: PositiveInt = 16
+    conv_kernel: PositiveInt = 4
+    time_step_rank: Rank = None
+    layer_norm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    tie_word_embeddings: bool = True
+    use_conv_bias: bool = True
+
+
+class _OriginalSsm(_Keys):
+    layer: Literal["Mamba1"] = "Mamba1"
+    bias: Literal[False] = False
+    expand: PositiveInt = 2
+    d_state: PositiveInt = 16
+    d_conv: PositiveInt = 4
+    dt_rank: Rank = None
+    conv_bias: bool = True
+
+
+class _Original(_Keys):
+    rms_norm: Literal[True] = True
+    d_intermediate: Literal[0] = 0
+    attn_layer_idx: Annotated[list[Any], Field(max_length=0)] = []
+    attn_cfg: Annotated[dict[str, Any], Field(max_length=0)] = {}
+    ssm_cfg: _OriginalSsm = _OriginalSsm()
+    d_model: PositiveInt
+    n_layer: PositiveInt
+    vocab_size: PositiveInt
+    pad_vocab_size_multiple: PositiveInt = 8
+    tie_embeddings: bool = True
+
+
+Layout = TypeVar("Layout", bound=_Keys)
+
+
 def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfig:
     """Read the content of a Mamba's `config.json`, in either layout.
 
@@ -55,145 +116,71 @@ def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfi
     """
     kind = values.get("model_type")
     if kind == "mamba":
-        return _hugging_face(_Keys(values), where)
+        return _hugging_face(_parsed(_HuggingFace, values, where), where)
     if kind is None and "d_model" in values and "n_layer" in values:
-        return _original(_Keys(values), where)
-    found = "has no model_type" if kind is None else f"has model_type {_short(kind)}"
+        return _original(_parsed(_Original, values, where), where)
+    said = "has no model_type" if kind is None else f"has model_type {repr(kind)[:60]}"
     raise InputError(
-        f"{where} {found}; import takes a Mamba-1 (model_type 'mamba', or the original's d_model and n_layer) "
+        f"{where} {said}; import takes a Mamba-1 (model_type 'mamba', or the original's d_model and n_layer) "
         "or a MossNet"
     )
 
 
-@dataclass
-class _Keys:
-    """Keys taken one by one; what is wrong with them is gathered in `offenders`."""
-
-    values: Mapping[str, Any]
-    prefix: str = ""
-    offenders: list[str] = field(default_factory=list)
-    taken: set[str] = field(default_factory=set)
-
-    def get(self, key: str, default: Any) -> Any:
-        self.taken.add(key)
-        return self.values.get(key, default)
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A positive integer; 1 stands in for one that is wrong."""
-        value = self.get(key, default)
-        if value is None:
-            self.offenders.append(f"{self.prefix}{key} is missing")
-        elif type(value) is not int or value < 1:
-            self.offenders.append(f"{self.prefix}{key} is {_short(value)}, needs a positive integer")
-        else:
-            return value
-        return 1
-
-    def rank(self, key: str, width: int) -> int:
-        """dt_rank: an integer, or "auto" for ⌈D / 16⌉."""
-        return -(-width // 16) if self.get(key, "auto") == "auto" else self.whole(key)
-
-    def fraction(self, key: str, default: float) -> float:
-        value = self.get(key, default)
-        if type(value) is not float or not 0 < value < 1:
-            self.offenders.append(f"{self.prefix}{key} is {_short(value)}, needs a number between 0 and 1")
-            return default
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            self.offenders.append(f"{self.prefix}{key} is {_short(value)}, needs true or false")
-            return default
-        return value
-
-    def must(self, key: str, *allowed: Any) -> None:
-        """The first of `allowed` is the default."""
-        value = self.get(key, allowed[0])
-        if not any(type(value) is type(other) and value == other for other in allowed):
-            needed = " or ".join(_short(other) for other in allowed)
-            self.offenders.append(f"{self.prefix}{key} is {_short(value)}, only {needed} is supported")
-
-    def rest(self, unused: set[str]) -> list[str]:
-        """Keys that were neither taken nor are known to have no effect."""
-        return [f"{self.prefix}{key}"[:60] for key in self.values if key not in self.taken and key not in unused]
+def _parsed(layout: type[Layout], values: Mapping[str, Any], where: Path) -> Layout:
+    try:
+        return layout.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(where, complaints(error)) from None
 
 
-def _hugging_face(keys: _Keys, where: Path) -> SourceConfig:
-    keys.must("model_type", "mamba")
-    keys.must("hidden_act", "silu", "swish")
-    keys.must("use_bias", False)
-    keys.must("quantization_config", None)
-    hidden, expand = keys.whole("hidden_size"), keys.whole("expand", 2)
-    inner = keys.get("intermediate_size", hidden * expand)
-    if inner != hidden * expand and not keys.offenders:
-        keys.offenders.append(f"intermediate_size is {_short(inner)}, expand · hidden_size is {hidden * expand}")
+def _refusal(where: Path, offenders: Sequence[str]) -> InputError:
+    return InputError.listing(f"{where} is not a Mamba-1 that we can compute", offenders, "Import another model.")
+
+
+def _hugging_face(keys: _HuggingFace, where: Path) -> SourceConfig:
+    inner = keys.expand * keys.hidden_size
+    if keys.intermediate_size not in (None, inner):
+        offender = f"intermediate_size is {keys.intermediate_size}, expand · hidden_size is {inner}"
+        raise _refusal(where, [offender])
     config = MossNetConfig(
-        vocab_size=keys.whole("vocab_size"),
-        hidden_size=hidden,
-        num_hidden_layers=keys.whole("num_hidden_layers"),
-        expand=expand,
-        state_size=keys.whole("state_size", 16),
-        conv_kernel=keys.whole("conv_kernel", 4),
-        time_step_rank=keys.rank("time_step_rank", hidden),
-        rms_norm_eps=keys.fraction("layer_norm_epsilon", 1e-5),
-        tie_word_embeddings=keys.flag("tie_word_embeddings", True),
+        vocab_size=keys.vocab_size,
+        hidden_size=keys.hidden_size,
+        num_hidden_layers=keys.num_hidden_layers,
+        expand=keys.expand,
+        state_size=keys.state_size,
+        conv_kernel=keys.conv_kernel,
+        time_step_rank=keys.time_step_rank or -(-keys.hidden_size // 16),
+        rms_norm_eps=keys.layer_norm_epsilon,
+        tie_word_embeddings=keys.tie_word_embeddings,
     )
-    conv_bias = keys.flag("use_conv_bias", True)
-    unknown = keys.rest(_HUGGING_FACE_UNUSED)
-    note = [f"keys of config.json that have no effect here: {', '.join(unknown)}"] if unknown else []
-    return _understood(keys, "Hugging Face", config, conv_bias, "backbone.embeddings.weight", note, where)
+    unknown = keys.others(_HUGGING_FACE_UNUSED)
+    notes = [f"keys of config.json that have no effect here: {', '.join(unknown)}"] if unknown else []
+    return _understood("Hugging Face", config, keys.use_conv_bias, "backbone.embeddings.weight", notes, where)
 
 
-def _original(keys: _Keys, where: Path) -> SourceConfig:
-    keys.must("rms_norm", True)
-    keys.must("d_intermediate", 0)
-    keys.must("attn_layer_idx", [])
-    keys.must("attn_cfg", {})
-    given = keys.get("ssm_cfg", {})
-    if not isinstance(given, Mapping):
-        keys.offenders.append(f"ssm_cfg is {_short(given)}, needs an object")
-        given = {}
-    ssm = _Keys(given, "ssm_cfg.", keys.offenders)
-    ssm.must("layer", "Mamba1")
-    ssm.must("bias", False)
-    hidden, vocab, multiple = keys.whole("d_model"), keys.whole("vocab_size"), keys.whole("pad_vocab_size_multiple", 8)
-    config = MossNetConfig(
-        vocab_size=-(-vocab // multiple) * multiple,
-        hidden_size=hidden,
-        num_hidden_layers=keys.whole("n_layer"),
-        expand=ssm.whole("expand", 2),
-        state_size=ssm.whole("d_state", 16),
-        conv_kernel=ssm.whole("d_conv", 4),
-        time_step_rank=ssm.rank("dt_rank", hidden),
-        tie_word_embeddings=keys.flag("tie_embeddings", True),
-    )
-    conv_bias = ssm.flag("conv_bias", True)
+def _original(keys: _Original, where: Path) -> SourceConfig:
+    ssm, multiple = keys.ssm_cfg, keys.pad_vocab_size_multiple
     # The original's config is a closed list, so that a key outside it comes from another model.
-    unknown = keys.rest(_ORIGINAL_UNUSED) + ssm.rest(_ORIGINAL_SSM_UNUSED)
-    keys.offenders.extend(f"unknown key {key}" for key in unknown)
-    return _understood(keys, "state-spaces", config, conv_bias, "backbone.embedding.weight", [], where)
+    unknown = [*keys.others(_ORIGINAL_UNUSED), *(f"ssm_cfg.{key}" for key in ssm.others(_ORIGINAL_SSM_UNUSED))]
+    if unknown:
+        raise _refusal(where, [f"unknown key {key}" for key in unknown])
+    config = MossNetConfig(
+        vocab_size=-(-keys.vocab_size // multiple) * multiple,
+        hidden_size=keys.d_model,
+        num_hidden_layers=keys.n_layer,
+        expand=ssm.expand,
+        state_size=ssm.d_state,
+        conv_kernel=ssm.d_conv,
+        time_step_rank=ssm.dt_rank or -(-keys.d_model // 16),
+        tie_word_embeddings=keys.tie_embeddings,
+    )
+    return _understood("state-spaces", config, ssm.conv_bias, "backbone.embedding.weight", [], where)
 
 
 def _understood(
-    keys: _Keys,
-    layout: str,
-    config: MossNetConfig,
-    conv_bias: bool,
-    embeddings: str,
-    notes: list[str],
-    where: Path,
+    layout: str, config: MossNetConfig, conv_bias: bool, embeddings: str, notes: list[str], where: Path
 ) -> SourceConfig:
-    if keys.offenders:
-        raise InputError.listing(
-            f"{where} is not a Mamba-1 that we can compute", keys.offenders, "Import another model."
-        )
     if not conv_bias:
         notes = [*notes, "the convolutions have no bias: zeros are stored, which compute the same"]
     checked = MossNetConfig.from_json(config.to_json(torch_dtype="float32"), where=f"{where}, read as a MossNet,")
     return SourceConfig(layout, checked, conv_bias, embeddings, tuple(notes))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
