@@ -10,7 +10,7 @@ from mossquant.calibration.registry import SOLVERS
 from mossquant.formats import FORMATS, NumberFormat, QuantizedTensor
 
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
-SHAPES = [(1, 1), (1, 33), (5, 48), (3, 40), (64, 256), (7, 24)]
+SHAPES = [(1, 1), (5, 48), (64, 256)]
 
 
 def matrix(rows: int, columns: int, *, tails: bool, seed: int = 0) -> torch.Tensor:
@@ -25,7 +25,7 @@ def group_errors(found: QuantizedTensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @EVERY
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(1, 33), (7, 48)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_rows_in_pieces_equal_the_whole(form: NumberFormat, shape: tuple[int, int], name: str) -> None:
     """Bit for bit, however the rows are cut: quantizing works on a few at a time."""
@@ -87,18 +87,18 @@ def test_extreme_values(form: NumberFormat, size: float) -> None:
         assert not found.codes[1].any()
 
 
-@pytest.mark.parametrize("form", [FORMATS["int8"], FORMATS["int4_g32"]], ids=["int8", "int4_g32"])
-def test_threads_change_nothing(form: NumberFormat) -> None:
+@pytest.mark.parametrize("shape", [(1, 1 << 16), (1 << 10, 64)])
+def test_threads_change_nothing(shape: tuple[int, int]) -> None:
     """One long row and many short ones: the two ways in which PyTorch shares out a sum."""
-    for values in (matrix(1, 1 << 16, tails=True), matrix(1 << 10, 64, tails=True)):
-        one = nearest_mse(form, values)
-        torch.set_num_threads(2)
-        try:
-            two = nearest_mse(form, values)
-        finally:
-            torch.set_num_threads(1)
-        assert torch.equal(one.codes, two.codes)
-        assert torch.equal(one.scales, two.scales)
+    values = matrix(*shape, tails=True)
+    one = nearest_mse(FORMATS["int8"], values)
+    torch.set_num_threads(2)
+    try:
+        two = nearest_mse(FORMATS["int8"], values)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one.codes, two.codes)
+    assert torch.equal(one.scales, two.scales)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 32, 100])

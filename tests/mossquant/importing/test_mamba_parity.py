@@ -18,6 +18,8 @@ from mossquant.checkpoint.checkpoint import Checkpoint, load_model
 from mossquant.importing.mamba import import_mamba
 from mossquant.model.mossnet import MossNet
 
+SMALL_SIZES = [name for name in SIZES if not name.startswith("768")]
+
 
 @pytest.fixture
 def without_casts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,14 +63,14 @@ def in_float64(name: str, deviation: float, folder: Path) -> tuple[MambaForCausa
     return model.double(), load_model(Checkpoint.open(folder / "out"), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", SMALL_SIZES)
 def test_logits_equal_transformers_in_float64(name: str, tmp_path: Path) -> None:
     """Logits up to 3, where one fp32 rounding of its norm (1e-7 of the logit) leaves room for the others."""
     for what, theirs, found in logits_of_both(*in_float64(name, 0.01, tmp_path)):
         assert difference(theirs, found) < bounds.TRANSFORMERS_FLOAT64, what
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", SMALL_SIZES)
 def test_logits_equal_transformers_without_its_casts_to_fp32(name: str, tmp_path: Path, without_casts: None) -> None:
     for what, theirs, found in logits_of_both(*in_float64(name, SIZES[name][1], tmp_path)):
         assert difference(theirs, found) < bounds.TRANSFORMERS_WITHOUT_CASTS, what

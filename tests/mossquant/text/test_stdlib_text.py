@@ -79,6 +79,7 @@ def test_split_lists_enough_and_nothing_twice() -> None:
     assert all(module["shared_with_calibration"] <= LARGEST_SHARE for module in stored["heldout"]["modules"])
 
 
+@pytest.mark.slow
 def test_shares_hold_against_the_training_text(training: list[tuple[str, bytes]]) -> None:
     """Counted anew, by another method than the one that made the split."""
     stored = split_json()
