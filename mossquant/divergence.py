@@ -49,18 +49,18 @@ class Predictions:
 def nll(predicted: Predictions, targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """−log p of the tokens that came, targets [...], in nats [...]."""
     index = torch.from_numpy(np.ascontiguousarray(targets)).unsqueeze(-1)
-    found: NDArray[np.float64] = (-predicted.log_p.gather(-1, index)).squeeze(-1).numpy()
-    return found
+    losses: NDArray[np.float64] = (-predicted.log_p.gather(-1, index)).squeeze(-1).numpy()
+    return losses
 
 
 def kl(original: Predictions, candidate: Predictions) -> NDArray[np.float64]:
     """KL(original ‖ candidate) in nats [...]."""
     # Differences first: terms of nearly equal predictions are then small, and so is their rounding.
-    found: NDArray[np.float64] = (original.log_p - candidate.log_p).mul_(original.p).sum(-1).numpy()
-    return found
+    divergences: NDArray[np.float64] = (original.log_p - candidate.log_p).mul_(original.p).sum(-1).numpy()
+    return divergences
 
 
 def agreement(original: Predictions, candidate: Predictions) -> NDArray[np.bool_]:
     """Whether both find the same token most likely [...]."""
-    found: NDArray[np.bool_] = (original.top == candidate.top).numpy()
-    return found
+    same: NDArray[np.bool_] = (original.top == candidate.top).numpy()
+    return same

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from mossquant.checkpoint.checkpoint import write_checkpoint
+from mossquant.checkpoint.weights import Weights
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import MossNet, tensor_specs
 from mossquant.plan.plan import Plan
 
-__all__ = ["CONFIGS", "SMALL", "Planned", "difference", "random_model", "random_tokens", "write_model"]
+__all__ = ["CONFIGS", "SMALL", "Planned", "difference", "input_format", "random_model", "random_tokens", "write_model"]
 
 SMALL = MossNetConfig(
     vocab_size=53,
@@ -80,3 +81,14 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest absolute difference of two tensors of one shape; NaN where either has one."""
     assert one.shape == other.shape
     return float((one.detach().double() - other.detach().double()).abs().max())
+
+
+def input_format(weights: Weights, name: str) -> tuple[str, int] | None:
+    """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept.
+
+    The block is the weight's own, also where the activation format has none (another may be tried in its place).
+    """
+    number_format, site = weights.format(name), weights.specs[name].site
+    if number_format is None or site is None:
+        return None
+    return weights.activation(site), number_format.activation_block

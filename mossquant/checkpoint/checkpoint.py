@@ -52,13 +52,12 @@ class Checkpoint:
     _files: TensorFiles
 
     @classmethod
-    def open(cls, folder: Path, *, path: str | None = None, check_values: bool = True) -> "Checkpoint":
+    def open(cls, folder: Path, *, path: str | None = None) -> "Checkpoint":
         """Open a checkpoint and check every tensor against the config.
 
         Args:
             folder: the checkpoint folder.
             path: how the user named it, the folder if not given.
-            check_values: also read every value once, and refuse NaN and infinities.
 
         Raises:
             InputError: unreadable files; missing or unexpected tensors, wrong shapes or dtypes, NaN or infinite values:
@@ -74,7 +73,7 @@ class Checkpoint:
         dtypes = (FLOAT_DTYPES[torch_dtype], torch.float32)
         needed = {name: NeededTensor(spec.shape, dtypes) for name, spec in specs.items()}
         offenders = tensor_offenders(needed, files.shapes, files.dtypes)
-        if not offenders and check_values:
+        if not offenders:
             broken = [name for name in specs if not all_finite(files.tensor(name))]
             offenders = [f"{name} holds NaN or infinite values" for name in broken]
         if offenders:

@@ -93,14 +93,14 @@ def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> 
     return parse_stored(values, schema, where=str(path), noun=noun, advice=advice)
 
 
-def file_offenders(folder: Path, manifest: Manifest, *, check_hashes: bool) -> list[str]:
-    """What differs between a folder and its manifest; contents only with `check_hashes`."""
+def file_offenders(folder: Path, manifest: Manifest) -> list[str]:
+    """What differs between a folder and its manifest."""
     offenders = [f"manifest.json does not list {name}" for name in _REQUIRED if name not in manifest.files]
-    return offenders + record_offenders(folder, manifest.files, check_hashes=check_hashes)
+    return offenders + record_offenders(folder, manifest.files)
 
 
-def record_offenders(folder: Path, files: Mapping[str, FileRecord], *, check_hashes: bool = True) -> list[str]:
-    """Which of these files of a folder are missing, or of another size or hash; contents only with `check_hashes`.
+def record_offenders(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """Which of these files of a folder are missing, or of another size or hash.
 
     A tokenizer that is not listed is one too: it would be used, and other files that are not listed are not.
     """
@@ -112,6 +112,6 @@ def record_offenders(folder: Path, files: Mapping[str, FileRecord], *, check_has
             offenders.append(f"{name} is missing")
         elif path.stat().st_size != record.bytes:
             offenders.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.bytes}")
-        elif check_hashes and file_sha256(path) != record.sha256:
+        elif file_sha256(path) != record.sha256:
             offenders.append(f"{name} has another SHA-256 than the manifest says")
     return offenders

@@ -60,14 +60,12 @@ class QuantizedCheckpoint:
     _files: TensorFiles
 
     @classmethod
-    def open(cls, folder: Path, *, path: str | None = None, check_hashes: bool = True) -> "QuantizedCheckpoint":
+    def open(cls, folder: Path, *, path: str | None = None) -> "QuantizedCheckpoint":
         """Open a quantized checkpoint and check it.
 
         Args:
             folder: its folder.
             path: how the user named it, the folder if not given.
-            check_hashes: compare the SHA-256 of every file with the manifest, and look at every scale and kept value;
-                without it, only sizes, names, shapes and types are compared.
 
         Raises:
             InputError: a full-precision checkpoint, unreadable or changed files, tensors that do not fit config or
@@ -77,7 +75,7 @@ class QuantizedCheckpoint:
         if "quantization_config" not in values:
             raise InputError(f"{folder} is not quantized; quantize it first with `mossquant quantize`")
         manifest = read_manifest(folder)
-        offenders = file_offenders(folder, manifest, check_hashes=check_hashes)
+        offenders = file_offenders(folder, manifest)
         if offenders:
             raise InputError.listing(f"{folder} is damaged", offenders, _AGAIN)
         config = MossNetConfig.from_json(values, where=str(folder / "config.json"))
@@ -97,7 +95,7 @@ class QuantizedCheckpoint:
                 offenders.append("manifest.json has another recipe, size or type than ledger.json and config.json")
             if values["quantization_config"] != quantization_config(specs, plan):
                 offenders.append("quantization_config of config.json does not say what ledger.json says")
-        if not offenders and check_hashes:
+        if not offenders:
             offenders = [what for entry in plan.tensors for what in value_offenders(entry, files)]
         if offenders:
             raise InputError.listing(f"{folder} contradicts itself", offenders, _AGAIN)

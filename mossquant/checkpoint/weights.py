@@ -17,7 +17,7 @@ from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.config import MossNetConfig
 from mossquant.model.tensors import TensorSpec
 
-__all__ = ["Origin", "View", "Weights", "input_format", "value"]
+__all__ = ["Origin", "View", "Weights", "value"]
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,3 @@ def value(weights: Weights, name: str) -> Tensor:
     if weights.format(name) is None:
         return weights.kept(name).float()
     return weights.specs[name].from_matrix(weights.quantized(name).dequantize())
-
-
-def input_format(weights: Weights, name: str) -> tuple[str, int] | None:
-    """(activation format, block) of the input of a linear, by its weight's name; None where the weight is kept.
-
-    The block is the weight's own, also where the activation format has none (another may be tried in its place).
-    """
-    number_format, site = weights.format(name), weights.specs[name].site
-    if number_format is None or site is None:
-        return None
-    return weights.activation(site), number_format.activation_block

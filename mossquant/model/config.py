@@ -145,15 +145,6 @@ class MossNetConfig:
             )
         return cls(**known)
 
-    @classmethod
-    def read(cls, folder: Path) -> "MossNetConfig":
-        """Read `config.json` of a checkpoint folder."""
-        return cls.from_json(read_config_json(folder), where=str(folder / "config.json"))
-
-    def check(self) -> "MossNetConfig":
-        """Check a config made in code, by the rules of `from_json`; returns itself."""
-        return self.from_json(self.to_json(torch_dtype="float32"), where="config")
-
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """The JSON object in `folder/config.json`.

@@ -94,12 +94,6 @@ class Plan:
         return sum(entry.stored_bytes for entry in self.tensors)
 
     @property
-    def written_bytes(self) -> int | None:
-        """Payload bytes written, None before the run."""
-        written = [entry.written_bytes for entry in self.tensors]
-        return None if None in written else sum(count for count in written if count is not None)
-
-    @property
     def bits_per_weight(self) -> float:
         """8 · payload bytes / parameters."""
         return 8 * self.predicted_bytes / self.parameters

@@ -32,7 +32,6 @@ __all__ = [
     "stdlib_folder",
     "stdlib_paths",
     "training_text",
-    "training_text_sha256",
 ]
 
 SPLIT_VERSION = 1
@@ -57,7 +56,7 @@ class Split:
     """Which modules are kept away from training, as paths below the standard library's folder.
 
     `python` is the version that the split was made on, `training_sha256` the digest of its training text
-    (`training_text_sha256` of another 3.11.x differs, and so does what is trained on it).
+    (that of another 3.11.x differs, and so does what is trained on it).
     """
 
     python: str
@@ -134,11 +133,6 @@ def training_text() -> list[tuple[str, bytes]]:
     folder = stdlib_folder()
     withheld = load_split().withheld
     return list(read_modules(folder, (name for name in stdlib_paths(folder) if name not in withheld)))
-
-
-def training_text_sha256() -> str:
-    """sha256 of `join_modules(training_text())`, in hexadecimal."""
-    return digest_of_modules(data for _, data in training_text())
 
 
 def join_modules(texts: Iterable[bytes]) -> bytes:

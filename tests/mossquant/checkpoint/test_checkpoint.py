@@ -181,7 +181,6 @@ def test_all_tensors_with_nan_at_once(folder: Path) -> None:
     with pytest.raises(InputError) as error:
         Checkpoint.open(folder)
     assert f"; and {len(tensor_specs(SMALL)) - 8} more" in str(error.value)
-    assert Checkpoint.open(folder, check_values=False).config == SMALL
 
 
 def test_a_config_that_does_not_fit_the_tensors(folder: Path) -> None:

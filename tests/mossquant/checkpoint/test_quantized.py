@@ -14,12 +14,13 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from safetensors.torch import load_file, save_file
+from small import input_format
 
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.packing import is_module_weight, pack
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.checkpoint.weights import input_format, value
+from mossquant.checkpoint.weights import value
 from mossquant.errors import InputError
 from mossquant.eval.verify import verify
 from mossquant.formats.activations import int8_block
@@ -112,7 +113,7 @@ def test_api(
     assert (opened.config, opened.torch_dtype, opened.origin.recipe) == (tiny_config, "bfloat16", recipe)
     assert list(opened.specs) == list(parent.specs)
     assert opened.origin.parameters == parent.origin.parameters
-    assert opened.origin.payload_bytes == opened.plan.written_bytes
+    assert opened.origin.payload_bytes == sum(entry.written_bytes or 0 for entry in opened.plan.tensors)
     assert opened.origin.file_bytes == (folder / "model.safetensors").stat().st_size
     assert opened.manifest.parent.files == parent.origin.files
     assert opened.manifest.parent.bytes == parent.origin.payload_bytes
@@ -135,7 +136,6 @@ def test_api(
             assert torch.equal(opened.kept(name).float(), parent.kept(name).float())
             with pytest.raises(ValueError, match="is kept in"):
                 opened.quantized(name)
-    assert QuantizedCheckpoint.open(folder, check_hashes=False).plan == opened.plan
 
 
 def test_mixed_plan_is_what_the_rules_say(quantized_folders: dict[str, Path]) -> None:
@@ -333,7 +333,7 @@ def test_one_flipped_bit_of_any_file_is_seen(quantized_folders: dict[str, Path],
     with pytest.raises(
         InputError, match=rf"model.safetensors has {len(data) - 1} bytes, the manifest says {len(data)}"
     ):
-        QuantizedCheckpoint.open(truncated, check_hashes=False)
+        QuantizedCheckpoint.open(truncated)
 
 
 def test_full_precision_is_refused(checkpoint_folder: Path) -> None:

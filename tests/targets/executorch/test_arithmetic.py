@@ -11,10 +11,10 @@ from bounds import (
     EXECUTORCH_MEDIAN_STATE,
 )
 from lowered import Lowered, Workshop, relative
+from small import input_format
 from torch import Tensor
 
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.checkpoint.weights import input_format
 from mossquant.divergence import Predictions, kl
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.one_step import OneStep, one_step

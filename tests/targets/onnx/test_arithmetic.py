@@ -6,10 +6,10 @@ import pytest
 import torch
 from bounds import ONNX_CUT, ONNX_FP32, ONNX_INT8_MEDIAN
 from lowered import MODELS, Lowered, Workshop, relative
+from small import input_format
 from torch import Tensor
 
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.checkpoint.weights import input_format
 from mossquant.formats.activations import int8_block
 from mossquant.model.forward import Activation
 from mossquant.plan.inputs import activation_model
