@@ -72,9 +72,9 @@ class _Search:
 
     def better(self, tried: Tensor, scales: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Per group, the tried scale where its error is strictly smaller."""
-        found = self.error(tried)
-        smaller = found < error
-        return torch.where(smaller, tried, scales), torch.where(smaller, found, error)
+        tried_error = self.error(tried)
+        smaller = tried_error < error
+        return torch.where(smaller, tried, scales), torch.where(smaller, tried_error, error)
 
 
 NEAREST = Solver("nearest", (), lambda number_format, statistics: partial(nearest, number_format))

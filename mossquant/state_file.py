@@ -215,10 +215,10 @@ def _arrays(
     path: str | Path, opened: Any, shapes: Mapping[str, tuple[int, ...]], sha256: str
 ) -> dict[str, NDArray[np.float32]]:
     """The tensors of an opened file, which must be these; no value is read before all shapes fit."""
-    found = set(opened.keys())
-    offenders = [f"{name} is missing" for name in shapes if name not in found]
-    offenders += [f"{name[:80]} is unexpected" for name in sorted(found) if name not in shapes]
-    for name in shapes.keys() & found:
+    names = set(opened.keys())
+    offenders = [f"{name} is missing" for name in shapes if name not in names]
+    offenders += [f"{name[:80]} is unexpected" for name in sorted(names) if name not in shapes]
+    for name in shapes.keys() & names:
         view = opened.get_slice(name)
         stored, shape = view.get_dtype(), tuple(view.get_shape())
         if (stored, shape) != ("F32", shapes[name]):

@@ -5,7 +5,6 @@ The folder holds `config.json`, `model.safetensors` (or shards with an index), a
 and `training.json` (how it was made, with the hashes of the texts that it has seen).
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
+from mossquant.checkpoint.manifest import Sha256, read_stored
 from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, TensorWriter, all_finite, tensor_offenders
 from mossquant.checkpoint.weights import Origin, Weights, value
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.files.outputs import file_sha256, write_json
 from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
@@ -28,8 +28,17 @@ from mossquant.model.tensors import TensorSpec
 
 __all__ = ["Checkpoint", "load_model", "seen_text", "write_checkpoint"]
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKENIZER, _TRAINING = "tokenizer.json", "training.json"
+
+
+class _SeenText(BaseModel):
+    sha256: Sha256
+
+
+class _TrainingRecord(BaseModel):
+    """The part of `training.json` that is read."""
+
+    text: list[_SeenText]
 
 
 @dataclass(frozen=True)
@@ -134,21 +143,9 @@ def seen_text(folder: Path) -> tuple[str, ...]:
     path = folder / _TRAINING
     if not path.is_file():
         return ()
-    values = read_json(path, largest=LARGEST_SMALL, advice="copy the checkpoint folder again")
-    if isinstance(values, dict) and values.get("version", 1) != 1:
-        raise InputError(
-            f"{path}: version {values['version']!r} was written by a newer release; upgrade mossquant to read it"
-        )
-    try:
-        return tuple(_digest(text["sha256"]) for text in values["text"])
-    except (LookupError, TypeError, ValueError):
-        raise InputError(f"{path} does not say which texts were seen; copy the checkpoint folder again") from None
-
-
-def _digest(text: str) -> str:
-    if not _SHA256.fullmatch(text):
-        raise ValueError
-    return text
+    advice = "Copy the checkpoint folder again."
+    record = read_stored(path, _TrainingRecord, noun="a record that says which texts were seen", advice=advice)
+    return tuple(text.sha256 for text in record.text)
 
 
 def write_checkpoint(

@@ -80,13 +80,13 @@ def quantization_config(specs: Mapping[str, TensorSpec], plan: Plan) -> dict[str
     }
 
 
-def _weight_args(found: NumberFormat) -> dict[str, Any]:
+def _weight_args(number_format: NumberFormat) -> dict[str, Any]:
     return {
-        "num_bits": found.bits,
+        "num_bits": number_format.bits,
         "type": "int",
         "symmetric": True,
-        "strategy": "channel" if found.group_size is None else "group",
-        "group_size": found.group_size,
+        "strategy": "channel" if number_format.group_size is None else "group",
+        "group_size": number_format.group_size,
         "dynamic": False,
     }
 

@@ -96,7 +96,7 @@ class QuantizedCheckpoint:
             if values["quantization_config"] != quantization_config(specs, plan):
                 offenders.append("quantization_config of config.json does not say what ledger.json says")
         if not offenders:
-            offenders = [what for entry in plan.tensors for what in value_offenders(entry, files)]
+            offenders = [offender for entry in plan.tensors for offender in value_offenders(entry, files)]
         if offenders:
             raise InputError.listing(f"{folder} contradicts itself", offenders, _AGAIN)
         return cls(folder, config, torch_dtype, specs, plan, manifest, path or str(folder), files)

@@ -64,10 +64,10 @@ def check_space(output: Path, *, disk_bytes: int, memory_bytes: int) -> None:
 def _available_memory() -> int | None:
     """MemAvailable of Linux, which counts what the system can drop; None elsewhere. It knows no container's limit."""
     try:
-        found = _MEMINFO.read_text().partition("MemAvailable:")[2].split()
+        words = _MEMINFO.read_text().partition("MemAvailable:")[2].split()
     except OSError:
         return None
-    return int(found[0]) * 1024 if found else None
+    return int(words[0]) * 1024 if words else None
 
 
 def _mb(size: int) -> str:

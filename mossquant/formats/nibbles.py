@@ -20,8 +20,8 @@ def pack_nibbles(codes: NDArray[np.int8], *, first: Half = "low") -> NDArray[np.
         first: the half of the byte that holds the first of two codes.
     """
     unsigned = codes.view(np.uint8) + np.uint8(8)
-    one, other = unsigned[..., 0::2], unsigned[..., 1::2]
-    low, high = (one, other) if first == "low" else (other, one)
+    even, odd = unsigned[..., 0::2], unsigned[..., 1::2]
+    low, high = (even, odd) if first == "low" else (odd, even)
     return low | high << np.uint8(4)
 
 

@@ -217,13 +217,12 @@ def _dense(value: Any) -> bool:
 
 def _names(read: SourceConfig, tensors: _Tensors) -> dict[str, str]:
     """Our name → the source's; a tensor that we fill with zeros is left out."""
-    found = tensors.shapes
     names = {
         spec.name: spec.name for spec in tensor_specs(read.config) if read.conv_bias or spec.role != "ssm.conv_bias"
     }
     # Hugging Face reads the original's singular as well.
     either = ("backbone.embeddings.weight", "backbone.embedding.weight")
-    names[either[0]] = next((name for name in either if name in found), read.embeddings)
+    names[either[0]] = next((name for name in either if name in tensors.shapes), read.embeddings)
     return names
 
 
@@ -260,15 +259,15 @@ def _refuse(folder: Path, offenders: list[str]) -> None:
         raise InputError.listing(f"{folder} does not fit its config.json", offenders, "Copy or save the model again.")
 
 
-def _stored_type(folder: Path, asked: str | None, found: set[torch.dtype], notes: list[str]) -> torch.dtype:
+def _stored_type(folder: Path, asked: str | None, dtypes: set[torch.dtype], notes: list[str]) -> torch.dtype:
     """The type to store: the one asked for, the source's only one, or float32."""
     if asked is not None:
         return FLOAT_DTYPES[asked]
-    if torch.float64 in found:
+    if torch.float64 in dtypes:
         raise InputError(
             f"{folder} is stored in float64, which no checkpoint of ours is; pass --dtype float32 to round it"
         )
-    if len(found) > 1:
-        notes.append(f"stored as float32, since the source mixes {' and '.join(sorted(map(dtype_name, found)))}")
+    if len(dtypes) > 1:
+        notes.append(f"stored as float32, since the source mixes {' and '.join(sorted(map(dtype_name, dtypes)))}")
         return torch.float32
-    return next(iter(found))
+    return next(iter(dtypes))

@@ -180,10 +180,10 @@ class Forward:
         count: int,
     ) -> dict[int, Tensor]:
         """The inputs by expert, as the target sees them."""
-        found = {part.expert: part for part in parts}
+        by_expert = {part.expert: part for part in parts}
         rounded: dict[int, Tensor] = {}
         for run in _joined(ways):
-            chosen = [found[e] for e in run if e in found]
+            chosen = [by_expert[e] for e in run if e in by_expert]
             if len(run) == 1:
                 rounded |= {part.expert: activation(part.name, inputs[part.expert]) for part in chosen}
             elif chosen:

@@ -58,8 +58,8 @@ def activation_sites(config: MossNetConfig) -> list[SiteSpec]:
 
 def experts_of(config: MossNetConfig) -> list[Experts]:
     """The experts of every block that has some, block by block."""
-    found = [kind.experts(config, layer) for layer, kind in blocks_of(config)]
-    return [experts for experts in found if experts is not None]
+    of_blocks = [kind.experts(config, layer) for layer, kind in blocks_of(config)]
+    return [experts for experts in of_blocks if experts is not None]
 
 
 def parameter_count(config: MossNetConfig) -> int:

@@ -80,8 +80,8 @@ class Plan:
 
     def weight_format(self, tensor: str) -> NumberFormat | None:
         """The number format of a tensor; None where it is kept."""
-        found = self.by_name[tensor].format
-        return None if found is None else get_format(found)
+        name = self.by_name[tensor].format
+        return None if name is None else get_format(name)
 
     @property
     def predicted_bytes(self) -> int:

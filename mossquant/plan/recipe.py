@@ -57,14 +57,6 @@ Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
 
-def _known_format(name: str) -> str:
-    return get_format(name).name
-
-
-def _known_activation(name: str) -> str:
-    return get_activation_format(name).name
-
-
 def _known_state(name: str) -> str:
     if name not in STATE_FORMATS:
         raise InputError(f"unknown state format {name[:40]!r}; known formats: {', '.join(STATE_FORMATS)}")
@@ -107,7 +99,7 @@ class Rule(BaseModel):
 class WeightRule(Rule):
     """Tensors that get a number format, or are kept for a reason."""
 
-    format: Annotated[str, AfterValidator(_known_format)] | None = None
+    format: Annotated[str, AfterValidator(lambda name: get_format(name).name)] | None = None
     keep: Literal["fp32", "stored"] | None = None
     why: Why | None = None
     solver: SolverName | None = None
@@ -126,7 +118,7 @@ class WeightRule(Rule):
 class ActivationRule(Rule):
     """Inputs of linear layers that get an activation format."""
 
-    format: Annotated[str, AfterValidator(_known_activation)]
+    format: Annotated[str, AfterValidator(lambda name: get_activation_format(name).name)]
 
 
 class StateRule(Rule):
@@ -210,8 +202,8 @@ class Recipe:
         try:
             content = _Content.model_validate(value)
         except ValidationError as error:
-            found = sorted((_line(lines, each["loc"]), _complaint(each)) for each in error.errors(include_url=False))
-            listed = [f"line {line}: {complaint}" for line, complaint in found]
+            mistakes = sorted((_line(lines, item["loc"]), _complaint(item)) for item in error.errors(include_url=False))
+            listed = [f"line {line}: {complaint}" for line, complaint in mistakes]
             raise InputError.listing(f"{where} is not a valid recipe", listed, "Mend these lines.") from None
         return cls(
             content.name,
@@ -264,17 +256,16 @@ def _line(lines: Lines, loc: Sequence[str | int]) -> int:
     return 1
 
 
-def _complaint(each: Any) -> str:
-    *above, last = each["loc"] or ("",)
-    found = repr(each["input"])[:60]
-    if each["type"] == "extra_forbidden":
+def _complaint(item: Any) -> str:
+    *above, last = item["loc"] or ("",)
+    if item["type"] == "extra_forbidden":
         schema = _SCHEMAS[str(above[0])] if above else _Content
         close = get_close_matches(str(last), schema.model_fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(schema.model_fields)}"
         return f"unknown key {str(last)[:40]!r} ({hint})"
-    if each["type"] == "missing":
+    if item["type"] == "missing":
         return f"key {last!r} is missing"
-    if each["type"] == "value_error":
-        return str(each["ctx"]["error"])
-    message = each["msg"]
-    return f"{last}: {message[0].lower()}{message[1:]}, not {found}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    message = item["msg"]
+    return f"{last}: {message[0].lower()}{message[1:]}, not {repr(item['input'])[:60]}"

@@ -141,8 +141,8 @@ class Tokenizer:
         string = decode_utf8(data, "the text")
         # The library's fast form leaves out the offsets; it exists for lists only.
         with _library_errors("the tokenizer cannot encode this text"):
-            found = self._library.encode_batch_fast([string], add_special_tokens=False)[0].ids
-        return np.array(found, np.int64)
+            ids = self._library.encode_batch_fast([string], add_special_tokens=False)[0].ids
+        return np.array(ids, np.int64)
 
     def encode_with_lengths(self, text: str | bytes) -> tuple[Tokens, Tokens]:
         """(tokens [T], byte lengths [T]) of a text; the lengths add up to the text's length in UTF-8.
@@ -278,10 +278,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *, force:
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
-    found = library.get_vocab_size(with_added_tokens=True)
-    if found < vocab_size:
+    entries = library.get_vocab_size(with_added_tokens=True)
+    if entries < vocab_size:
         raise InputError(
-            f"the text has pairs to merge for a BPE of {found} entries, and {vocab_size} were asked for: "
+            f"the text has pairs to merge for a BPE of {entries} entries, and {vocab_size} were asked for: "
             f"give more text, or train on bytes (--tokenizer bytes)"
         )
     with new_file(path, force=force) as partial:

@@ -149,12 +149,9 @@ def _work_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except InputError:
-        if made:  # what others wrote there meanwhile is theirs
-            for path in [*folder.glob("tokenizer-*.json"), *folder.glob("tokens-*.safetensors")]:
-                path.unlink()
-        for each in made:
-            if not any(each.iterdir()):
-                each.rmdir()
+        for path in made:  # what others wrote there meanwhile is theirs
+            if not any(path.iterdir()):
+                path.rmdir()
         raise
 
 

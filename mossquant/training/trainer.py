@@ -254,9 +254,9 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(arrays[f"model.{name}"])
             prefix = f"optimizer.{name}."
-            found = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+            moments = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
             self.optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(self.device) for key, value in found.items()
+                key: value.clone() if key == "step" else value.to(self.device) for key, value in moments.items()
             }
         self.state = {name: arrays[f"state.{name}"].to(self.device) for name in self.state}
         self.losses = arrays["losses"].tolist()

@@ -99,12 +99,12 @@ def test_what_else_lies_in_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"version": 2, "text": []}', "newer release"),
-        ('{"version": 1}', "does not say which texts were seen"),
-        ('{"version": 1, "text": ["x"]}', "does not say which texts were seen"),
-        ("[]", "does not say which texts were seen"),
-        ('{"version": 1, "text": [{"sha256": null}]}', "does not say which texts were seen"),
-        ('{"version": 1, "text": [{"sha256": "none"}]}', "does not say which texts were seen"),
+        ('{"version": 2, "text": []}', "version 2 was written by"),
+        ('{"version": 1}', "is not a record that says which texts were seen"),
+        ('{"version": 1, "text": ["x"]}', "is not a record that says which texts were seen"),
+        ("[]", "is not a record that says which texts were seen"),
+        ('{"version": 1, "text": [{"sha256": null}]}', "is not a record that says which texts were seen"),
+        ('{"version": 1, "text": [{"sha256": "none"}]}', "is not a record that says which texts were seen"),
         ("{", r"training\.json is not JSON"),
     ],
 )

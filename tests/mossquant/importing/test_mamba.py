@@ -282,7 +282,7 @@ def test_damaged_pickles(original_source: Path, tmp_path: Path) -> None:
 def test_a_training_record_that_is_none_is_not_taken_along(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", random_model(SMALL))
     (source / "training.json").write_text('{"version": 1}')
-    with pytest.raises(InputError, match=r"training\.json does not say which texts were seen"):
+    with pytest.raises(InputError, match=r"training\.json is not a record that says which texts were seen"):
         import_mamba(source, tmp_path / "out", tokenizer=words(tmp_path / "t.json", 53))
     assert not (tmp_path / "out").exists()
 
