@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mossquant.text.stdlib_text import (  # noqa: E402
-    digest_of_modules,
     join_modules,
     read_modules,
     stdlib_folder,
@@ -224,7 +223,7 @@ def main() -> None:
         "training": {
             "modules": len(training),
             "bytes": sum(len(data) for data in training),
-            "sha256": digest_of_modules(training),
+            "sha256": hashlib.sha256(join_modules(training)).hexdigest(),
         },
         "heldout": write_text(folder, "heldout", heldout) | {"modules": heldout_entries},
         "calibration": write_text(folder, "calibration", calibration)

@@ -131,19 +131,16 @@ class MossNetConfig:
         dtype = values.get("torch_dtype", "float32")
         if dtype not in FLOAT_DTYPES:
             offenders.append(f"torch_dtype {_short(dtype)} is none of {', '.join(FLOAT_DTYPES)}")
-        known: dict[str, Any] = {}
-        for field in fields(cls):
-            if field.name in values:
-                value = values[field.name]
-                known[field.name] = tuple(value) if isinstance(value, list) else value
-            else:
-                offenders.append(f"{field.name} is missing")
-        offenders += _offenders(known)
+        names = [field.name for field in fields(cls)]
+        offenders += [f"{name} is missing" for name in names if name not in values]
+        shape = {name: values[name] for name in names if name in values}
+        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}
+        offenders += _offenders(shape)
         if offenders:
             raise InputError.listing(
                 f"{where} is not a valid MossNet config", offenders, "Mend the file or export it again."
             )
-        return cls(**known)
+        return cls(**shape)
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ also stands in the training text. A module is one file and its name is the path 
 with forward slashes.
 """
 
-import hashlib
 import json
 import sys
 import sysconfig
@@ -25,7 +24,6 @@ __all__ = [
     "NOT_SOURCE",
     "SEPARATOR",
     "Split",
-    "digest_of_modules",
     "join_modules",
     "load_split",
     "read_modules",
@@ -138,15 +136,6 @@ def training_text() -> list[tuple[str, bytes]]:
 def join_modules(texts: Iterable[bytes]) -> bytes:
     """The modules in the given order, each followed by `SEPARATOR`."""
     return b"".join(data + SEPARATOR for data in texts)
-
-
-def digest_of_modules(texts: Iterable[bytes]) -> str:
-    """sha256 of `join_modules(texts)`, without joining them."""
-    digest = hashlib.sha256()
-    for data in texts:
-        digest.update(data)
-        digest.update(SEPARATOR)
-    return digest.hexdigest()
 
 
 def _is_utf8(data: bytes) -> bool:

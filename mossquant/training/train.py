@@ -20,7 +20,7 @@ from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, check_outside, new_file, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.config import MossNetConfig, preset
-from mossquant.text.stdlib_text import training_text
+from mossquant.text.stdlib_text import join_modules, training_text
 from mossquant.text.text import LARGEST_TRAINING_TEXT, Text, Tokenizer, read_text, train_tokenizer
 from mossquant.text.tokenizer import Tokens
 from mossquant.training.trainer import Schedule, Trainer, TrainingStep
@@ -163,7 +163,7 @@ def _documents(text: Sequence[str | Path], *, as_bytes: bool) -> tuple[list[byte
         if item == STDLIB:
             modules = [data for _, data in training_text()]
             documents += modules
-            texts.append(Text.of(STDLIB, b"".join(data + b"\n" for data in modules)))
+            texts.append(Text.of(STDLIB, join_modules(modules)))
         else:
             read = read_text(Path(item), as_bytes=as_bytes, largest=LARGEST_TRAINING_TEXT)
             documents.append(read.data)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mossquant.errors import InputError
-from mossquant.files import outputs
 from mossquant.files.outputs import check_free, check_outside, file_sha256, json_bytes, new_file, new_folder, write_json
 
 CONFIG = {"version": 1, "model_type": "mossnet"}
@@ -190,26 +189,26 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 KILLED = """
 import sys, time
 from pathlib import Path
-from mossquant.files.outputs import {kind}
-with {kind}(Path(sys.argv[1]), force=True) as partial:
-    ({file}).write_text("half")
+from mossquant.files.outputs import new_file
+with new_file(Path(sys.argv[1]), force=True) as partial:
+    partial.write_text("half")
     print("ready", flush=True)
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("kind", "name"), [("new_folder", "odd [name] *"), ("new_file", "out")])
-def test_a_killed_process_leaves_nothing_that_the_next_run_does_not_clear(tmp_path: Path, kind: str, name: str) -> None:
-    program = KILLED.format(kind=kind, file="partial" if kind == "new_file" else "partial / 'a'")
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / name)], stdout=subprocess.PIPE) as process:
+def test_a_killed_process_leaves_nothing_that_the_next_run_does_not_clear(tmp_path: Path) -> None:
+    """Of a file; what is left of a folder is in tests/test_killed.py."""
+    path = tmp_path / "odd [name] *"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGKILL)
-    assert not (tmp_path / name).exists()
+    assert not path.exists()
     assert len(names(tmp_path)) == 1, "the partial output lies beside"
-    with getattr(outputs, kind)(tmp_path / name) as partial:
-        (partial if kind == "new_file" else partial / "a").write_text("whole")
-    assert names(tmp_path) == [name]
+    with new_file(path) as partial:
+        partial.write_text("whole")
+    assert names(tmp_path) == [path.name]
 
 
 def test_only_what_killed_runs_left_is_removed(tmp_path: Path) -> None:

@@ -136,11 +136,10 @@ def test_prompt_and_steps_equal_the_scalar_loop(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_forms_agree(kind: str, batch: int) -> None:
+def test_the_forms_agree(kind: str) -> None:
     model = random_model(CONFIGS[kind])
     for length in LENGTHS if kind == "experts" else (33,):
-        tokens = random_tokens(model.config, batch, length)
+        tokens = random_tokens(model.config, 3, length)
         expected, after = run(model, tokens, "sequential")
         for form in ("chunked", "kernel", "step"):
             logits, state = run(model, tokens, form)
