@@ -74,7 +74,9 @@ def parse_yaml(text: str, *, where: str) -> tuple[Value, Lines]:
         at = f", line {mark.line + 1}" if mark else ""
         problem = " ".join((error.problem or error.context or "not YAML").split())
         raise InputError(f"{where}{at}: {problem}; mend the file") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two for "\U00110000", or a long version
+    except (ValueError, OverflowError):  # of the library: "\U00110000", a version of thousands of digits
+        raise InputError(f"{where} is not YAML (a character or number in it is out of range); mend the file") from None
+    except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML ({' '.join(str(error).split())[:120]}); mend the file") from None
 
 
