@@ -10,12 +10,12 @@ from mossquant.checkpoint.packing import stored_names, unpack
 from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, all_finite, tensor_offenders
 from mossquant.files.space import row_blocks
 from mossquant.formats import FORMATS, get_format
-from mossquant.formats.activations import ACTIVATION_FORMATS
+from mossquant.formats.activations import ACTIVATION_FORMATS, STATE_FORMATS
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs
 from mossquant.model.tensors import SiteSpec, TensorSpec
-from mossquant.plan.plan import Plan, SiteEntry, StateEntry, TensorEntry, activation_blocks
+from mossquant.plan.plan import Plan, SiteEntry, TensorEntry, activation_blocks
 
 __all__ = ["code_offenders", "plan_offenders", "structure_offenders", "value_offenders"]
 
@@ -37,9 +37,11 @@ def plan_offenders(config: MossNetConfig, specs: Mapping[str, TensorSpec], plan:
         for site, entry in zip(sites, plan.activations, strict=True)
         if not offenders and not _site_fits(site, entry, plan)
     ]
-    states = [StateEntry(spec.name, spec.role, spec.shape, "fp32") for spec in state_specs(config)]
-    if list(plan.state) != states:
+    states = [(spec.name, spec.role, spec.shape) for spec in state_specs(config)]
+    if [(entry.name, entry.role, entry.shape) for entry in plan.state] != states:
         offenders.append("ledger.json lists other state arrays than config.json asks for")
+    if any(entry.format not in STATE_FORMATS for entry in plan.state):
+        offenders.append("ledger.json has unknown state formats")
     if not parameter_count(config) <= plan.parameters < 1 << 63:
         offenders.append(f"ledger.json says {plan.parameters} parameters, the model has {parameter_count(config)}")
     return offenders

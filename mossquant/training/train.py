@@ -122,16 +122,9 @@ def train(
         "tokenizer_sha256": encoder.sha256,
         "text": [{"name": item.name, "bytes": len(item.data), "sha256": item.sha256} for item in texts],
     }
-    stored = FLOAT_DTYPES[dtype]
-    model = trainer.model.cpu()
+    stored, model = FLOAT_DTYPES[dtype], trainer.model.cpu()
     with new_folder(output, force=force) as partial:
-        write_checkpoint(
-            partial,
-            config,
-            model.parameter_of,
-            dtype=stored,
-            training=record,
-        )
+        write_checkpoint(partial, config, model.parameter_of, dtype=stored, training=record)
         if words is not None:
             (partial / "tokenizer.json").write_bytes(words.read_bytes())
     return Trained(output, seen, loss)
