@@ -37,7 +37,7 @@ from mossquant.targets.executorch.matrices import XnnpackMatrices
 from mossquant.targets.executorch.packages import load_method, load_program, set_threads
 from mossquant.targets.executorch.scan import loop
 from mossquant.targets.program import Model
-from mossquant.targets.source import QuantizedSource
+from mossquant.targets.taken import Taken
 from mossquant.targets.torch.runner import TorchRunner
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -102,14 +102,14 @@ def torch_parts(path: Path, steps: int = 64) -> list[tuple[str, float]]:
     return sorted(((name, 1e6 * value / steps) for name, value in spent.items()), key=lambda row: -row[1])
 
 
-class _Mixer(nn.Module):
-    def __init__(self, mixer: nn.Module) -> None:
+class _Block(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.block = block
 
-    def forward(self, u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = self.mixer(u, conv, ssm, loop)
-        return found
+    def forward(self, u: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        out, after = self.block(u, list(states), loop)
+        return (out, *after)
 
 
 class _Scan(nn.Module):
@@ -122,10 +122,10 @@ def pte_parts(path: Path, repeats: int) -> list[tuple[str, float]]:
     source = QuantizedCheckpoint.open(path)
     config = source.config
     D, E, N, W = config.hidden_size, config.d_inner, config.state_size, config.conv_kernel
-    tensors = QuantizedSource(source, get_capabilities("executorch"))
+    tensors = Taken(source, get_capabilities("executorch"))
     model = Model(config, list(source.specs.values()), XnnpackMatrices(tensors)).eval()
     u, wide, states = torch.randn(PIECE, D), torch.randn(PIECE, E), torch.randn(PIECE, N)
-    mixer = (_Mixer(model.mixers[0]), (u, torch.zeros(1, E, W - 1), torch.zeros(1, E, N)))
+    mixer = (_Block(model.mixers["0"]), (u, torch.zeros(1, E, W - 1), torch.zeros(1, E, N)))
     scan = (_Scan(), (wide, wide.abs() * 0.01, -torch.rand(E, N), states, states, torch.zeros(E, N)))
     layers = config.num_hidden_layers
     parts: dict[str, tuple[nn.Module, tuple[Tensor, ...], int]] = {
@@ -135,7 +135,7 @@ def pte_parts(path: Path, repeats: int) -> list[tuple[str, float]]:
         "head, for the last position": (model.head, (u[:1],), 1),
     }
     if len(model.mlps):
-        parts["MLP"] = (model.mlps["0"], (u,), len(model.mlps))
+        parts["MLP"] = (_Block(model.mlps["0"]), (u,), len(model.mlps))
     set_threads(1)
     found = []
     with tempfile.TemporaryDirectory() as place:

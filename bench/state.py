@@ -25,7 +25,7 @@ from mossquant.eval.scores import advance
 from mossquant.runner import Runner, Tokens
 from mossquant.state_file import SavedState, load_state, save_state
 from mossquant.targets.export import export
-from mossquant.targets.registry import exporters
+from mossquant.targets.target import program_targets
 from mossquant.text.text import Tokenizer, bundled_text
 
 Found = TypeVar("Found")
@@ -77,15 +77,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         quantize("tiny", folder / "torch", recipe="int4")
-        for target in exporters():
+        for target in program_targets():
             export(folder / "torch", folder / target, target=target)
-        timed = [Timed(folder / name, folder / f"{name}.state") for name in ("torch", *exporters())]
+        timed = [Timed(folder / name, folder / f"{name}.state") for name in ("torch", *program_targets())]
         ids = timed[0].tokenizer.encode(bundled_text("heldout").data)[None, : asked.tokens]
         for _ in range(asked.rounds + 1):
-            for each in timed:
-                each.round(ids)
+            for runtime in timed:
+                runtime.round(ids)
         print(f"| ms, median (range) | prefill of {asked.tokens:,} tokens | save | restore | | bytes of the file |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |", *(each.row() for each in timed), sep="\n")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |", *(runtime.row() for runtime in timed), sep="\n")
     print("\n" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine().items()))
 
 
