@@ -121,7 +121,7 @@ def started(
             for number, descriptor in enumerate((stdin, stdout, stderr)):
                 os.dup2(os.open(os.devnull, os.O_RDWR) if descriptor < 0 else descriptor, number)
             # What an interpreter opens when it starts; they are closed with the process.
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
             sys.argv = ["mossquant", *map(str, words)]
             signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
