@@ -21,7 +21,7 @@ from mossquant.checkpoint.checkpoint import write_checkpoint
 from mossquant.model.config import PRESETS, MossNetConfig
 from mossquant.model.mossnet import MossNet
 from mossquant.targets.export import export
-from mossquant.targets.onnx import OnnxRunner
+from mossquant.targets.onnx.runner import OnnxRunner
 
 MODELS = {
     "tiny": PRESETS["tiny"],

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from mossquant.checkpoint.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256, write_json
+from mossquant.targets.metadata import ProgramMetadata
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = [
@@ -24,8 +25,7 @@ __all__ = [
     "Port",
     "ProgramRecord",
     "Runtime",
-    "check_listed",
-    "check_tokenizer",
+    "check_beside",
     "read_artifact_manifest",
     "write_artifact_manifest",
 ]
@@ -139,26 +139,32 @@ def read_artifact_manifest(path: Path) -> ArtifactManifest:
     return read_stored(path, ArtifactManifest, noun="the manifest of an artifact", advice=_AGAIN)
 
 
-def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str, Any]) -> None:
-    """Compare the files of a program with the manifest beside it, if there is one.
+def check_beside(program: Path, files: Mapping[str, str], metadata: ProgramMetadata) -> None:
+    """Compare a program with the manifest and the tokenizer beside it, where there are any.
 
     Args:
         program: the program file.
-        files: name → SHA-256, of files in the same folder.
-        model: what the program says about itself.
+        files: name → SHA-256 of its files, which lie in the same folder.
+        metadata: what the program says about itself.
 
     Raises:
         InputError: the manifest is none, does not list these files with these hashes, or says something else about the
-            program.
+            program; the tokenizer is another one, or too large for one, or the program has none.
     """
+    if program.with_name(MANIFEST).is_file():
+        _check_listed(program, files, metadata.model_dump())
+    if program.with_name(TOKENIZER).is_file():
+        _check_tokenizer(program, metadata.tokenizer_sha256)
+
+
+def _check_listed(program: Path, files: Mapping[str, str], model: Mapping[str, Any]) -> None:
     path = program.with_name(MANIFEST)
-    if not path.is_file():
-        return
     manifest = read_artifact_manifest(path)
-    listed = manifest.files
-    changed = [f"{name} is not listed there" for name in files if name not in listed]
+    changed = [f"{name} is not listed there" for name in files if name not in manifest.files]
     changed += [
-        f"{name} has another SHA-256" for name in files if name in listed and listed[name].sha256 != files[name]
+        f"{name} has another SHA-256"
+        for name, sha256 in files.items()
+        if name in manifest.files and manifest.files[name].sha256 != sha256
     ]
     if changed:
         raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)
@@ -168,19 +174,8 @@ def check_listed(program: Path, files: Mapping[str, str], *, model: Mapping[str,
         raise InputError(f"{path} says something else about {program.name} than the program itself. {_AGAIN}")
 
 
-def check_tokenizer(program: Path, expected: str | None) -> None:
-    """Compare the tokenizer beside a program, if there is one, with what the program says.
-
-    Args:
-        program: the program file.
-        expected: SHA-256 of the tokenizer that belongs to it, None where it has none.
-
-    Raises:
-        InputError: it is another one, or too large for one, or the program has none.
-    """
+def _check_tokenizer(program: Path, expected: str | None) -> None:
     tokenizer = program.with_name(TOKENIZER)
-    if not tokenizer.is_file():
-        return
     if expected is None:
         raise InputError(
             f"{tokenizer} does not belong to {program.name}, whose model has no tokenizer; take it away, "

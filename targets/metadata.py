@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every program of ours says about itself, whatever its target; each target adds what only it has."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,8 +13,9 @@ from mossquant.errors import InputError
 from mossquant.files.json import parse_json
 from mossquant.files.outputs import file_sha256
 from mossquant.release import release
+from mossquant.runner import RunnerInfo
 
-__all__ = ["Count", "ProgramMetadata", "activations_of", "common_metadata", "parsed"]
+__all__ = ["Count", "ProgramMetadata", "activations_of", "common_metadata", "parsed", "runner_info"]
 
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]
 
@@ -66,6 +68,37 @@ def common_metadata(weights: Weights) -> dict[str, Any]:
         "tokenizer_sha256": None if origin.tokenizer is None else file_sha256(origin.tokenizer),
         "seen_text": list(origin.seen_text),
     }
+
+
+def runner_info(
+    metadata: ProgramMetadata,
+    *,
+    path: str,
+    kind: str,
+    activations: str,
+    weight_bytes: int,
+    file_bytes: int,
+    files: Mapping[str, str],
+    max_batch: int | None = None,
+) -> RunnerInfo:
+    """What a Runner of a program says about it; the other arguments are fields of `RunnerInfo`."""
+    return RunnerInfo(
+        path=path,
+        kind=kind,
+        vocab_size=metadata.config["vocab_size"],
+        activations=activations,
+        state_format=metadata.state_format,
+        weights=metadata.weights,
+        weight_bytes=weight_bytes,
+        file_bytes=file_bytes,
+        parameters=metadata.parameters,
+        config=metadata.config,
+        source_files=metadata.source_files,
+        max_batch=max_batch,
+        files=files,
+        seen_text=tuple(metadata.seen_text),
+        tokenizer_sha256=metadata.tokenizer_sha256,
+    )
 
 
 def activations_of(weights: Weights) -> str:

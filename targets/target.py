@@ -5,10 +5,11 @@ Each is `TARGET` of `target.py` in the folder of its name, and is imported where
 needs no onnxruntime. Which there are stands in `mossquant.plan.capabilities`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 from mossquant.checkpoint.locate import Located
@@ -26,6 +27,7 @@ from mossquant.targets.weights_report import WeightsReport
 __all__ = [
     "Exported",
     "Prepared",
+    "ProgramTarget",
     "Target",
     "active_share",
     "get_target",
@@ -100,6 +102,47 @@ class Target(Protocol):
         ...
 
 
+class ProgramTarget:
+    """A target that lowers to a program. Its folder has a module for each of these, which is imported when asked for.
+
+        export.prepare    runner.open_runner    open.open_to_run    info.info    read_back.read_back
+
+    Args:
+        name: of its folder, and in the capabilities.
+        runtime: the package that runs its programs.
+        computes_all: kinds of block ("ssm", "mlp") of which it computes every expert at every token.
+    """
+
+    def __init__(self, name: str, *, runtime: str, computes_all: Collection[str]) -> None:
+        self.name, self.runtime, self._computes_all = name, runtime, computes_all
+
+    def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+        prepared: Prepared = self._module("export").prepare(weights, activations=activations, progress=progress)
+        return prepared
+
+    def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:
+        assert isinstance(source, Located), "weights are run by PyTorch"
+        runner: Runner = self._module("runner").open_runner(source, threads=threads)
+        return runner
+
+    def warm(self, located: Located) -> None:
+        self._module("open").open_to_run(located.path)
+
+    def info(self, located: Located) -> InfoReport:
+        report: InfoReport = self._module("info").info(located)
+        return report
+
+    def read_back(self, weights: Weights, located: Located) -> WeightsReport:
+        report: WeightsReport = self._module("read_back").read_back(weights, located)
+        return report
+
+    def active_share(self, config: MossNetConfig) -> float:
+        return active_share(config, computes_all=self._computes_all)
+
+    def _module(self, name: str) -> ModuleType:
+        return import_module(f"mossquant.targets.{self.name}.{name}")
+
+
 def get_target(name: str) -> Target:
     """The target of a name in the capabilities."""
     target: Target = import_module(f"mossquant.targets.{name}.target").TARGET
@@ -121,17 +164,17 @@ def runtimes() -> tuple[str, ...]:
     return tuple(get_target(name).runtime for name in CAPABILITIES)
 
 
-def active_share(config: MossNetConfig, *, computes_all: Mapping[str, bool] | None = None) -> float:
+def active_share(config: MossNetConfig, *, computes_all: Collection[str] = ()) -> float:
     """Share of the parameters that one token uses: of a layer's experts the chosen ones, of an untied table one row.
 
     Args:
         config: the model's shape.
-        computes_all: kind of block ("ssm", "mlp") → whether a target computes all of its experts at every token.
+        computes_all: kinds of block ("ssm", "mlp") of which a target computes every expert at every token.
     """
     shares = {
         name: experts.chosen / experts.count
         for experts in experts_of(config)
-        if not (computes_all or {}).get(experts.kind, False)
+        if experts.kind not in computes_all
         for member in experts.members
         for name in member
     }

@@ -189,7 +189,7 @@ def _serve(function: str) -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         with suppress(ImportError, InputError):  # said where it is called
-            _found(function)
+            _resolved(function)
         answers.write("ready\n")
         answers.flush()
         for line in sys.stdin:
@@ -199,7 +199,7 @@ def _serve(function: str) -> None:
 
 def _answer(request: Mapping[str, Any]) -> dict[str, str]:
     try:
-        function = _found(request["function"])
+        function = _resolved(request["function"])
         with _limited(request["seconds"], request["bytes"]):
             function(Path(request["path"]), **request["arguments"])
     except InputError as error:
@@ -209,10 +209,10 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
-def _found(function: str) -> Callable[..., None]:
+def _resolved(function: str) -> Callable[..., None]:
     module, _, name = function.partition(":")
-    found: Callable[..., None] = getattr(import_module(module), name)
-    return found
+    resolved: Callable[..., None] = getattr(import_module(module), name)
+    return resolved
 
 
 @contextmanager

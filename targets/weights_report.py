@@ -70,22 +70,22 @@ class WeightsReport:
         }
 
 
-def first_difference(found: NDArray[Any], expected: NDArray[Any], what: str) -> str | None:
+def first_difference(stored: NDArray[Any], expected: NDArray[Any], what: str) -> str | None:
     """The first place where two arrays differ, in words; matrices are taken in blocks of rows, floats bit for bit."""
-    if found.shape != expected.shape:
-        return f"has {list(found.shape)} {what}s, the checkpoint has {list(expected.shape)}"
+    if stored.shape != expected.shape:
+        return f"has {list(stored.shape)} {what}s, the checkpoint has {list(expected.shape)}"
     place: tuple[int, ...] | None = None
     count = 0
-    for rows in row_blocks(*found.shape) if found.ndim == 2 else [slice(0, None)]:
-        one, other = found[rows], expected[rows]
-        if one.dtype == np.float32:
-            one = np.ascontiguousarray(one).view(np.uint32)
-            other = np.ascontiguousarray(other, np.float32).view(np.uint32)
-        places = np.argwhere(one != other)
+    for rows in row_blocks(*stored.shape) if stored.ndim == 2 else [slice(0, None)]:
+        block, wanted = stored[rows], expected[rows]
+        if block.dtype == np.float32:
+            block = np.ascontiguousarray(block).view(np.uint32)
+            wanted = np.ascontiguousarray(wanted, np.float32).view(np.uint32)
+        places = np.argwhere(block != wanted)
         if place is None and len(places) > 0:
             place = (rows.start + int(places[0][0]), *(int(index) for index in places[0][1:]))
         count += len(places)
     if place is None:
         return None
-    was, wanted = float(found[place]), float(expected[place])
-    return f"{what} {list(place)} is {was:g}, the checkpoint has {wanted:g} ({count} differ)"
+    was, original = float(stored[place]), float(expected[place])
+    return f"{what} {list(place)} is {was:g}, the checkpoint has {original:g} ({count} differ)"

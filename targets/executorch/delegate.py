@@ -46,12 +46,6 @@ class Linear:
     stored_scales: NDArray[Any]
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of weight and scales that the file must hold."""
-        rows, columns = self.shape
-        return rows * columns * (self.bits or 32) // 8 + self.stored_scales.nbytes
-
-    @property
     def kind(self) -> tuple[object, ...]:
         """What it has in common with linears that may stand in its place."""
         dtype = np.dtype(np.float32 if self.bits is None else np.int8)
@@ -60,18 +54,17 @@ class Linear:
     @property
     def scales(self) -> NDArray[np.float32]:
         """fp32 [N, groups]; empty where the weight is fp32."""
-        found = self.stored_scales
-        if found.dtype == np.uint16:
-            found = (found.astype(np.uint32) << 16).view(np.float32)
-        return found.reshape(self.shape[0], -1 if found.size else 0)
+        scales = self.stored_scales
+        if scales.dtype == np.uint16:
+            scales = (scales.astype(np.uint32) << 16).view(np.float32)
+        return scales.reshape(self.shape[0], -1 if scales.size else 0)
 
     @property
     def codes(self) -> NDArray[Any]:
         """int8 [N, K], or fp32 values [N, K]."""
         rows, columns = self.shape
         if self.bits == 4:
-            packed = array(self.stored, 0, "u1", np.array([rows, columns // 2]))
-            return unpack_nibbles(packed)
+            return unpack_nibbles(array(self.stored, 0, "u1", np.array([rows, columns // 2])))
         return array(self.stored, 0, "<f4" if self.bits is None else "i1", np.array(self.shape))
 
 
@@ -121,33 +114,25 @@ def read_delegate(payload: memoryview, named: Mapping[str, memoryview]) -> Deleg
 
 def _weights(entry: Table, named: Mapping[str, memoryview]) -> memoryview:
     key = entry.string(2)
-    if not key:
-        return memoryview(b"")
-    if key not in named:
+    if key and key not in named:
         raise DamagedError("weights of a delegate are missing")
-    return named[key][: entry.number(1, "<u8")]
+    return named[key][: entry.number(1, "<u8")] if key else memoryview(b"")
 
 
 def _value(value: Table) -> tuple[Table, tuple[int, Table | None]]:
     """(tensor value, (kind of quantization, its parameters)) of an XValue."""
     kind, table = value.union(1)
-    if table is None:
+    tensor = table.table(0) if table is not None and kind == _QUANTIZED_VALUE else table
+    if table is None or tensor is None:
         raise DamagedError("a value of a delegate is empty")
-    if kind != _QUANTIZED_VALUE:
-        return table, (0, None)
-    tensor = table.table(0)
-    if tensor is None:
-        raise DamagedError("a value of a delegate is empty")
-    return tensor, table.union(2)
+    return tensor, table.union(2) if kind == _QUANTIZED_VALUE else (0, None)
 
 
 def _linear(value: Table, params: tuple[int, Table | None], data: list[memoryview], *, rounds_input: bool) -> Linear:
     dims, kind, index = value.numbers(2), value.number(0, "<i2"), value.number(3)
-    if len(dims) != 2 or not 0 < index < len(data):
+    if len(dims) != 2 or 0 in dims or not 0 < index < len(data):
         raise DamagedError("a linear has no constant matrix")
     rows, columns = map(int, dims)
-    if rows == 0 or columns == 0:
-        raise DamagedError("a linear has no weights")
     stored, (how, table) = data[index], params
     bits = {_FP32: None, _QCINT8: 8, _QBINT4: 4}.get(kind, 0)
     if bits != 0 and len(stored) * 8 < rows * columns * (bits or 32):
@@ -175,19 +160,17 @@ def _scales(table: Table, slot: int, data: list[memoryview], kind: str) -> NDArr
     return array(data[index], 0, kind, np.array([count]))
 
 
-def sizes(found: NDArray[Any]) -> tuple[int, ...]:
+def sizes(dims: NDArray[Any]) -> tuple[int, ...]:
     """The sizes of an array. Raises `DamagedError`: too many of them, or negative ones."""
-    if len(found) > _MOST_SIZES or (found < 0).any():
+    if len(dims) > _MOST_SIZES or (dims < 0).any():
         raise DamagedError("an array has sizes that mossquant does not write")
-    return tuple(int(size) for size in found)
+    return tuple(int(size) for size in dims)
 
 
-def array(data: memoryview, offset: int, kind: str, given: NDArray[Any]) -> NDArray[Any]:
-    """An array of a numpy type in a part of the file. Raises `DamagedError`: it ends behind it."""
-    shape = sizes(given)
+def array(data: memoryview, offset: int, kind: str, dims: NDArray[Any]) -> NDArray[Any]:
+    """An array of a numpy type in a part of the file. Raises `ValueError`: it is empty, or ends behind it."""
+    shape = sizes(dims)
     count = math.prod(shape)
-    if count == 0:
-        raise DamagedError("a constant has no values")
-    if offset + count * np.dtype(kind).itemsize > len(data):
-        raise DamagedError("a constant is cut short")
+    if not 0 < count <= len(data):  # numpy's own check would overflow
+        raise DamagedError("a constant is empty or cut short")
     return np.frombuffer(data, kind, count, offset).reshape(shape)

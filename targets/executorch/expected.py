@@ -64,13 +64,13 @@ class Expected:
     def kind(self) -> tuple[object, ...]:
         return (self.bits, self.group, self.rounds_input, self.codes.dtype, self.codes.shape)
 
-    def holds(self, other: Held) -> bool:
-        """Whether the other one is the same, bit for bit or up to the tolerance."""
-        if self.kind != other.kind:
+    def holds(self, array: Held) -> bool:
+        """Whether an array is the same, bit for bit or up to the tolerance."""
+        if self.kind != array.kind:
             return False
         if self.tolerance:
-            return bool(np.allclose(other.codes, self.codes, self.tolerance, 0))
-        return self.codes.tobytes() == other.codes.tobytes() and self.scales.tobytes() == other.scales.tobytes()
+            return bool(np.allclose(array.codes, self.codes, self.tolerance, 0))
+        return self.codes.tobytes() == array.codes.tobytes() and self.scales.tobytes() == array.scales.tobytes()
 
 
 def expected_linears(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
@@ -139,37 +139,35 @@ def _runs(weights: Weights, names: Sequence[str], *, apart: bool) -> list[list[s
     """Experts of one format; weights with one scale a row cannot lie side by side."""
 
     def storage(item: tuple[int, str]) -> tuple[str, int]:
-        found = weights.format(item[1])
-        if found is None:
+        number_format = weights.format(item[1])
+        if number_format is None:
             return "kept", -1
-        return found.name, item[0] if apart and found.group_size is None else -1
+        return number_format.name, item[0] if apart and number_format.group_size is None else -1
 
     return [[name for _, name in run] for _, run in groupby(enumerate(names), key=storage)]
 
 
 def _matrix(weights: Weights, names: Sequence[str], axis: int) -> Expected:
-    found = weights.format(names[0])
-    if found is None:
+    number_format = weights.format(names[0])
+    if number_format is None:
         parts = [weights.specs[name].to_matrix(weights.kept(name)).float() for name in names]
         return Expected(_title(names), torch.cat(parts, axis).numpy())
     tensors = [weights.quantized(name) for name in names]
-    columns = tensors[0].columns if found.group_size is None else None
+    columns = tensors[0].columns if number_format.group_size is None else None
     codes = torch.cat([tensor.codes[:, :columns] for tensor in tensors], axis).numpy()
     scales = torch.cat([tensor.scales.float() for tensor in tensors], axis).numpy()
-    return Expected(_title(names), codes, scales, found.bits, found.group_size or 0, rounds_input=True)
+    bits, group = number_format.bits, number_format.group_size or 0
+    return Expected(_title(names), codes, scales, bits, group, rounds_input=True)
 
 
 def _table(weights: Weights, name: str) -> Iterator[Expected]:
-    found = weights.format(name)
-    if found is None:
+    number_format = weights.format(name)
+    if number_format is None:
         yield Expected(name, weights.kept(name).float().numpy())
         return
     table = weights.quantized(name)
-    codes = table.codes.numpy() if found.group_size is not None else table.codes[:, : table.columns].numpy()
-    if found.bits == 4:
-        yield Expected(name, pack_nibbles(codes, first="high"))
-    else:
-        yield Expected(name, codes)
+    codes = table.codes.numpy() if number_format.group_size is not None else table.codes[:, : table.columns].numpy()
+    yield Expected(name, pack_nibbles(codes, first="high") if number_format.bits == 4 else codes)
     yield Expected(f"{name}, scales", table.scales.float().numpy())
 
 
@@ -178,8 +176,8 @@ def _plain(weights: Weights, spec: TensorSpec) -> Expected:
 
 
 def _value(weights: Weights, name: str) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = value(weights, name).contiguous().numpy()
-    return found
+    array: NDArray[np.float32] = value(weights, name).contiguous().numpy()
+    return array
 
 
 def _title(names: Sequence[str]) -> str:

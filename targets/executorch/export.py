@@ -12,7 +12,8 @@ from mossquant.plan.capabilities import Activations, check_blocks, get_capabilit
 from mossquant.progress import Progress
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
-from mossquant.targets.executorch.metadata import Metadata, open_to_run
+from mossquant.targets.executorch.metadata import Metadata
+from mossquant.targets.executorch.open import open_to_run
 from mossquant.targets.executorch.packages import EXECUTORCH, check_packages
 from mossquant.targets.executorch.read_back import check_linears
 from mossquant.targets.metadata import activations_of, common_metadata
@@ -76,11 +77,14 @@ def _disk_bytes(weights: Weights, specs: list[TensorSpec]) -> int:
     tied = weights.config.tie_word_embeddings
     total = _LAYER_BYTES * (2 + len({spec.layer for spec in specs}))
     for spec in specs:
-        found, table, linear = weights.format(spec.name), Use.TABLE in spec.use, spec.site is not None
-        own = found.payload_bytes(*spec.matrix_shape) if found is not None and (table or linear) else 4 * spec.count
+        number_format, table, linear = weights.format(spec.name), Use.TABLE in spec.use, spec.site is not None
+        own = 4 * spec.count
+        if number_format is not None and (table or linear):
+            own = number_format.payload_bytes(*spec.matrix_shape)
         total += own + (_LINEAR_BYTES if linear else 0)
         if table:  # scales for look-ups are fp32; and the head's own copy
-            scales = 0 if found is None else 2 * found.groups(spec.matrix_shape[1]) * spec.matrix_shape[0]
+            rows, columns = spec.matrix_shape
+            scales = 0 if number_format is None else 2 * number_format.groups(columns) * rows
             total += scales + (own if tied else 0)
     return total
 

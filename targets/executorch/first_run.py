@@ -36,8 +36,8 @@ def run(path: Path, methods: Sequence[str]) -> None:
             tokens = torch.linspace(vocabulary - 1, 0, length, dtype=torch.float64).long()[None]
             logits, *states = method([tokens, *(torch.zeros(tuple(shape)) for shape in shapes)])
             expected = [(1, length if name == "score" else 1), *map(tuple, shapes)]
-            found = [tuple(logits.shape[:2]), *(tuple(state.shape) for state in states)]
-            if found != expected:
+            shapes_given = [tuple(logits.shape[:2]), *(tuple(state.shape) for state in states)]
+            if shapes_given != expected:
                 raise ValueError(f"{name} gives arrays of other shapes than it should")
             if not all(bool(torch.isfinite(array).all()) for array in (logits, *states)):
                 raise ValueError(f"{name} gives values that are not finite")

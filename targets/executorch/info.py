@@ -2,8 +2,7 @@
 """What a .pte is, and what each byte of it is for. The file is read, not run."""
 
 from mossquant.checkpoint.locate import Located
-from mossquant.targets.artifact import check_listed, check_tokenizer
-from mossquant.targets.executorch.metadata import open_program, weight_bytes
+from mossquant.targets.executorch.open import open_listed, weight_bytes
 from mossquant.targets.executorch.target import TARGET
 from mossquant.targets.info_report import InfoReport, program_info
 
@@ -12,11 +11,8 @@ __all__ = ["info"]
 
 def info(located: Located) -> InfoReport:
     """Say what a .pte is. Raises `InputError` where it is none of ours, or not what its manifest says."""
-    opened = open_program(located.path)
+    opened = open_listed(located.path)
     file, metadata = opened.file, opened.metadata
-    hashes = {located.path.name: opened.sha256}
-    check_listed(located.path, hashes, model=metadata.model_dump())
-    check_tokenizer(located.path, metadata.tokenizer_sha256)
     memory = max(method.planned_bytes for method in file.methods.values())
     return program_info(
         located,
@@ -25,7 +21,7 @@ def info(located: Located) -> InfoReport:
         activations=metadata.activations,
         active_share=TARGET.active_share(opened.config),
         weight_bytes=weight_bytes(opened),
-        files=hashes,
+        files=opened.hashes,
         sections=file.sections,
         facts=[
             ("methods", f"{', '.join(sorted(file.methods))}; up to {metadata.max_chunk} tokens a call"),

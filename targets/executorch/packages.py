@@ -39,25 +39,19 @@ def check_packages() -> None:
     Raises:
         InputError: they are not.
     """
-    found = {}
+    advice = "run: pip install 'mossquant[executorch]'"
     for name, needed in (("executorch", EXECUTORCH), ("torchao", TORCHAO)):
         try:
-            found[name] = version(name)
+            installed = version(name)
         except ModuleNotFoundError:
-            raise InputError(
-                f"{name} is not installed, and .pte programs need it; run: pip install 'mossquant[executorch]'"
-            ) from None
-        if found[name] != needed:
-            raise InputError(
-                f"{name} {found[name]} is installed and {needed} is needed; run: pip install 'mossquant[executorch]'"
-            )
+            raise InputError(f"{name} is not installed, and .pte programs need it; {advice}") from None
+        if installed != needed:
+            raise InputError(f"{name} {installed} is installed and {needed} is needed; {advice}")
 
 
 def intx_tensor(codes: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
     """Codes int8 [N, K] and scales [N, groups] as torchao's tensor, with inputs rounded to int8, one range a row."""
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-        IntxUnpackedToInt8Tensor,
-    )
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
     columns = codes.shape[1]
     group = number_format.group_size or columns

@@ -5,11 +5,12 @@
     segments                            constants of portable kernels, delegates' payloads, named data
 
 Weights of the delegates are named data, stored once for all methods. Slot numbers are those of the schema of ExecuTorch
-1.4; a delegate's own are in `mossquant.targets.executorch.delegate`. No offset is believed, but what a buffer says once
-it may show a million times: a stranger's file is first read in a child process with limits (`read`).
+1.4; a delegate's own are in `mossquant.targets.executorch.delegate`. A stranger's file is first read in a child process
+with limits (`read`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,7 +79,7 @@ class ProgramFile:
         except ValueError:
             raise InputError(f"{path} is empty; {_AGAIN}") from None
         self._delegates: dict[int, Delegate] = {}
-        with self._reading():
+        with _reading(path):
             self._open()
 
     def _open(self) -> None:
@@ -105,35 +106,36 @@ class ProgramFile:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """What the program says about itself. Raises `InputError` where it says nothing."""
-        with self._reading():
+        with _reading(self.path):
             for plan in self._program.tables(1):
                 if plan.string(0) == METADATA:
                     kind, value = list(plan.tables(2))[int(plan.numbers(4, "<i4")[0])].union(1)
                     if kind == _STRING and value is not None:
-                        if len(value.bytes(0)) > LARGEST_SMALL:
+                        text = value.numbers(0, "u1").tobytes()
+                        if len(text) > LARGEST_SMALL:
                             raise DamagedError(f"it says more about itself than {LARGEST_SMALL >> 20} MB")
-                        found = parse_json(bytes(value.bytes(0)))
-                        if isinstance(found, dict):
-                            return found
+                        metadata = parse_json(text)
+                        if isinstance(metadata, dict):
+                            return metadata
         raise InputError(f"{self.path} was not written by mossquant; give a .pte that `mossquant export` wrote")
 
     @cached_property
     def methods(self) -> Mapping[str, PlanMethod]:
         """Every method but the one that returns the metadata, by name."""
-        with self._reading():
-            found: dict[str, PlanMethod] = {}
+        with _reading(self.path):
+            methods: dict[str, PlanMethod] = {}
             for plan in self._program.tables(1):
                 name = plan.string(0)
-                if name in found:
+                if name in methods:
                     raise DamagedError(f"method {name[:40]!r} is there twice")
                 if name != METADATA:
-                    found[name] = self._method(plan)
-            return found
+                    methods[name] = self._method(plan)
+            return methods
 
     @cached_property
     def sections(self) -> dict[str, int]:
         """Bytes by section; together they are the file."""
-        with self._reading():
+        with _reading(self.path):
             payloads = {
                 reference.number(1)
                 for plan in self._program.tables(1)
@@ -200,9 +202,6 @@ class ProgramFile:
             raise DamagedError("a segment ends behind the file")
         return self._data[start : start + size]
 
-    def _reading(self) -> "_Reading":
-        return _Reading(self.path)
-
 
 def read(path: Path) -> None:
     """Read all that is ever read of a program. Raises `InputError`: it is damaged."""
@@ -211,19 +210,14 @@ def read(path: Path) -> None:
         assert part is not None
 
 
-class _Reading:
-    """Turns damage into a user's error that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | RecursionError | LookupError):
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self._path} is not a .pte that can be read ({reason}); {_AGAIN}") from None
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Make a user's error that names the file of whatever damage raises."""
+    try:
+        yield
+    except (ValueError, RecursionError, LookupError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not a .pte that can be read ({reason}); {_AGAIN}") from None
 
 
 def _port(values: list[Table], index: int) -> tuple[str, tuple[int, ...]]:

@@ -15,8 +15,9 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.model.tensors import TensorSpec
+from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.expected import Expected, Held, expected_constants, expected_linears
-from mossquant.targets.executorch.metadata import open_program
+from mossquant.targets.executorch.open import open_program
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
 from mossquant.targets.weights_report import WeightsReport, first_difference
@@ -26,8 +27,6 @@ __all__ = ["check_linears", "read_back"]
 _Array = TypeVar("_Array", bound=Held)
 _SCALARS = 16
 """Constants of so few values belong to shapes and formulas, not to tensors."""
-_MOST_TIMES = 4
-"""With more linears of a kind than so many times those expected, none is looked for among them."""
 
 
 def read_back(weights: Weights, located: Located) -> WeightsReport:
@@ -54,96 +53,85 @@ def check_linears(file: ProgramFile, weights: Weights, specs: Sequence[TensorSpe
     """Whether every matrix became the linear that the plan says, inside a delegate, in every method.
 
     Raises:
-        RuntimeError: quantized linears are missing, or there are fp32 ones that the plan does not keep: the lowering
-            lost what it was given. They are named.
+        RuntimeError: linears are missing, or there are others than those of the plan: the lowering lost what it was
+            given. They are named.
     """
     expected = expected_linears(weights, specs)
     for method in file.methods.values():
         outside = [name for name in method.operators if name.split("::")[-1].split(".")[0] in _MATMULS]
         if outside:
             raise RuntimeError(f"{method.name}: linears were left outside the delegate: {', '.join(outside)}")
-        found = [(linear.bits, linear.shape) for part in method.delegates for linear in part.linears]
-        for one in expected:
-            if (one.bits, one.codes.shape) not in found:
-                raise RuntimeError(f"{method.name}: {one.name} is no {_kind(one.bits)} linear of the delegate")
-            found.remove((one.bits, one.codes.shape))
-        if found:
-            left = ", ".join(f"{_kind(bits)} {list(shape)}" for bits, shape in found)
-            raise RuntimeError(f"{method.name}: linears that belong to no tensor: {left}")
-        wrong = [x for part in method.delegates for x in part.linears if x.rounds_input != (x.bits is not None)]
-        if wrong:
-            raise RuntimeError(f"{method.name}: {len(wrong)} linears round an input that they should not, or do not")
+        differences = [line for _, line in _miscounted(expected, _linears(method))]
+        if differences:
+            raise RuntimeError(f"{method.name}: {'; '.join(differences)}")
 
 
 _MATMULS = {"mm", "addmm", "linear", "matmul", "bmm", "baddbmm"}
 
 
-def _kind(bits: int | None) -> str:
-    return "fp32" if bits is None else f"{bits}-bit"
-
-
-def _title(one: Held) -> str:
-    unusual = one.rounds_input != (one.bits is not None)
-    rounded = f", its input {'' if one.rounds_input else 'not '}rounded" if unusual else ""
-    return f"{_kind(one.bits)} {list(one.shape)}{rounded}"
+def _linears(method: PlanMethod) -> list[Linear]:
+    return [linear for delegate in method.delegates for linear in delegate.linears]
 
 
 def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expected]) -> Iterator[str]:
     # Those of the file are unpacked when they are looked at, and not kept: many may share their bytes.
-    yield from _match(linears, [linear for part in method.delegates for linear in part.linears])
-    plain = [c for part in method.delegates for c in part.constants] + list(method.constants)
-    large = [Expected("", value) for value in plain if value.size > _SCALARS]
-    small = [Expected("", value) for value in plain if value.size <= _SCALARS]
-    # A small tensor may be as short as a number of a formula; what is left over of those is not an offender.
-    yield from _match([one for one in constants if one.codes.size > _SCALARS], large)
-    yield from _match([one for one in constants if one.codes.size <= _SCALARS], small, all_of_them=False)
+    yield from _match(linears, _linears(method))
+    values = [value for part in method.delegates for value in part.constants] + list(method.constants)
+    yield from _match(
+        [constant for constant in constants if constant.codes.size > _SCALARS],
+        [Expected("", value) for value in values if value.size > _SCALARS],
+    )
+    # A small tensor may be as short as a number of a formula: no order is held, and nothing is left over.
+    short = [Expected("", value) for value in values if value.size <= _SCALARS]
+    for constant in constants:
+        if constant.codes.size <= _SCALARS and not any(constant.holds(value) for value in short):
+            yield f"{constant.name} is not in the file as {_title(constant)}"
 
 
-def _match(expected: list[Expected], found: Sequence[Held], *, all_of_them: bool = True) -> Iterator[str]:
-    """Hold what is expected against what is found, kind by kind, and say how they differ."""
-    left, wanted = _by_kind(found), _by_kind(expected)
+def _match(expected: Sequence[Expected], held: Sequence[Held]) -> Iterator[str]:
+    """Hold what is expected against what a method holds, kind by kind in their order, and say how they differ."""
+    miscounted = dict(_miscounted(expected, held))
+    yield from miscounted.values()
+    stored = _by_kind(held)
+    for kind, group in _by_kind(expected).items():
+        if kind not in miscounted:
+            for tensor, array in zip(group, stored[kind], strict=True):
+                if not tensor.holds(array):
+                    yield f"{tensor.name}: {_difference(tensor, array, group)}"
+
+
+def _miscounted(expected: Sequence[Expected], held: Sequence[Held]) -> Iterator[tuple[object, str]]:
+    """Kinds of which a method has another number of arrays than it must, each with a line that says so."""
+    wanted, stored = _by_kind(expected), _by_kind(held)
     for kind, group in wanted.items():
-        here = left.pop(kind, [])
-        pairs: list[tuple[Expected, Held | None]]
-        if all_of_them and len(here) == len(group):
-            pairs = list(zip(group, here, strict=True))
-        elif all_of_them and len(here) > _MOST_TIMES * len(group):  # each with each would have no end
-            pairs, left[kind] = [(one, None) for one in group], here
-        else:
-            pairs, left[kind] = _paired(group, here)
-        for one, other in pairs:
-            if other is None:
-                yield f"{one.name} is not in the file as {_title(one)}"
-            elif not one.holds(other):
-                yield f"{one.name}: {_difference(one, other, group)}"
-    if all_of_them:
-        for more in (more for here in left.values() for more in here):
-            yield f"{_title(more)} is in the file and belongs to no tensor"
+        missing, names = len(group) - len(stored.get(kind, ())), ", ".join(tensor.name for tensor in group)
+        if missing > 0:
+            which = names if missing == len(group) else f"{missing} of {names}"
+            yield kind, f"{which} is not in the file as {_title(group[0])}"
+    for kind, arrays in stored.items():
+        more = len(arrays) - len(wanted.get(kind, ()))
+        if more > 0:
+            count = "" if more == 1 else f"{more} times "
+            yield kind, f"{count}{_title(arrays[0])} is in the file and belongs to no tensor"
 
 
 def _by_kind(arrays: Sequence[_Array]) -> dict[tuple[object, ...], list[_Array]]:
-    found: dict[tuple[object, ...], list[_Array]] = {}
-    for one in arrays:
-        found.setdefault(one.kind, []).append(one)
-    return found
+    kinds: dict[tuple[object, ...], list[_Array]] = {}
+    for array in arrays:
+        kinds.setdefault(array.kind, []).append(array)
+    return kinds
 
 
-def _paired(group: list[Expected], here: list[Held]) -> tuple[list[tuple[Expected, Held | None]], list[Held]]:
-    """Where their number differs: each with the same one, or the most alike; and what is left."""
-    left, pairs = list(here), []
-    for one in group:
-        index = next((i for i, other in enumerate(left) if one.holds(other)), None)
-        pairs.append((one, None if index is None else left.pop(index)))
-    for i, (one, other) in enumerate(pairs):
-        if other is None and left:
-            nearest = min(range(len(left)), key=lambda j, one=one: int((left[j].codes != one.codes).sum()))  # type: ignore[misc]
-            pairs[i] = (one, left.pop(nearest))
-    return pairs, left
+def _title(array: Held) -> str:
+    precision = "fp32" if array.bits is None else f"{array.bits}-bit"
+    unusual = array.rounds_input != (array.bits is not None)
+    rounded = f", its input {'' if array.rounds_input else 'not '}rounded" if unusual else ""
+    return f"{precision} {list(array.shape)}{rounded}"
 
 
-def _difference(one: Expected, other: Held, group: list[Expected]) -> str:
-    exchanged = next((expected.name for expected in group if expected.holds(other)), None)
+def _difference(tensor: Expected, array: Held, group: list[Expected]) -> str:
+    exchanged = next((expected.name for expected in group if expected.holds(array)), None)
     if exchanged is not None:
         return f"{exchanged} is in its place"
-    difference = first_difference(other.codes, one.codes, "value" if one.bits is None else "code")
-    return difference or first_difference(other.scales, one.scales, "scale") or "another array is in its place"
+    difference = first_difference(array.codes, tensor.codes, "value" if tensor.bits is None else "code")
+    return difference or first_difference(array.scales, tensor.scales, "scale") or "another array is in its place"

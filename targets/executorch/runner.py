@@ -4,7 +4,6 @@
 The state goes in and comes out as tensors; one stream at a time. Letters as in `mossquant.model`.
 """
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.locate import Located, locate
 from mossquant.errors import InputError
 from mossquant.model.mossnet import state_specs
 from mossquant.plan.capabilities import get_capabilities
@@ -29,11 +28,11 @@ from mossquant.runner import (
     checked_batch,
     checked_tokens,
 )
-from mossquant.targets.artifact import check_listed, check_tokenizer
-from mossquant.targets.executorch.metadata import Metadata, open_to_run, weight_bytes
+from mossquant.targets.executorch.open import open_to_run, weight_bytes
 from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
+from mossquant.targets.metadata import runner_info
 
-__all__ = ["ExecutorchRunner"]
+__all__ = ["ExecutorchRunner", "open_runner"]
 
 
 class ExecutorchRunner:
@@ -51,19 +50,25 @@ class ExecutorchRunner:
             InputError: no .pte of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
                 beside it; a tokenizer that does not belong to it; packages that are missing.
         """
-        self._given = given or str(path)
         self._path = locate(path).require("executorch", verb="the ExecuTorch Runner")
         check_packages()
         opened = open_to_run(self._path)
-        self._metadata, self._weight_bytes = opened.metadata, weight_bytes(opened)
+        metadata = opened.metadata
         self._specs, self._vocab_size = state_specs(opened.config), opened.config.vocab_size
-        self._chunk = self._metadata.max_chunk
-        self._sha256 = opened.sha256
-        check_listed(self._path, {self._path.name: self._sha256}, model=self._metadata.model_dump())
-        check_tokenizer(self._path, self._metadata.tokenizer_sha256)
+        self._chunk = metadata.max_chunk
+        self._info = runner_info(
+            metadata,
+            path=given or str(path),
+            kind="executorch",
+            activations=metadata.activations,
+            weight_bytes=weight_bytes(opened),
+            file_bytes=self._path.stat().st_size,
+            files=opened.hashes,
+            max_batch=get_capabilities("executorch").limits.max_batch,
+        )
         if threads is not None and set_threads(threads):
-            for other in _OPEN:
-                other._load()
+            for runner in _OPEN:
+                runner._load()
         self._load()
         _OPEN.add(self)
 
@@ -71,32 +76,10 @@ class ExecutorchRunner:
         self._program = load_program(self._path)
         self._methods: dict[str, Any] = {}
 
-    @cached_property
+    @property
     def info(self) -> RunnerInfo:
         """What this is and what it can take."""
-        metadata, size = self._metadata, self._path.stat().st_size
-        return RunnerInfo(
-            path=self._given,
-            kind="executorch",
-            vocab_size=self._vocab_size,
-            activations=metadata.activations,
-            state_format=metadata.state_format,
-            weights=metadata.weights,
-            weight_bytes=self._weight_bytes,
-            file_bytes=size,
-            parameters=metadata.parameters,
-            config=metadata.config,
-            source_files=metadata.source_files,
-            max_batch=get_capabilities("executorch").limits.max_batch,
-            files={self._path.name: self._sha256},
-            seen_text=tuple(metadata.seen_text),
-            tokenizer_sha256=metadata.tokenizer_sha256,
-        )
-
-    @property
-    def metadata(self) -> Metadata:
-        """What the file says about itself."""
-        return self._metadata
+        return self._info
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before the first token: zeros."""
@@ -115,8 +98,8 @@ class ExecutorchRunner:
         for start in range(0, ids.shape[1], self._chunk):
             piece = ids[:, start : start + self._chunk].contiguous()
             method = "decode" if piece.shape[1] == 1 else "score" if logits == "all" else "prefill"
-            found, states = self._execute(method, piece, states)
-            parts = [*parts, found] if logits == "all" else [found]
+            wanted, states = self._execute(method, piece, states)
+            parts = [*parts, wanted] if logits == "all" else [wanted]
         return (parts[0] if len(parts) == 1 else np.concatenate(parts, 1)), State(states, 1)
 
     def copy(self, state: State) -> State:
@@ -142,6 +125,11 @@ class ExecutorchRunner:
             self._methods[name] = load_method(self._program, name)
         logits, *after = self._methods[name]([tokens, *states])
         return logits.numpy(), after
+
+
+def open_runner(located: Located, *, threads: int | None) -> ExecutorchRunner:
+    """The Runner of what a PATH argument points at."""
+    return ExecutorchRunner(located.path, given=located.given, threads=threads)
 
 
 _OPEN: "WeakSet[ExecutorchRunner]" = WeakSet()

@@ -81,8 +81,8 @@ def _port(value: ir.Value) -> Port:
 
 
 def _operators(model: ir.Model) -> dict[str, list[str]]:
-    found: dict[str, set[str]] = {}
+    operators: dict[str, set[str]] = {}
     for graph in model.graphs():
         for node in graph:
-            found.setdefault(node.domain or _STANDARD, set()).add(node.op_type)
-    return {domain: sorted(names) for domain, names in sorted(found.items())}
+            operators.setdefault(node.domain or _STANDARD, set()).add(node.op_type)
+    return {domain: sorted(names) for domain, names in sorted(operators.items())}

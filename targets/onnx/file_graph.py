@@ -7,8 +7,9 @@ uses them (Cast, Expand, Mul, …) are evaluated here, in numpy.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from onnx import numpy_helper
 from mossquant.formats.nibbles import unpack_nibbles
 from mossquant.targets.onnx.metadata import Opened, graphs
 
-__all__ = ["FileGraph", "Matrix", "expanded", "expanding", "stored_array"]
+__all__ = ["FileGraph", "Matrix", "expanded", "holders", "stored_array"]
 
 Array = NDArray[Any]
 # What comes of sizes, types or attributes that do not fit: the file is damaged, and holds no such value.
@@ -33,19 +34,27 @@ _LOOKUPS = ("Gather", "GatherBlockQuantized")
 _RANGE = re.compile(r"^(.*\.experts\.)(\d{1,4})-(\d{1,4})(\..*)$", re.ASCII)
 
 
-def expanded(name: str) -> list[str]:
-    """The names that a name with a range of experts stands for: `experts.0-2.w1` → `experts.0.w1`, …"""
-    return list(expanding(name))
+def expanded(name: str) -> Iterator[str]:
+    """The names that a name with a range of experts stands for: `experts.0-2.w1` → `experts.0.w1`, …
 
-
-def expanding(name: str) -> Iterator[str]:
-    """The same, one by one: a range that was not checked may be long."""
-    found = _RANGE.match(name)
-    if found is None:
+    One by one, because a range that was not checked may be long.
+    """
+    match = _RANGE.match(name)
+    if match is None:
         yield name
     else:
-        before, first, last, after = found.groups()
+        before, first, last, after = match.groups()
         yield from (f"{before}{number}{after}" for number in range(int(first), int(last) + 1))
+
+
+def holders(names: Iterable[str], tensors: Collection[str]) -> dict[str, list[tuple[str, int, int]]]:
+    """Which of these names stand for each tensor: (name, the tensor's place among those it stands for, how many)."""
+    places: dict[str, list[tuple[str, int, int]]] = {}
+    for name in names:
+        members = list(takewhile(lambda member: member in tensors, expanded(name)))
+        for index, member in enumerate(members):
+            places.setdefault(member, []).append((name, index, len(members)))
+    return places
 
 
 @dataclass(frozen=True)
@@ -125,10 +134,10 @@ class FileGraph:
         """
         if name not in self._values:
             self._depth += 1
-            found = self._evaluate(name) if self._depth <= _DEEPEST else None
+            array = self._evaluate(name) if self._depth <= _DEEPEST else None
             self._depth -= 1
-            self._held += 0 if found is None else found.size
-            self._values[name] = found if self._held <= self._most else None
+            self._held += 0 if array is None else array.size
+            self._values[name] = array if self._held <= self._most else None
         return self._values[name]
 
     def forget(self) -> None:
@@ -144,16 +153,15 @@ class FileGraph:
                 return stored_array(self.stored[name], self._folder)
             if node is None or node.op_type not in _OPERATORS:
                 return None
-            inputs = [self.value(one) for one in node.input]
-            known = [value for value in inputs if value is not None]
-            room = sum(value.size for value in known) + self._held <= self._most
-            return _OPERATORS[node.op_type](node, *known) if room and len(known) == len(inputs) else None
+            inputs = [value for name in node.input if (value := self.value(name)) is not None]
+            room = sum(value.size for value in inputs) + self._held <= self._most
+            return _OPERATORS[node.op_type](node, *inputs) if room and len(inputs) == len(node.input) else None
         except _DAMAGE:
             return None
 
     def used(self, name: str) -> list[Array]:
         """What the nodes that run see of an initializer: every last constant value that follows from it."""
-        found: list[Array] = []
+        last: list[Array] = []
         waiting, seen = [name], {name}
         while waiting:
             name, follow = waiting.pop(), []
@@ -164,9 +172,9 @@ class FileGraph:
                     follow += [after] if after not in seen else []
                     seen.add(after)
                 elif own is not None:
-                    found.append(own)
+                    last.append(own)
             waiting += reversed(follow)
-        return found
+        return last
 
     def matrix(self, node: onnx.NodeProto) -> Matrix | None:
         """The weights of a matmul or table; None where it has none that are constant."""
@@ -185,8 +193,8 @@ class FileGraph:
         scales = self.value(node.input[2])
         if scales is None:
             return None
-        given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-        bits, block = int(given["bits"]), int(given["block_size"])
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        bits, block = sizes["bits"], sizes["block_size"]
         codes = (data ^ np.uint8(128)).view(np.int8) if bits == 8 else unpack_nibbles(data)
         return Matrix(bits, block, codes.reshape(len(data), -1), scales.reshape(len(data), -1))
 
@@ -213,18 +221,10 @@ def _slice(node: onnx.NodeProto, x: Array, starts: Array, ends: Array, axes: Arr
     return x
 
 
-def _transpose(node: onnx.NodeProto, x: Array) -> Array:
-    return x.transpose(node.attribute[0].ints)
-
-
-def _concat(node: onnx.NodeProto, *parts: Array) -> Array:
-    return np.concatenate(parts, node.attribute[0].i)
-
-
 # All casts are to fp32, from bfloat16, float16 and int8: exact.
 _OPERATORS: dict[str, Callable[..., Array]] = {
     "Cast": lambda node, x: x.astype(np.float32),
-    "Concat": _concat,
+    "Concat": lambda node, *parts: np.concatenate(parts, node.attribute[0].i),
     "Identity": lambda node, x: x,
     "Exp": lambda node, x: np.exp(x),
     "Expand": lambda node, x, shape: np.broadcast_to(x, tuple(shape)),
@@ -232,5 +232,5 @@ _OPERATORS: dict[str, Callable[..., Array]] = {
     "Neg": lambda node, x: -x,
     "Reshape": _reshape,
     "Slice": _slice,
-    "Transpose": _transpose,
+    "Transpose": lambda node, x: x.transpose(node.attribute[0].ints),
 }

@@ -64,9 +64,9 @@ class Graph:
         wanted = ir.Shape(list(shape))
 
         def tensor() -> ir.TensorProtocol:
-            found = _Array(np.ascontiguousarray(read()), dtype, name=name)
-            assert found.shape == wanted, (name, found.shape, wanted)
-            return found
+            array = _Array(np.ascontiguousarray(read()), dtype, name=name)
+            assert array.shape == wanted, (name, array.shape, wanted)
+            return array
 
         lazy = ir.LazyTensor(tensor, dtype, wanted, name=name)
         value = ir.val(name, dtype, list(shape), const_value=lazy)

@@ -4,12 +4,11 @@
 import onnx
 
 from mossquant.checkpoint.locate import Located
-from mossquant.targets.artifact import check_listed, check_tokenizer
 from mossquant.targets.info_report import InfoReport, program_info
-from mossquant.targets.onnx.metadata import Opened, file_hashes, initializers, read_metadata
-from mossquant.targets.onnx.open import open_program
+from mossquant.targets.onnx.initializers import SCALE
+from mossquant.targets.onnx.metadata import Opened, initializers
+from mossquant.targets.onnx.open import open_listed
 from mossquant.targets.onnx.target import TARGET
-from mossquant.targets.onnx.weights import SCALE
 
 __all__ = ["info", "sections"]
 
@@ -18,11 +17,8 @@ _CODES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 def info(located: Located) -> InfoReport:
     """Say what an .onnx is. Raises `InputError` where it is none of ours, or not what its manifest says."""
-    metadata = read_metadata(located.path)
-    hashes = file_hashes(located.path, metadata)
-    check_listed(located.path, hashes, model=metadata.model_dump())
-    check_tokenizer(located.path, metadata.tokenizer_sha256)
-    opened = open_program(located.path)
+    opened = open_listed(located.path)
+    metadata = opened.metadata
     return program_info(
         located,
         metadata,
@@ -30,7 +26,7 @@ def info(located: Located) -> InfoReport:
         activations=metadata.activations,
         active_share=TARGET.active_share(opened.config),
         weight_bytes=metadata.weight_bytes,
-        files=hashes,
+        files=opened.hashes,
         sections=sections(opened),
         facts=[("runs on", f"onnxruntime {metadata.runtime_minimum} and later")],
     )
@@ -55,7 +51,7 @@ def sections(opened: Opened) -> dict[str, int]:
     inside = sum(tensor.ByteSize() for tensor in tensors) - sum(t.ByteSize() for t in opened.proto.graph.initializer)
     nodes = sum(node.ByteSize() for node in opened.proto.graph.node) - inside
     metadata = sum(prop.ByteSize() for prop in opened.proto.metadata_props)
-    found = {
+    parts = {
         "codes, padding included": codes,
         "scales": scales,
         "tensors kept in a float type": kept,
@@ -64,7 +60,7 @@ def sections(opened: Opened) -> dict[str, int]:
         "nodes": nodes,
         "metadata: config, recipe, hashes": metadata,
     }
-    return {**found, "inputs, outputs, alignment, headers": opened.bytes - sum(found.values())}
+    return {**parts, "inputs, outputs, alignment, headers": opened.bytes - sum(parts.values())}
 
 
 def _data_bytes(tensor: onnx.TensorProto) -> int:

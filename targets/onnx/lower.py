@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from mossquant.checkpoint.weights import Weights as Source
+from mossquant.checkpoint.weights import Weights
 from mossquant.model.block import Block
 from mossquant.model.blocks import blocks_of
 from mossquant.model.mixer import Mixer
@@ -21,37 +21,37 @@ from mossquant.model.tensors import TensorSpec, Use, outside_blocks
 from mossquant.plan.capabilities import check_blocks
 from mossquant.progress import Progress
 from mossquant.targets.onnx.graph import IR_VERSION, Graph, Value
+from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.mixer import lower_mixer
 from mossquant.targets.onnx.mlp import lower_mlp
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS, state_shape
 from mossquant.targets.onnx.shapes import Shapes
-from mossquant.targets.onnx.weights import Weights
 
 __all__ = ["BLOCKS", "lower"]
 
 BLOCKS: dict[type[Block], Callable[..., tuple[Value, dict[str, Value]]]] = {Mixer: lower_mixer, Mlp: lower_mlp}
 """How each kind of block is lowered.
 
-    (graph, weights, shapes, specs, u, x, states) → x with what the block adds to it, and its own states
+    (graph, initializers, shapes, specs, u, x, states) → x with what the block adds to it, and its own states
 
 of rows u [B · T, D] normed, the residual stream x [B · T, D], the block's tensors and every state array by name.
 """
 
 
-def lower(source: Source, specs: list[TensorSpec], progress: Progress | None = None) -> tuple[ir.Model, int]:
-    """The model of `source`, its weights not yet read, and the bytes of its weights.
+def lower(weights: Weights, specs: list[TensorSpec], progress: Progress | None = None) -> tuple[ir.Model, int]:
+    """The model of `weights`, which are not yet read, and the bytes of its initializers.
 
     Args:
-        source: the tensors.
+        weights: the tensors.
         specs: what they are, `mossquant.model.mossnet.tensor_specs` of the config.
         progress: called when a weight is read, which is when the model is written.
 
     Raises:
         InputError: a kind of block that cannot be lowered.
     """
-    config = source.config
+    config = weights.config
     check_blocks(config, "onnx")
-    graph, weights = Graph("mossnet"), Weights(source, progress)
+    graph, initializers = Graph("mossnet"), Initializers(weights, progress)
     tokens = graph.input(TOKENS, ir.DataType.INT64, ["B", "T"])
     first_logit = graph.input(FIRST_LOGIT, ir.DataType.INT64, [1])
     carried_specs = state_specs(config)
@@ -61,24 +61,25 @@ def lower(source: Source, specs: list[TensorSpec], progress: Progress | None = N
     after: dict[str, Value] = {}
     shapes = Shapes(graph, tokens)
     outer = outside_blocks(specs)
-    x = weights.table(graph, tokens, outer[Use.TABLE].name)
+    x = initializers.table(graph, tokens, outer[Use.TABLE].name)
     for layer, kind in blocks_of(config):
         norm, *own = kind.specs(config, layer)
-        u = _norm(graph, weights, x, norm.name)
-        x, carried = BLOCKS[kind](graph, weights, shapes, own, u, x, states)
+        u = _norm(graph, initializers, x, norm.name)
+        x, carried = BLOCKS[kind](graph, initializers, shapes, own, u, x, states)
         after |= carried
     wanted = graph.slice(shapes.steps(graph, x), first_logit, None, 1)
-    logits = weights.linear(graph, _norm(graph, weights, wanted, outer[Use.NORM].name), [outer[Use.LINEAR].name])
+    wanted = _norm(graph, initializers, wanted, outer[Use.NORM].name)
+    logits = initializers.linear(graph, wanted, [outer[Use.LINEAR].name])
     graph.output(logits, ir.DataType.FLOAT, ["B", "positions", config.vocab_size], LOGITS)
     for spec in carried_specs:
         graph.output(after[spec.name], ir.DataType.FLOAT, state_shape(spec, out=True), spec.name + STATE_OUT)
     model = ir.Model(graph.finish(), ir_version=IR_VERSION, producer_name="mossquant")
-    return model, weights.stored_bytes
+    return model, initializers.stored_bytes
 
 
-def _norm(graph: Graph, weights: Weights, x: Value, name: str) -> Value:
+def _norm(graph: Graph, initializers: Initializers, x: Value, name: str) -> Value:
     """RMSNorm in the shape that onnxruntime fuses into one kernel."""
     square = graph.op("Pow", [x, graph.number(2.0)])
     mean = graph.op("ReduceMean", [square, graph.ints(-1)], {"keepdims": 1})
-    root = graph.op("Sqrt", [graph.op("Add", [mean, graph.number(weights.source.config.rms_norm_eps)])])
-    return graph.op("Mul", [graph.op("Div", [x, root]), weights.vector(graph, name)])
+    root = graph.op("Sqrt", [graph.op("Add", [mean, graph.number(initializers.weights.config.rms_norm_eps)])])
+    return graph.op("Mul", [graph.op("Div", [x, root]), initializers.vector(graph, name)])

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an .onnx of ours says about itself, in `metadata_props` under one key: nothing but its path is needed."""
+"""What an .onnx of ours says about itself, in `metadata_props` under one key, and the program that was read with it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -21,10 +23,9 @@ __all__ = [
     "DataFile",
     "Metadata",
     "Opened",
-    "file_hashes",
     "graphs",
     "initializers",
-    "read_metadata",
+    "read_program",
 ]
 
 METADATA_KEY = "mossquant"
@@ -32,8 +33,8 @@ RUNTIME_MINIMUM = "1.23.2"
 """Oldest onnxruntime that runs these graphs: GatherBlockQuantized with `bits` is the newest operator in them."""
 
 _AGAIN = "copy the artifact's folder again, or export again"
-_GRAPH, _PROPS = 7, 14
-_LARGEST_PROP = LARGEST_SMALL
+_LARGEST_PROGRAM = 1 << 29
+"""Bytes; more than 200 MB of weights lie in a file beside the program."""
 
 
 class DataFile(FileRecord):
@@ -64,8 +65,9 @@ class Metadata(ProgramMetadata):
         return {METADATA_KEY: self.model_dump_json()}
 
 
+@dataclass(frozen=True)
 class Opened:
-    """A program that was read and checked, without its external weights.
+    """A program that was read, without its external weights.
 
     Attributes:
         path: the file.
@@ -74,13 +76,16 @@ class Opened:
         config: the model's shape.
     """
 
-    def __init__(self, path: Path, proto: onnx.ModelProto, metadata: Metadata) -> None:
-        self.path, self.proto, self.metadata = path, proto, metadata
-        self.config = MossNetConfig.from_json(metadata.config, where=f"the metadata of {path}")
+    path: Path
+    proto: onnx.ModelProto
+    metadata: Metadata
+    config: MossNetConfig
 
+    @cached_property
     def hashes(self) -> dict[str, str]:
         """File name → SHA-256 of the program and its external weights."""
-        return file_hashes(self.path, self.metadata)
+        names = [self.path.name] + ([self.metadata.data.name] if self.metadata.data else [])
+        return {name: file_sha256(self.path.parent / name) for name in names}
 
     @property
     def bytes(self) -> int:
@@ -88,8 +93,8 @@ class Opened:
         return self.path.stat().st_size + (self.metadata.data.bytes if self.metadata.data else 0)
 
 
-def read_metadata(path: Path) -> Metadata:
-    """What an .onnx says about itself. The graph is skipped, not read: a file of any size is looked at in no time.
+def read_program(path: Path) -> Opened:
+    """Read an .onnx of ours; of its graph nothing is checked.
 
     Raises:
         InputError: not ONNX, cut short, not written by this project, written by another release, or its external
@@ -97,32 +102,25 @@ def read_metadata(path: Path) -> Metadata:
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file; give an .onnx that `mossquant export` wrote")
-    text, has_graph = None, False
+    if path.stat().st_size > _LARGEST_PROGRAM:
+        raise InputError(f"{path} is larger than any .onnx that `mossquant export` writes; give one that it wrote")
+    proto = onnx.ModelProto()
     try:
-        with path.open("rb") as file:
-            for number, value in _fields(file, path.stat().st_size):
-                has_graph = has_graph or number == _GRAPH
-                if number == _PROPS and value is not None:
-                    prop = onnx.StringStringEntryProto.FromString(value)
-                    text = prop.value if prop.key == METADATA_KEY else text
-    except (DecodeError, _NotProtobuf):
-        raise InputError(
-            f"{path} is not a readable ONNX file (cut short, damaged or of another format); {_AGAIN}"
-        ) from None
-    if text is None or not has_graph:
+        proto.ParseFromString(path.read_bytes())
+        readable = _names_are_text(proto.graph)
+    except DecodeError:
+        readable = False
+    if not readable:
+        raise InputError(f"{path} is not a readable ONNX file (cut short, damaged or of another format); {_AGAIN}")
+    text = next((prop.value for prop in proto.metadata_props if prop.key == METADATA_KEY), "")
+    if not 0 < len(text) <= LARGEST_SMALL or not proto.HasField("graph"):
         raise InputError(
             f"{path} holds no mossquant metadata: it was cut short, or another program wrote it; "
             "give an .onnx that `mossquant export` wrote"
         )
     metadata = parsed(Metadata, text, path)
     _check_data(path, metadata)
-    return metadata
-
-
-def file_hashes(path: Path, metadata: Metadata) -> dict[str, str]:
-    """File name → SHA-256 of a program and its external weights."""
-    names = [path.name] + ([metadata.data.name] if metadata.data else [])
-    return {name: file_sha256(path.parent / name) for name in names}
+    return Opened(path, proto, metadata, MossNetConfig.from_json(metadata.config, where=f"the metadata of {path}"))
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -139,41 +137,15 @@ def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     return [tensor for inner in graphs(graph) for tensor in inner.initializer]
 
 
-class _NotProtobuf(Exception):
-    pass
-
-
-def _fields(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes | None]]:
-    """(number, content) of the fields of a protobuf message; content only of small length-delimited ones."""
-    while file.tell() < size:
-        key = _varint(file)
-        number, wire = key >> 3, key & 7
-        content: bytes | None = None
-        if wire == 0:
-            _varint(file)
-        elif wire == 2:
-            length = _varint(file)
-            if file.tell() + length > size:
-                raise _NotProtobuf
-            if number == _PROPS and length <= _LARGEST_PROP:
-                content = file.read(length)
-            else:
-                file.seek(length, 1)
-        else:
-            raise _NotProtobuf
-        yield number, content
-
-
-def _varint(file: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
-            raise _NotProtobuf
-        value |= (byte[0] & 127) << shift
-        if byte[0] < 128:
-            return value
-    raise _NotProtobuf
+def _names_are_text(graph: onnx.GraphProto) -> bool:
+    """Whether every name is UTF-8: the library gives bytes where one is not."""
+    names = [value.name for inner in graphs(graph) for value in (*inner.input, *inner.output)]
+    for tensor in initializers(graph):
+        names += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
+    for node in (node for inner in graphs(graph) for node in inner.node):
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        names += [attribute.name for attribute in node.attribute]
+    return all(isinstance(name, str) for name in names)
 
 
 def _check_data(path: Path, metadata: Metadata) -> None:

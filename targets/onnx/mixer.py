@@ -16,16 +16,16 @@ import onnx_ir as ir
 from mossquant.model.mixer import Mixer
 from mossquant.model.tensors import TensorSpec
 from mossquant.targets.onnx.graph import MICROSOFT, Attribute, Graph, Value
+from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.routing import route
 from mossquant.targets.onnx.shapes import Shapes
-from mossquant.targets.onnx.weights import Weights
 
 __all__ = ["lower_mixer", "softplus"]
 
 
 def lower_mixer(
     graph: Graph,
-    weights: Weights,
+    initializers: Initializers,
     shapes: Shapes,
     specs: list[TensorSpec],
     u: Value,
@@ -36,7 +36,7 @@ def lower_mixer(
 
     Args:
         graph: the model's graph.
-        weights: where its weights come from.
+        initializers: where its weights are put into the graph.
         shapes: batch and length at run time.
         specs: the tensors of this mixer.
         u: [B · T, D], the normed block input.
@@ -46,7 +46,7 @@ def lower_mixer(
     Returns:
         The residual stream with what the mixer adds to it, and the mixer's own states after the last token.
     """
-    config = weights.source.config
+    config = initializers.weights.config
     E, N, R = config.d_inner, config.state_size, config.time_step_rank
     layer = specs[0].layer
     assert layer is not None
@@ -54,24 +54,24 @@ def lower_mixer(
     conv_spec, ssm_spec = Mixer.states(config, layer)
     of = {role: [spec.name for spec in specs if spec.role == f"ssm.{role}"] for role in _ROLES}
 
-    inner, z = graph.split(weights.linear(graph, u, of["in_proj"]), [E, E], 1)
+    inner, z = graph.split(initializers.linear(graph, u, of["in_proj"]), [E, E], 1)
     steps = shapes.steps(graph, inner)
-    inner, conv = _convolve(graph, weights, of, steps, states[conv_spec.name], config.conv_kernel)
-    projected = _linears(graph, weights, inner, of["expert.x_proj"])
+    inner, conv = _convolve(graph, initializers, of, steps, states[conv_spec.name], config.conv_kernel)
+    projected = _linears(graph, initializers, inner, of["expert.x_proj"])
     if X > 1:
-        gates = route(graph, weights, shapes, u, of["router"][0], config.ssm_chosen(layer))
-        each = graph.op("Unsqueeze", [gates, graph.ints(-1)])
-        mixed = graph.op("Mul", [graph.reshape(projected, -1, X, R + 2 * N), each])
+        gates = route(graph, initializers, shapes, u, of["router"][0], config.ssm_chosen(layer))
+        column = graph.op("Unsqueeze", [gates, graph.ints(-1)])
+        mixed = graph.op("Mul", [graph.reshape(projected, -1, X, R + 2 * N), column])
         delta, bc = graph.split(mixed, [R, 2 * N], 2)
         bc = graph.op("ReduceSum", [bc, graph.ints(1)], {"keepdims": 0})
-        dt = _dt(graph, weights, of, delta, gates)
+        dt = _dt(graph, initializers, of, delta, gates)
     else:
         delta, bc = graph.split(projected, [R, 2 * N], 2)
-        bias = weights.vector(graph, of["expert.dt_bias"][0])
-        dt = weights.linear(graph, delta, of["expert.dt_proj"], bias=bias)
-    y, ssm = _scan(graph, weights, shapes, of, inner, softplus(graph, dt), bc, states[ssm_spec.name])
+        bias = initializers.vector(graph, of["expert.dt_bias"][0])
+        dt = initializers.linear(graph, delta, of["expert.dt_proj"], bias=bias)
+    y, ssm = _scan(graph, initializers, shapes, of, inner, softplus(graph, dt), bc, states[ssm_spec.name])
     gated = graph.op("Mul", [graph.reshape(y, -1, E), graph.silu(z)])
-    out = weights.linear(graph, gated, of["out_proj"])
+    out = initializers.linear(graph, gated, of["out_proj"])
     return graph.op("Add", [x, out]), {conv_spec.name: conv, ssm_spec.name: ssm}
 
 
@@ -82,13 +82,13 @@ _ROLES = (
 
 
 def _convolve(
-    graph: Graph, weights: Weights, of: dict[str, list[str]], x: Value, window: Value, W: int
+    graph: Graph, initializers: Initializers, of: dict[str, list[str]], x: Value, window: Value, W: int
 ) -> tuple[Value, Value]:
     """x [B, T, E], window [B, E, W−1] → silu(conv(x)) [B, T, E], window.
 
     A sum over the taps: at one token onnxruntime's Conv takes seven times as long, at many no less.
     """
-    taps = weights.decoded(graph, of["conv"])
+    taps = initializers.decoded(graph, of["conv"])
     full = x
     if W > 1:
         full = graph.op("Concat", [graph.op("Transpose", [window], {"perm": [0, 2, 1]}), x], {"axis": 1})
@@ -99,30 +99,30 @@ def _convolve(
     for tap in range(W):
         part = full if W == 1 else graph.slice(full, tap, tap - W + 1 or None, 1)
         terms.append(graph.op("Mul", [part, graph.slice(taps, tap, tap + 1, 0)]))
-    total = graph.op("Sum", [*terms, weights.vector(graph, of["conv_bias"][0])])
+    total = graph.op("Sum", [*terms, initializers.vector(graph, of["conv_bias"][0])])
     return graph.silu(total), window
 
 
-def _linears(graph: Graph, weights: Weights, x: Value, names: list[str]) -> Value:
+def _linears(graph: Graph, initializers: Initializers, x: Value, names: list[str]) -> Value:
     """Every expert's linear on the same input, their outputs side by side."""
-    parts = [weights.linear(graph, x, run) for run in weights.runs(names)]
+    parts = [initializers.linear(graph, x, run) for run in initializers.runs(names)]
     return parts[0] if len(parts) == 1 else graph.op("Concat", parts, {"axis": -1})
 
 
-def _dt(graph: Graph, weights: Weights, of: dict[str, list[str]], delta: Value, gates: Value) -> Value:
+def _dt(graph: Graph, initializers: Initializers, of: dict[str, list[str]], delta: Value, gates: Value) -> Value:
     """Gated δ [B · T, X, R] and gates [B · T, X] → Σ_e dt_proj[e](δ_e) + g_e · bias_e, [B · T, E]."""
-    config = weights.source.config
+    config = initializers.weights.config
     R, names = config.time_step_rank, of["expert.dt_proj"]
-    biases = [weights.decoded(graph, run) for run in weights.runs(of["expert.dt_bias"])]
+    biases = [initializers.decoded(graph, run) for run in initializers.runs(of["expert.dt_bias"])]
     bias = biases[0] if len(biases) == 1 else graph.op("Concat", biases, {"axis": 0})
     total: Value | None = None
     first = 0
-    for run in weights.runs(names):
+    for run in initializers.runs(names):
         own = delta if len(run) == len(names) else graph.slice(delta, first, first + len(run), 1)
-        width = weights.padded_inputs(run[0]) if len(run) > 1 else R
+        width = initializers.padded_inputs(run[0]) if len(run) > 1 else R
         if width > R:
             own = graph.op("Pad", [own, graph.ints(0, 0, 0, 0, 0, width - R)])
-        part = weights.linear(graph, graph.reshape(own, -1, len(run) * width), run, stack="inputs")
+        part = initializers.linear(graph, graph.reshape(own, -1, len(run) * width), run, stack="inputs")
         total = part if total is None else graph.op("Add", [total, part])
         first += len(run)
     return graph.op("Gemm", [gates, bias, total])
@@ -142,12 +142,19 @@ def softplus(graph: Graph, x: Value) -> Value:
 
 
 def _scan(
-    graph: Graph, weights: Weights, shapes: Shapes, of: dict[str, list[str]], x: Value, dt: Value, bc: Value, ssm: Value
+    graph: Graph,
+    initializers: Initializers,
+    shapes: Shapes,
+    of: dict[str, list[str]],
+    x: Value,
+    dt: Value,
+    bc: Value,
+    ssm: Value,
 ) -> tuple[Value, Value]:
     """x [B, T, E], Δ [..., E] and B|C [..., 2 N] of B · T rows, state [B, E, N] → y [B, T, 1, E], state."""
-    config = weights.source.config
+    config = initializers.weights.config
     E, N = config.d_inner, config.state_size
-    A_log = graph.op("Transpose", [weights.decoded(graph, of["A_log"])], {"perm": [1, 0]})
+    A_log = graph.op("Transpose", [initializers.decoded(graph, of["A_log"])], {"perm": [1, 0]})
     A = graph.op("Neg", [graph.op("Exp", [A_log])])
     dt, x = shapes.rows(graph, dt), shapes.rows(graph, x)
     Bm, Cm = graph.split(shapes.columns(graph, bc), [N, N], 2)
@@ -168,5 +175,5 @@ def _scan(
         "scan_output_axes": [1],
     }
     end, y = graph.ops("Scan", [start, dt, graph.op("Mul", [dt, x]), Bm, Cm], 2, attributes)
-    y = graph.op("Add", [y, graph.op("Mul", [x, weights.vector(graph, of["D"][0])])])
+    y = graph.op("Add", [y, graph.op("Mul", [x, initializers.vector(graph, of["D"][0])])])
     return y, graph.op("Transpose", [end], {"perm": [0, 2, 1]})

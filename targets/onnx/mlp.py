@@ -11,16 +11,16 @@ import onnx_ir as ir
 
 from mossquant.model.tensors import TensorSpec
 from mossquant.targets.onnx.graph import Graph, Value
+from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.routing import route
 from mossquant.targets.onnx.shapes import Shapes
-from mossquant.targets.onnx.weights import Weights
 
 __all__ = ["lower_mlp"]
 
 
 def lower_mlp(
     graph: Graph,
-    weights: Weights,
+    initializers: Initializers,
     shapes: Shapes,
     specs: list[TensorSpec],
     u: Value,
@@ -28,21 +28,21 @@ def lower_mlp(
     states: Mapping[str, Value],
 ) -> tuple[Value, dict[str, Value]]:
     """Append one channel mixer: u [B · T, D] normed, x [B · T, D] the residual stream → x + mlp(u), and no states."""
-    config = weights.source.config
+    config = initializers.weights.config
     layer = specs[0].layer
     assert layer is not None
     X, D = config.mlp_experts(layer), config.hidden_size
     names = {(spec.expert, spec.role): spec.name for spec in specs}
     if X == 1:
-        return graph.op("Add", [x, _expert(graph, weights, u, 0, names)]), {}
-    gates = route(graph, weights, shapes, u, names[None, "mlp.router"], config.mlp_chosen(layer))
+        return graph.op("Add", [x, _expert(graph, initializers, u, 0, names)]), {}
+    gates = route(graph, initializers, shapes, u, names[None, "mlp.router"], config.mlp_chosen(layer))
     largest = graph.op("ReduceMax", [gates, graph.ints(0)], {"keepdims": 0})
     used = graph.split(graph.op("Cast", [largest], {"to": ir.DataType.BOOL}), [1] * X, 0)
     columns = graph.split(gates, [1] * X, 1)
     for e in range(X):
         then, skip = graph.inner(f"expert{layer}.{e}"), graph.inner(f"skip{layer}.{e}")
         rows = then.op("Gather", [then.op("NonZero", [columns[e]]), then.index(0)], {"axis": 0})
-        own = _expert(then, weights, then.op("Gather", [u, rows], {"axis": 0}), e, names)
+        own = _expert(then, initializers, then.op("Gather", [u, rows], {"axis": 0}), e, names)
         own = then.op("Mul", [own, then.op("Gather", [columns[e], rows], {"axis": 0})])
         where = then.op("Unsqueeze", [rows, then.ints(-1)])
         then.output(then.op("ScatterND", [x, where, own], {"reduction": "add"}), ir.DataType.FLOAT, ["R", D])
@@ -51,8 +51,12 @@ def lower_mlp(
     return x, {}
 
 
-def _expert(graph: Graph, weights: Weights, rows: Value, e: int, names: dict[tuple[int | None, str], str]) -> Value:
+def _expert(
+    graph: Graph, initializers: Initializers, rows: Value, e: int, names: dict[tuple[int | None, str], str]
+) -> Value:
     """w2(silu(w1(rows)) ⊙ w3(rows))."""
     w1, w3, w2 = (names[e, f"mlp.expert.{which}"] for which in ("w1", "w3", "w2"))
-    hidden = graph.op("Mul", [graph.silu(weights.linear(graph, rows, [w1])), weights.linear(graph, rows, [w3])])
-    return weights.linear(graph, hidden, [w2])
+    hidden = graph.op(
+        "Mul", [graph.silu(initializers.linear(graph, rows, [w1])), initializers.linear(graph, rows, [w3])]
+    )
+    return initializers.linear(graph, hidden, [w2])

@@ -2,16 +2,16 @@
 """Lowers top-k routing (`mossquant.model.routing`) to ONNX, in fp32."""
 
 from mossquant.targets.onnx.graph import Graph, Value
+from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.shapes import Shapes
-from mossquant.targets.onnx.weights import Weights
 
 __all__ = ["route"]
 
 
-def route(graph: Graph, weights: Weights, shapes: Shapes, u: Value, router: str, chosen: int) -> Value:
+def route(graph: Graph, initializers: Initializers, shapes: Shapes, u: Value, router: str, chosen: int) -> Value:
     """Gates [B · T, X] of rows u [B · T, D]: softmax over the `chosen` largest logits, zero elsewhere."""
-    experts = weights.source.specs[router].matrix_shape[0]
-    logits = weights.linear(graph, u, [router])
+    experts = initializers.weights.specs[router].matrix_shape[0]
+    logits = initializers.linear(graph, u, [router])
     if chosen == experts:
         return graph.op("Softmax", [logits], {"axis": -1})
     largest, which = graph.ops("TopK", [logits, graph.ints(chosen)], 2, {"axis": -1})

@@ -6,7 +6,6 @@ decode loop only tokens and logits cross into Python.
 """
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.locate import Located, locate
 from mossquant.errors import InputError
 from mossquant.model.mossnet import state_specs
 from mossquant.runner import (
@@ -28,13 +27,12 @@ from mossquant.runner import (
     checked_batch,
     checked_tokens,
 )
-from mossquant.targets.artifact import check_listed, check_tokenizer
-from mossquant.targets.onnx.metadata import Metadata, file_hashes, read_metadata
+from mossquant.targets.metadata import runner_info
 from mossquant.targets.onnx.open import open_to_run
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 from mossquant.targets.onnx.session import open_session
 
-__all__ = ["OnnxRunner"]
+__all__ = ["OnnxRunner", "open_runner"]
 
 ROWS_AT_ONCE = 512
 """Rows (B · T) in one run of the graph: bounds the memory of a long prefill, and costs no speed."""
@@ -64,43 +62,25 @@ class OnnxRunner:
             InputError: no .onnx of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
                 beside it; external weights or a tokenizer that do not belong to it; an onnxruntime that is too old.
         """
-        self._given = given or str(path)
-        self._path = locate(path).require("onnx", verb="the ONNX Runner")
-        self._metadata = read_metadata(self._path)
-        _check_runtime(self._path, self._metadata)
-        self._files = _checked_files(self._path, self._metadata)
-        check_listed(self._path, self._files, model=self._metadata.model_dump())
-        config = open_to_run(self._path, self._files).config
-        self._session = _session(self._path, threads)
-        self._specs = state_specs(config)
-        self._vocab_size = config.vocab_size
-
-    @cached_property
-    def info(self) -> RunnerInfo:
-        """What this is and what it can take."""
-        metadata = self._metadata
-        data_bytes = metadata.data.bytes if metadata.data else 0
-        return RunnerInfo(
-            path=self._given,
+        program = locate(path).require("onnx", verb="the ONNX Runner")
+        opened = open_to_run(program)
+        metadata, self._specs = opened.metadata, state_specs(opened.config)
+        self._session = _session(program, threads)
+        self._vocab_size = opened.config.vocab_size
+        self._info = runner_info(
+            metadata,
+            path=given or str(path),
             kind="onnx",
-            vocab_size=self._vocab_size,
             activations=metadata.activations,
-            state_format=metadata.state_format,
-            weights=metadata.weights,
             weight_bytes=metadata.weight_bytes,
-            file_bytes=self._path.stat().st_size + data_bytes,
-            parameters=metadata.parameters,
-            config=metadata.config,
-            source_files=metadata.source_files,
-            files=self._files,
-            seen_text=tuple(metadata.seen_text),
-            tokenizer_sha256=metadata.tokenizer_sha256,
+            file_bytes=opened.bytes,
+            files=opened.hashes,
         )
 
     @property
-    def metadata(self) -> Metadata:
-        """What the file says about itself."""
-        return self._metadata
+    def info(self) -> RunnerInfo:
+        """What this is and what it can take."""
+        return self._info
 
     def initial_state(self, batch: int = 1) -> State:
         """The state before the first token: zeros."""
@@ -116,19 +96,17 @@ class OnnxRunner:
         batch, time = ids.shape
         if time == 1:
             return carried.step(ids, self._vocab_size), State(carried, batch)
-        piece, every = max(1, ROWS_AT_ONCE // batch), logits == "all"
-        found: Floats = np.empty((batch, time if every else 1, self._vocab_size), np.float32)
-        for start in range(0, time, piece):
-            end = min(start + piece, time)
-            if every and (batch == 1 or end - start == time):
-                carried.piece(ids[:, start:end], found[:, start:end])
-            elif every:
-                part = np.empty((batch, end - start, self._vocab_size), np.float32)
-                carried.piece(ids[:, start:end], part)
-                found[:, start:end] = part
-            else:
-                carried.piece(ids[:, start:end], found)
-        return found, State(carried, batch)
+        length, every = max(1, ROWS_AT_ONCE // batch), logits == "all"
+        wanted: Floats = np.empty((batch, time if every else 1, self._vocab_size), np.float32)
+        for start in range(0, time, length):
+            piece = ids[:, start : start + length]
+            rows = wanted[:, start : start + length] if every else wanted
+            # The graph writes to memory without gaps.
+            target = rows if rows.flags.c_contiguous else np.empty_like(rows, order="C")
+            carried.piece(piece, target)
+            if target is not rows:
+                rows[:] = target
+        return wanted, State(carried, batch)
 
     def copy(self, state: State) -> State:
         """An independent copy; `state` stays usable."""
@@ -150,6 +128,11 @@ class OnnxRunner:
         return _Carried(
             self._session, arrays, {spec.name: spec.grows + 1 for spec in self._specs if spec.grows is not None}
         )
+
+
+def open_runner(located: Located, *, threads: int | None) -> OnnxRunner:
+    """The Runner of what a PATH argument points at."""
+    return OnnxRunner(located.path, given=located.given, threads=threads)
 
 
 class _Carried:
@@ -237,24 +220,3 @@ def _session(path: Path, threads: int | None) -> ort.InferenceSession:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _check_runtime(path: Path, metadata: Metadata) -> None:
-    if _release(ort.__version__) < _release(metadata.runtime_minimum):
-        needed, found = metadata.runtime_minimum, ort.__version__
-        raise InputError(f"{path} needs onnxruntime {needed} or later and {found} is installed; upgrade it")
-
-
-def _release(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
-
-
-def _checked_files(path: Path, metadata: Metadata) -> Mapping[str, str]:
-    """File name → SHA-256 of what is loaded, compared where the program says what it must be."""
-    files = file_hashes(path, metadata)
-    data = metadata.data
-    if data is not None and files[data.name] != data.sha256:
-        where = path.parent / data.name
-        raise InputError(f"{where} is not the file that {path.name} was written with (another SHA-256); {_AGAIN}")
-    check_tokenizer(path, metadata.tokenizer_sha256)
-    return files

@@ -23,12 +23,12 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import parameter_count, state_specs, tensor_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.release import release
-from mossquant.targets.onnx.file_graph import FileGraph, expanding, stored_array
+from mossquant.targets.onnx.file_graph import FileGraph, expanded, stored_array
 from mossquant.targets.onnx.graph import MICROSOFT
-from mossquant.targets.onnx.metadata import METADATA_KEY, Opened, graphs
+from mossquant.targets.onnx.initializers import SCALE, initializer_name
+from mossquant.targets.onnx.metadata import METADATA_KEY, DataFile, Opened, graphs
 from mossquant.targets.onnx.packing import DTYPES, blocks_of
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
-from mossquant.targets.onnx.weights import SCALE, initializer_name
 
 __all__ = ["OPERATORS", "check_structure", "check_values"]
 
@@ -152,13 +152,12 @@ def _initializers(opened: Opened) -> Iterator[str]:
     specs = {initializer_name([spec.name]): spec for spec in tensor_specs(opened.config)}
     stored, seen = _stored(opened.proto.graph), set[str]()
     for holder, tensor in stored.items():
-        data_bytes = opened.metadata.data.bytes if opened.metadata.data else 0
         if tensor.data_type not in (*_KEPT, *_CODES, *_CONSTANTS):
             yield f"{holder[:80]} has a type that no program of ours has"
-        elif not _lies_inside(tensor, data_bytes):
+        elif not _lies_inside(tensor, opened.metadata.data):
             yield f"{holder[:80]} does not lie where it says, or has another size there"
         members = []
-        for name in expanding(holder):
+        for name in expanded(holder):
             if name not in specs:
                 break
             if name in seen:
@@ -184,15 +183,14 @@ def _is_in_a_format(tensor: onnx.TensorProto, scales: onnx.TensorProto | None, m
     count, last = math.prod(tensor.dims), tensor.dims[-1] if tensor.dims else 0
     if tensor.data_type in _KEPT:
         return scales is None and count == rows * columns
+    if scales is None:
+        return False
     for known in FORMATS.values():
         width = known.activation_block * known.bits // 8
-        packed = tensor.data_type == TensorProto.UINT8 and (last, count) == (
-            width,
-            rows * blocks_of(known, columns) * width,
-        )
-        single = tensor.data_type == TensorProto.INT8 and count == rows * known.padded_columns(columns)
+        packed = (TensorProto.UINT8, width, rows * blocks_of(known, columns) * width)
+        single = (TensorProto.INT8, last, rows * known.padded_columns(columns))
         wanted = DTYPES[known.scale_dtype], rows * known.groups(columns)
-        if (packed or single) and scales is not None and (scales.data_type, math.prod(scales.dims)) == wanted:
+        if (tensor.data_type, last, count) in (packed, single) and (scales.data_type, math.prod(scales.dims)) == wanted:
             return True
     return False
 
@@ -205,8 +203,8 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return int(math.prod(tensor.dims)) * itemsize
 
 
-def _lies_inside(tensor: onnx.TensorProto, data_bytes: int) -> bool:
-    """Whether an initializer has its bytes inside the program or in the file beside it."""
+def _lies_inside(tensor: onnx.TensorProto, data: DataFile | None) -> bool:
+    """Whether an initializer has its bytes inside the program or in its file of external weights."""
     if any(size < 0 for size in tensor.dims):
         return False
     if tensor.data_location != TensorProto.EXTERNAL:
@@ -214,10 +212,12 @@ def _lies_inside(tensor: onnx.TensorProto, data_bytes: int) -> bool:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     numbers = [entries.get("offset", ""), entries.get("length", "")]
     exact = sorted(entry.key for entry in tensor.external_data) == _EXTERNAL_KEYS and not tensor.raw_data
-    if not exact or not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
+    if data is None or not exact or entries["location"] != data.name:
+        return False
+    if not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
         return False
     offset, length = map(int, numbers)
-    return length == _bytes(tensor) and offset + length <= data_bytes
+    return length == _bytes(tensor) and offset + length <= data.bytes
 
 
 def _constants(opened: Opened) -> Iterator[str]:
@@ -236,8 +236,8 @@ def _matmuls(opened: Opened) -> Iterator[str]:
     """onnxruntime packs codes and scales when it loads them, as many as the attributes say."""
     graph = FileGraph(opened)
     for node in graph.nodes("MatMulNBits"):
-        given: Mapping[str, int] = {attribute.name: attribute.i for attribute in node.attribute}
-        columns, rows, bits, block = (given.get(name, 0) for name in ("K", "N", "bits", "block_size"))
+        attributes: Mapping[str, int] = {attribute.name: attribute.i for attribute in node.attribute}
+        columns, rows, bits, block = (attributes.get(name, 0) for name in ("K", "N", "bits", "block_size"))
         codes = graph.initializer(node.input[1]) if len(node.input) > 2 else None
         scales = None if codes is None else graph.value(node.input[2])
         blocks = -(-columns // block) if block > 0 else 0

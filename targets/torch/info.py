@@ -2,7 +2,7 @@
 """What a checkpoint, quantized or not, is. Nothing is run."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.locate import Located
@@ -32,18 +32,10 @@ def info(located: Located) -> InfoReport:
 def _of_quantized(located: Located) -> InfoReport:
     weights = QuantizedCheckpoint.open(located.path, path=located.given)
     entries, manifest = weights.plan.tensors, weights.manifest
-    rows = [
-        WeightsRow(
-            entry.role,
-            entry.storage,
-            1,
-            entry.count,
-            entry.predicted_bytes,
-            entry.relative_error if entry.format is not None else None,
-            entry.reason,
-        )
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        error = entry.relative_error if entry.format is not None else None
+        rows.append(WeightsRow(entry.role, entry.storage, 1, entry.count, entry.predicted_bytes, error, entry.reason))
     parent = manifest.parent
     facts = [
         ("recipe", weights.plan.recipe),
@@ -86,18 +78,13 @@ def _merged(rows: Iterable[WeightsRow]) -> tuple[WeightsRow, ...]:
     """One row for each role and format, in the order in which they come."""
     merged: dict[tuple[str, str], WeightsRow] = {}
     for row in rows:
-        old = merged.get((row.role, row.storage))
-        if old is None:
-            merged[row.role, row.storage] = row
-            continue
-        errors = [error for error in (old.relative_error, row.relative_error) if error is not None]
-        merged[row.role, row.storage] = WeightsRow(
-            row.role,
-            row.storage,
-            old.tensors + row.tensors,
-            old.weights + row.weights,
-            old.bytes + row.bytes,
-            max(errors) if errors else None,
-            old.reason,
+        before = merged.get((row.role, row.storage), replace(row, tensors=0, weights=0, bytes=0))
+        errors = [error for error in (before.relative_error, row.relative_error) if error is not None]
+        merged[row.role, row.storage] = replace(
+            before,
+            tensors=before.tensors + row.tensors,
+            weights=before.weights + row.weights,
+            bytes=before.bytes + row.bytes,
+            relative_error=max(errors, default=None),
         )
     return tuple(merged.values())

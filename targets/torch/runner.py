@@ -147,8 +147,8 @@ class TorchRunner:
             rows = value.reshape(state.batch, -1, value.shape[-1])
             seen.setdefault(name, []).append(rows.cpu().numpy())
 
-        found, state = self._run(tokens, state, logits, replace(self._forward, tap=tap))
-        return found, state, {name: np.concatenate(parts, 1) for name, parts in seen.items()}
+        values, state = self._run(tokens, state, logits, replace(self._forward, tap=tap))
+        return values, state, {name: np.concatenate(parts, 1) for name, parts in seen.items()}
 
     def run_with_margins(
         self, tokens: Tokens, state: State, *, logits: LogitsWanted = "all"
@@ -170,11 +170,11 @@ class TorchRunner:
                 margins.setdefault(name, []).append((top[:, -2] - top[:, -1]).view(batch, -1))
             return routing
 
-        found, state = self._run(tokens, state, logits, replace(self._forward, reroute=watch))
+        values, state = self._run(tokens, state, logits, replace(self._forward, reroute=watch))
         smallest: Floats = np.full((batch, time), np.inf)
         for parts in margins.values():
             smallest = np.minimum(smallest, torch.cat(parts, 1).cpu().numpy())
-        return found, state, smallest
+        return values, state, smallest
 
     def copy(self, state: State) -> State:
         """An independent copy; the model never changes a state array in place, so that sharing them is enough."""
@@ -198,7 +198,7 @@ class TorchRunner:
         piece = max(1, ROWS_AT_ONCE // batch)
         whole = wanted == "all" and time > piece
         every = np.empty((batch, time, self._info.vocab_size), _numpy_type(self._dtype)) if whole else None
-        found = np.empty(0, np.float32)
+        values = np.empty(0, np.float32)
         with torch.inference_mode():
             ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self._device)
             for start in range(0, time, piece):
@@ -206,12 +206,12 @@ class TorchRunner:
                 run = forward.step() if part.shape[1] == 1 else forward
                 hidden, carried = self._model.hidden(part, carried, run)
                 if wanted == "all":
-                    found = self._model.head(hidden, run).cpu().numpy()
+                    values = self._model.head(hidden, run).cpu().numpy()
                     if every is not None:
-                        every[:, start : start + piece] = found
+                        every[:, start : start + piece] = values
                 elif start + piece >= time:
-                    found = self._model.head(hidden[:, -1:], run).cpu().numpy()
-        return found if every is None else every, State(carried, batch)
+                    values = self._model.head(hidden[:, -1:], run).cpu().numpy()
+        return values if every is None else every, State(carried, batch)
 
 
 def _numpy_type(dtype: torch.dtype) -> type[np.floating[Any]]:

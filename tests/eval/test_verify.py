@@ -20,7 +20,7 @@ from mossquant.files.outputs import json_bytes
 from mossquant.plan.inputs import activation_model
 from mossquant.runner import Floats, LogitsWanted, State, Tokens
 from mossquant.targets.export import export
-from mossquant.targets.onnx import OnnxRunner
+from mossquant.targets.onnx.runner import OnnxRunner
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import Text
 

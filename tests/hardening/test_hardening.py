@@ -16,9 +16,10 @@ import pytest
 from commands import process
 from hardening.cases import Case, make_case
 
-QUICK = range(10_000, 10_150)
+QUICK = range(10_000, 10_086)
+"""Every kind of file as damaged, and with its hashes made right again."""
 ALL = range(0, 2400)
-QUICK_COMMANDS = range(20_000, 20_006)
+QUICK_COMMANDS = range(20_000, 20_003)
 COMMANDS = range(20_000, 20_060)
 SECONDS = 3600
 

@@ -24,9 +24,9 @@ from mossquant.state_file import SavedState, load_state, save_state
 from mossquant.targets.export import export
 from mossquant.targets.onnx import lower
 from mossquant.targets.onnx.graph import Graph, Value
+from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.runner import OnnxRunner
 from mossquant.targets.onnx.shapes import Shapes
-from mossquant.targets.onnx.weights import Weights
 from mossquant.targets.torch.runner import TorchRunner
 
 CONFIG = replace(SMALL, hidden_size=32, num_mlp_experts=0, mlp_intermediate_size=0)
@@ -80,7 +80,7 @@ class Cache(Block):
 
 def lower_cache(
     graph: Graph,
-    weights: Weights,
+    initializers: Initializers,
     shapes: Shapes,
     specs: list[TensorSpec],
     u: Value,
@@ -88,7 +88,7 @@ def lower_cache(
     states: Mapping[str, Value],
 ) -> tuple[Value, dict[str, Value]]:
     keys, total, last = (spec.name for spec in Cache.states(CONFIG, specs[0].layer or 0))
-    k = shapes.steps(graph, weights.linear(graph, u, [specs[0].name]))
+    k = shapes.steps(graph, initializers.linear(graph, u, [specs[0].name]))
     before = graph.op("Squeeze", [graph.slice(graph.op("Shape", [states[keys]]), 1, 2, 0)])
     every = graph.op("Concat", [states[keys], k], {"axis": 1})
     scores = graph.op("MatMul", [shapes.steps(graph, u), graph.op("Transpose", [every], {"perm": [0, 2, 1]})])
@@ -96,7 +96,7 @@ def lower_cache(
     mixed = graph.reshape(graph.op("Mul", [mixed, graph.number(0.01)]), -1, CONFIG.hidden_size)
     added = graph.op("Add", [states[total], graph.op("ReduceSum", [k, graph.ints(1)], {"keepdims": 0})])
     after = {keys: graph.op("Identity", [every]), total: added, last: graph.slice(k, -1, None, 1)}
-    return graph.op("Add", [x, weights.linear(graph, mixed, [specs[1].name])]), after
+    return graph.op("Add", [x, initializers.linear(graph, mixed, [specs[1].name])]), after
 
 
 @pytest.fixture

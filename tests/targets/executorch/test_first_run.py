@@ -10,10 +10,11 @@ import torch
 from kept import KEPT_PTE
 
 from mossquant.errors import InputError
-from mossquant.targets.executorch import ExecutorchRunner, first_run
+from mossquant.targets.executorch import first_run
 from mossquant.targets.executorch.lower import CHUNK
-from mossquant.targets.executorch.metadata import open_program
+from mossquant.targets.executorch.open import open_program
 from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.runner import ExecutorchRunner
 from mossquant.targets.program import METHODS
 
 CRASH_AT, CRASH_BITS = 54318, 114

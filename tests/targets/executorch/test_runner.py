@@ -10,10 +10,11 @@ from lowered import Lowered, Workshop
 
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
-from mossquant.targets.executorch import ExecutorchRunner, packages
-from mossquant.targets.executorch import metadata as metadata_module
-from mossquant.targets.executorch.metadata import read_metadata
+from mossquant.targets.executorch import open as open_module
+from mossquant.targets.executorch import packages
+from mossquant.targets.executorch.open import read_metadata
 from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.runner import ExecutorchRunner
 
 
 @pytest.fixture
@@ -127,8 +128,8 @@ def test_a_tokenizer_of_another_model(folder: Path, monkeypatch: pytest.MonkeyPa
     own = folder / "tokenizer.json"
     own.write_text("{}")
     update = {"tokenizer_sha256": file_sha256(own)}
-    monkeypatch.setattr(metadata_module, "read_metadata", lambda file: read_metadata(file).model_copy(update=update))
-    assert ExecutorchRunner(folder).metadata.tokenizer_sha256 == file_sha256(own)
+    monkeypatch.setattr(open_module, "read_metadata", lambda file: read_metadata(file).model_copy(update=update))
+    assert ExecutorchRunner(folder).info.tokenizer_sha256 == file_sha256(own)
     own.write_text("[]")
     with pytest.raises(InputError, match=r"is not the tokenizer of model\.pte"):
         ExecutorchRunner(folder)

@@ -16,8 +16,9 @@ from mossquant.plan.inputs import activation_model
 from mossquant.targets.torch.runner import TorchRunner
 
 BATCH, TIME = 3, 24
-FP32_CASES = [(model, recipe) for model in MODELS for recipe in (None, "int4", "int8", "g128")]
-FP32_CASES += [("wide", "mixed"), ("experts", "mixed")]
+FP32_CASES = [(model, recipe) for model in MODELS for recipe in (None, "int4")]
+FP32_CASES += [("wide", "int8"), ("wide", "g128"), ("wide", "mixed"), ("experts", "mixed")]
+INT8_CASES = [*((model, "int4") for model in MODELS), ("wide", "int8"), ("wide", "g128"), ("pruned", "int8")]
 
 
 def _largest(lowered: Lowered, reference: TorchRunner) -> float:
@@ -47,8 +48,7 @@ def test_fp32_activations(workshop: Workshop, model: str, recipe: str | None) ->
     assert _largest(lowered, lowered.reference(activations="fp32")) <= ONNX_FP32
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("recipe", ["int4", "int8", "g128"])
+@pytest.mark.parametrize(("model", "recipe"), INT8_CASES)
 def test_int8_activations(workshop: Workshop, model: str, recipe: str) -> None:
     lowered = workshop(model, recipe)
     assert lowered.runner.info.activations == "int8_block"
@@ -90,7 +90,7 @@ def _one_site_in_fp32(source: QuantizedCheckpoint, site: str) -> Activation:
     return lambda name, x: x if source.specs[name].site == site else planned(name, x)
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8"])
+@pytest.mark.parametrize("recipe", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_planted_faults_are_seen(workshop: Workshop, recipe: str) -> None:
     lowered = workshop("wide", recipe)
     source, exact = QuantizedCheckpoint.open(lowered.checkpoint), lowered.reference()

@@ -19,7 +19,7 @@ from mossquant.targets import export as artifact_export
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
 from mossquant.targets.onnx import save as saving
-from mossquant.targets.onnx.metadata import read_metadata
+from mossquant.targets.onnx.metadata import read_program
 from mossquant.targets.onnx.open import open_program
 
 
@@ -55,14 +55,14 @@ def test_external_weights_begin_on_pages(workshop: Workshop, tmp_path: Path, mon
 
 def test_metadata(workshop: Workshop) -> None:
     lowered = workshop("wide", "int4")
-    source, metadata = QuantizedCheckpoint.open(lowered.checkpoint), read_metadata(lowered.program)
+    source, metadata = QuantizedCheckpoint.open(lowered.checkpoint), read_program(lowered.program).metadata
     assert (metadata.version, metadata.target, metadata.weights) == (1, "onnx", "int4")
     assert (metadata.activations, metadata.state_format) == ("int8_block", "fp32")
     assert metadata.config == source.config.to_json(torch_dtype="bfloat16")
     assert metadata.source_files == source.origin.files
     assert metadata.source_kind == "quantized checkpoint"
     assert metadata.payload_bytes == source.origin.payload_bytes
-    assert metadata.parameters == source.parameters
+    assert metadata.parameters == source.origin.parameters
     assert metadata.tokenizer_sha256 is None
     assert open_program(lowered.program).config == MODELS["wide"]
 
@@ -73,7 +73,7 @@ def test_texts_that_were_seen_are_named(workshop: Workshop, tmp_path: Path) -> N
     (checkpoint / "tokenizer.json").write_text("{}")
     quantize(checkpoint, tmp_path / "quantized", recipe="int4")
     artifact = export(tmp_path / "quantized", tmp_path / "artifact")
-    metadata = read_metadata(artifact.program("onnx"))
+    metadata = read_program(artifact.program("onnx")).metadata
     assert metadata.seen_text == ["ab" * 32]
     assert metadata.tokenizer_sha256 == file_sha256(artifact.folder / "tokenizer.json")
     assert artifact.bytes == artifact.program("onnx").stat().st_size
@@ -82,9 +82,9 @@ def test_texts_that_were_seen_are_named(workshop: Workshop, tmp_path: Path) -> N
 def test_weights_take_the_bytes_of_the_checkpoint(workshop: Workshop) -> None:
     """At 4 bits to the byte; at one scale a row, rows are padded to blocks of 32."""
     for model in MODELS:
-        metadata = read_metadata(workshop(model, "int4").program)
+        metadata = read_program(workshop(model, "int4").program).metadata
         assert metadata.weight_bytes == metadata.payload_bytes
-        assert read_metadata(workshop(model).program).weight_bytes == metadata.parameters * 2
+        assert read_program(workshop(model).program).metadata.weight_bytes == metadata.parameters * 2
 
 
 def test_manifest(workshop: Workshop) -> None:
@@ -95,7 +95,7 @@ def test_manifest(workshop: Workshop) -> None:
     assert artifact.program("onnx") == lowered.program
     assert set(artifact.files) == {"model.onnx"}
     assert artifact.files["model.onnx"].sha256 == file_sha256(lowered.program)
-    assert record.model == read_metadata(lowered.program).model_dump()
+    assert record.model == read_program(lowered.program).metadata.model_dump()
     graph = lowered.proto().graph
     assert [port.name for port in ports.inputs] == [port.name for port in graph.input]
     assert [port.name for port in ports.outputs] == [port.name for port in graph.output]
@@ -116,7 +116,7 @@ def test_slow_combinations_are_said(workshop: Workshop, tmp_path: Path) -> None:
 def test_progress_reaches_the_end(workshop: Workshop, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     artifact = export(workshop.checkpoint("wide", "int4"), tmp_path / "a", progress=lambda *now: seen.append(now))
-    total = read_metadata(artifact.program("onnx")).weight_bytes
+    total = read_program(artifact.program("onnx")).metadata.weight_bytes
     assert seen[-1][1:] == (total, total)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
@@ -171,9 +171,10 @@ def test_a_plan_for_another_target(workshop: Workshop, tmp_path: Path) -> None:
     quantize(workshop.checkpoint("wide"), tmp_path / "rows", recipe=recipe)
     artifact = export(tmp_path / "rows", tmp_path / "artifact")
     assert artifact.notes == ("model.onnx: inputs are int8_block in place of the planned int8_row_asym",)
-    assert read_metadata(tmp_path / "artifact/model.onnx").activations == "int8_block"
+    assert read_program(tmp_path / "artifact/model.onnx").metadata.activations == "int8_block"
 
 
+@pytest.mark.slow
 def test_the_graph_of_tiny_is_small(tmp_path: Path) -> None:
     """The preset that ships: nodes, names and metadata are a few per cent of the weights."""
     checkpoint = write_model(tmp_path / "model", random_model(PRESETS["tiny"], dtype=torch.float32))

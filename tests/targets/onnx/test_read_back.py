@@ -44,8 +44,9 @@ def test_mixed_formats_pass(workshop: Workshop) -> None:
 
 
 def test_names_with_a_range() -> None:
-    assert expanded("layers.0.mixer.experts.1-3.x_proj") == [f"layers.0.mixer.experts.{e}.x_proj" for e in (1, 2, 3)]
-    assert expanded("layers.0.mlp.experts.1.w1") == ["layers.0.mlp.experts.1.w1"]
+    names = [f"layers.0.mixer.experts.{e}.x_proj" for e in (1, 2, 3)]
+    assert list(expanded("layers.0.mixer.experts.1-3.x_proj")) == names
+    assert list(expanded("layers.0.mlp.experts.1.w1")) == ["layers.0.mlp.experts.1.w1"]
 
 
 def _changed(lowered: Lowered, folder: Path, name: str, place: int, bits: int) -> Path:
@@ -219,5 +220,5 @@ def test_weights_from_a_file_of_another(workshop: Workshop, tmp_path: Path, monk
             entry.value = "../secret" if entry.key == "location" else entry.value
     onnx.save(proto, artifact.program("onnx"))
     shutil.copy(artifact.folder / "model.onnx.data", tmp_path / "secret")
-    with pytest.raises(InputError, match=r"reads weights from other files than its own: \.\./secret"):
+    with pytest.raises(InputError, match=r"does not lie where it says"):
         verify(checkpoint, artifact.folder)

@@ -14,9 +14,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from mossquant.errors import InputError
 from mossquant.eval.open import open_model
 from mossquant.files.outputs import file_sha256
-from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.onnx import runner as module
 from mossquant.targets.onnx import save as saving
+from mossquant.targets.onnx.runner import OnnxRunner
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ from onnx import TensorProto, numpy_helper
 from mossquant.errors import InputError
 from mossquant.release import release
 from mossquant.targets.export import export
-from mossquant.targets.onnx import OnnxRunner, structure
 from mossquant.targets.onnx import save as saving
-from mossquant.targets.onnx.file_graph import expanding
+from mossquant.targets.onnx import structure
+from mossquant.targets.onnx.file_graph import expanded
 from mossquant.targets.onnx.metadata import graphs, initializers
 from mossquant.targets.onnx.open import open_program
+from mossquant.targets.onnx.runner import OnnxRunner
 
 Change = Callable[[onnx.ModelProto], object]
 
@@ -38,11 +39,11 @@ def test_names_of_ranges_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         proto.graph.initializer.append(TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[0]))
 
     def spied(name: str) -> Iterator[str]:
-        for one in expanding(name):
+        for one in expanded(name):
             asked.append(one)
             yield one
 
-    monkeypatch.setattr(structure, "expanding", spied)
+    monkeypatch.setattr(structure, "expanded", spied)
     if before == "elsewhere":
         _opened(proto, tmp_path)  # no tensor of the model: `verify` says that they are left over
     else:

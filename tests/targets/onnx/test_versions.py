@@ -15,8 +15,8 @@ from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.locate import asset_folder
 from mossquant.divergence import Predictions, kl
 from mossquant.targets.export import export
-from mossquant.targets.onnx import OnnxRunner
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM
+from mossquant.targets.onnx.runner import OnnxRunner
 from mossquant.text.text import Tokenizer, bundled_text
 
 PHONES = "1.27.0"
@@ -25,7 +25,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 import onnxruntime
-from mossquant.targets.onnx import OnnxRunner
+from mossquant.targets.onnx.runner import OnnxRunner
 assert onnxruntime.__version__ == sys.argv[2], onnxruntime.__version__
 tokens = np.load(sys.argv[4])
 runner = OnnxRunner(sys.argv[3], threads=1)

@@ -22,14 +22,14 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from mossquant.checkpoint.weights import Weights as Source
+from mossquant.checkpoint.weights import Weights
 from mossquant.formats import NumberFormat
 from mossquant.progress import Progress
 from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
 from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_matrix, to_numpy
 from mossquant.targets.taken import activation_of
 
-__all__ = ["SCALE", "Stack", "Weights", "initializer_name"]
+__all__ = ["SCALE", "Initializers", "Stack", "initializer_name"]
 
 Stack = Literal["outputs", "inputs"]
 SCALE = ".scale"
@@ -46,16 +46,16 @@ def initializer_name(names: Sequence[str]) -> str:
     return f"{before}.experts.{number}-{end}.{after}"
 
 
-class Weights:
+class Initializers:
     """Puts the weights of a source into graphs.
 
     Attributes:
-        source: where they come from.
+        weights: where they come from.
         stored_bytes: bytes of all initializers made so far.
     """
 
-    def __init__(self, source: Source, progress: Progress | None = None) -> None:
-        self.source = source
+    def __init__(self, weights: Weights, progress: Progress | None = None) -> None:
+        self.weights = weights
         self.stored_bytes = 0
         self._progress, self._written = progress, 0
         self._tables: dict[str, tuple[Value, Value]] = {}
@@ -64,18 +64,18 @@ class Weights:
         """Cut a list of tensors into runs that can share one node: same format or type, same activations."""
 
         def storage(name: str) -> tuple[str, bool]:
-            found = self.source.format(name)
-            if found is None:
-                return str(self.source.kept(name).dtype), False
-            return found.name, activation_of(self.source, name) == "int8_block"
+            number_format = self.weights.format(name)
+            if number_format is None:
+                return str(self.weights.kept(name).dtype), False
+            return number_format.name, activation_of(self.weights, name) == "int8_block"
 
         return [list(run) for _, run in groupby(names, key=storage)]
 
     def padded_inputs(self, name: str) -> int:
         """Inputs of a linear with padding to whole blocks."""
-        columns = self.source.specs[name].matrix_shape[1]
-        found = self.source.format(name)
-        return columns if found is None else blocks_of(found, columns) * found.activation_block
+        columns = self.weights.specs[name].matrix_shape[1]
+        number_format = self.weights.format(name)
+        return columns if number_format is None else blocks_of(number_format, columns) * number_format.activation_block
 
     def linear(
         self, graph: Graph, x: Value, names: Sequence[str], *, stack: Stack = "outputs", bias: Value | None = None
@@ -89,8 +89,8 @@ class Weights:
             stack: experts lie one after the other along the outputs, or along the inputs, each padded to whole blocks.
             bias: [N].
         """
-        number_format, name = self.source.format(names[0]), initializer_name(names)
-        rows, columns = self.source.specs[names[0]].matrix_shape
+        number_format, name = self.weights.format(names[0]), initializer_name(names)
+        rows, columns = self.weights.specs[names[0]].matrix_shape
         if stack == "outputs":
             rows *= len(names)
         elif len(names) > 1:
@@ -106,15 +106,15 @@ class Weights:
             "bits": number_format.bits,
             "block_size": number_format.activation_block,
         }
-        if activation_of(self.source, names[0]) == "int8_block":
+        if activation_of(self.weights, names[0]) == "int8_block":
             attributes["accuracy_level"] = 4
         inputs = [x, codes, scales] + ([None, None, bias] if bias is not None else [])
         return graph.op("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)
 
     def table(self, graph: Graph, tokens: Value, name: str) -> Value:
         """Rows of an embedding [V, D] for tokens [B, T] → [B · T, D]."""
-        count, width = self.source.specs[name].matrix_shape
-        number_format = self.source.format(name)
+        count, width = self.weights.specs[name].matrix_shape
+        number_format = self.weights.format(name)
         if number_format is None:
             table = self._float(graph, [name], (count, width), "outputs")
             return graph.reshape(graph.op("Gather", [table, tokens], {"axis": 0}), -1, width)
@@ -122,20 +122,20 @@ class Weights:
         block, blocks = number_format.activation_block, blocks_of(number_format, width)
         attributes = {"gather_axis": 0, "quantize_axis": 2, "block_size": block, "bits": number_format.bits}
         cube = graph.reshape(scales, count, blocks, 1)
-        found = graph.op("GatherBlockQuantized", [codes, tokens, cube], attributes, domain=MICROSOFT)
-        rows = graph.reshape(found, -1, blocks * block)
+        padded = graph.op("GatherBlockQuantized", [codes, tokens, cube], attributes, domain=MICROSOFT)
+        rows = graph.reshape(padded, -1, blocks * block)
         return rows if blocks * block == width else graph.slice(rows, 0, width, 1)
 
     def decoded(self, graph: Graph, names: Sequence[str]) -> Value:
         """The fp32 matrix view [rows, columns] of small tensors, stacked along the rows."""
-        one_rows, columns = self.source.specs[names[0]].matrix_shape
-        rows, number_format, name = one_rows * len(names), self.source.format(names[0]), initializer_name(names)
+        height, columns = self.weights.specs[names[0]].matrix_shape
+        rows, number_format, name = height * len(names), self.weights.format(names[0]), initializer_name(names)
         if number_format is None:
             return self._float(graph, names, (rows, columns), "outputs")
         groups, padded = number_format.groups(columns), number_format.padded_columns(columns)
 
         def read() -> NDArray[np.generic]:
-            parts = [self.source.quantized(one).codes for one in names]
+            parts = [self.weights.quantized(member).codes for member in names]
             return to_numpy(torch.cat(parts).view(rows, groups, -1))
 
         codes = self._store(graph, name, ir.DataType.INT8, (rows, groups, padded // groups), read)
@@ -155,23 +155,23 @@ class Weights:
         name = initializer_name(names)
         if name in self._tables:
             return self._tables[name]
-        rows, columns = self.source.specs[names[0]].matrix_shape
-        blocks, many = blocks_of(number_format, columns), len(names)
+        rows, columns = self.weights.specs[names[0]].matrix_shape
+        blocks, experts = blocks_of(number_format, columns), len(names)
         axis: Literal[0, 1] = 0 if stack == "outputs" else 1
-        N, each = (rows * many, 1) if stack == "outputs" else (rows, many)
-        shape = N, each * blocks, number_format.activation_block * number_format.bits // 8
+        N, beside = (rows * experts, 1) if stack == "outputs" else (rows, experts)
+        shape = N, beside * blocks, number_format.activation_block * number_format.bits // 8
 
         def read() -> NDArray[np.generic]:
-            return packed_matrix((self.source.quantized(one) for one in names), shape, axis=axis)
+            return packed_matrix((self.weights.quantized(member) for member in names), shape, axis=axis)
 
         codes = self._store(graph, name, ir.DataType.UINT8, shape, read)
         if number_format.group_size is not None:
-            scales = self._scales(graph, names, number_format, stack, (N, each * blocks))
+            scales = self._scales(graph, names, number_format, stack, (N, beside * blocks))
         else:
-            row_scales = self._scales(graph, names, number_format, stack, (N, each, 1))
-            spread = graph.op("Expand", [row_scales, graph.ints(N, each, blocks)])
-            scales = graph.reshape(spread, N, each * blocks)
-        if self.source.specs[names[0]].layer is None:
+            row_scales = self._scales(graph, names, number_format, stack, (N, beside, 1))
+            spread = graph.op("Expand", [row_scales, graph.ints(N, beside, blocks)])
+            scales = graph.reshape(spread, N, beside * blocks)
+        if self.weights.specs[names[0]].layer is None:
             self._tables[name] = (codes, scales)
         return codes, scales
 
@@ -182,7 +182,7 @@ class Weights:
 
         def read() -> NDArray[np.generic]:
             axis = 0 if stack == "outputs" else 1
-            return to_numpy(torch.cat([self.source.quantized(one).scales for one in names], axis)).reshape(shape)
+            return to_numpy(torch.cat([self.weights.quantized(member).scales for member in names], axis)).reshape(shape)
 
         kind = DTYPES[number_format.scale_dtype]
         return _as_float(graph, self._store(graph, initializer_name(names) + SCALE, kind, shape, read))
@@ -194,13 +194,13 @@ class Weights:
             return self._tables[name][0]
 
         def read() -> NDArray[np.generic]:
-            parts = [self.source.specs[one].to_matrix(self.source.kept(one)) for one in names]
+            parts = [self.weights.specs[member].to_matrix(self.weights.kept(member)) for member in names]
             # One alone stays where it is, in the mapped file.
             return to_numpy(torch.cat(parts, 0 if stack == "outputs" else 1) if len(parts) > 1 else parts[0])
 
-        kind = DTYPES[self.source.kept(names[0]).dtype]
+        kind = DTYPES[self.weights.kept(names[0]).dtype]
         value = _as_float(graph, self._store(graph, name, kind, shape, read))
-        if self.source.specs[names[0]].layer is None:
+        if self.weights.specs[names[0]].layer is None:
             self._tables[name] = (value, value)
         return value
 

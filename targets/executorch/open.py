@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a .pte of ours: what it holds and says about itself, the files beside it; then it is tried."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mossquant.errors import InputError
+from mossquant.files.outputs import file_sha256
+from mossquant.model.config import MossNetConfig
+from mossquant.model.mossnet import state_specs
+from mossquant.targets.artifact import check_beside
+from mossquant.targets.executorch.metadata import Metadata
+from mossquant.targets.executorch.packages import load_runtime
+from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, PlanMethod, ProgramFile
+from mossquant.targets.metadata import parsed
+from mossquant.targets.program import METHODS
+from mossquant.targets.trial import EXTRA_BYTES, start, try_apart
+
+__all__ = ["Opened", "open_listed", "open_program", "open_to_run", "read_metadata", "weight_bytes"]
+
+_READ = "mossquant.targets.executorch.program_file:read"
+_RUN = "mossquant.targets.executorch.first_run:run"
+_READING_SECONDS, _READING_BYTES = 20.0, 1 << 28
+"""Reading 24 blocks takes two seconds and some ten megabytes."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A program that was read and checked against itself; nothing of it was run.
+
+    Attributes:
+        file: what it holds.
+        metadata: what it says about itself.
+        config: the model's shape.
+        hashes: file name → SHA-256 of the program.
+    """
+
+    file: ProgramFile
+    metadata: Metadata
+    config: MossNetConfig
+    hashes: dict[str, str]
+
+
+def read_metadata(file: ProgramFile) -> Metadata:
+    """What a .pte says about itself. Raises `InputError`: not written by this project, or by another release."""
+    return parsed(Metadata, json.dumps(file.metadata), file.path)
+
+
+def open_program(path: Path) -> Opened:
+    """Read a .pte of ours, whatever lies beside it; in the child process first, whose limits bound what it may take.
+
+    Raises:
+        InputError: no .pte of ours, or damaged; methods, inputs, outputs or a table that are not those of its config.
+    """
+    sha256, extra = file_sha256(path), _READING_BYTES + path.stat().st_size
+    try_apart(path, sha256, _READ, seconds=_READING_SECONDS, extra_bytes=extra)
+    file = ProgramFile(path)
+    metadata = read_metadata(file)
+    config = MossNetConfig.from_json(metadata.config, where=f"the metadata of {path}")
+    opened = Opened(file, metadata, config, {path.name: sha256})
+    _check_ports(opened)
+    return opened
+
+
+def open_listed(path: Path) -> Opened:
+    """Read and check a .pte of ours, and the manifest and tokenizer beside it.
+
+    Raises:
+        InputError: as `open_program`; it contradicts the manifest, or another tokenizer lies there.
+    """
+    opened = open_program(path)
+    check_beside(path, opened.hashes, opened.metadata)
+    return opened
+
+
+def open_to_run(path: Path) -> Opened:
+    """Read a .pte of ours and run it once in the child process; then it can be loaded here.
+
+    Raises:
+        InputError: as `open_listed`; it cannot be loaded or run, or brought the child process down.
+    """
+    start(_RUN, file_sha256(path))
+    load_runtime()  # while the child process does so too
+    opened, extra = open_listed(path), EXTRA_BYTES + 4 * path.stat().st_size
+    try_apart(path, opened.hashes[path.name], _RUN, arguments={"methods": METHODS}, extra_bytes=extra)
+    return opened
+
+
+def _check_ports(opened: Opened) -> None:
+    """Inputs and outputs of every method must be those of a model of the config in the metadata."""
+    methods, chunk, vocabulary = opened.file.methods, opened.metadata.max_chunk, opened.config.vocab_size
+    states = [("<f4", (1, *spec.shape)) for spec in state_specs(opened.config)]
+    offenders = [f"{name} is missing" for name in METHODS if name not in methods]
+    for name, method in methods.items():
+        length = 1 if name == "decode" else chunk
+        inputs = [("<i8", (1, length)), *states]
+        outputs = [("<f4", (1, length if name == "score" else 1, vocabulary)), *states]
+        if name not in METHODS:
+            offenders.append(f"{name[:80]} is unexpected")
+        elif list(method.inputs) != inputs or list(method.outputs) != outputs:
+            offenders.append(f"{name} takes or gives other arrays than the model's")
+        elif not _has_table(method, opened.config):
+            offenders.append(f"{name} has no table of {vocabulary} rows")
+    if offenders:
+        raise InputError.listing(
+            f"the methods of {opened.file.path} do not fit its metadata", offenders, "Export it again."
+        )
+
+
+def _has_table(method: PlanMethod, config: MossNetConfig) -> bool:
+    """Whether there are rows for every token: codes and scales, or values. The runtime looks beyond the last one."""
+    rows = [array for array in method.constants if array.ndim == 2 and array.shape[0] == config.vocab_size]
+    codes, values = ([array for array in rows if (array.dtype.kind in "iu") == kind] for kind in (True, False))
+    if codes:
+        return len(codes) == 1 and len(values) > 0
+    return any(array.shape[1] == config.hidden_size for array in values)
+
+
+def weight_bytes(opened: Opened) -> int:
+    """Bytes of codes, padding, scales and values in the program; a tied table, which is there twice, once."""
+    total, vocabulary = opened.file.sections[WEIGHTS] + opened.file.sections[CONSTANTS], opened.config.vocab_size
+    decode = opened.file.methods["decode"]
+    linears = [linear for delegate in decode.delegates for linear in delegate.linears]
+    if not opened.config.tie_word_embeddings or not linears:
+        return total
+    # The look-up's copy has codes of its own, which no other tensor has outside the delegates, and fp32 scales.
+    codes = [array for array in decode.constants if array.shape[:1] == (vocabulary,) and array.dtype.kind in "iu"]
+    if not codes:
+        return total - 4 * vocabulary * opened.config.hidden_size
+    return total - codes[0].nbytes - 4 * linears[-1].stored_scales.size
