@@ -158,24 +158,3 @@ def test_activations_that_there_are_not(int4: Lowered, workshop: Workshop, tmp_p
     with pytest.raises(InputError, match="is not quantized, and int8 activations meet quantized weights only"):
         export(workshop.checkpoint("wide"), tmp_path / "artifact", target="executorch", activations="int8")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("no_lowering")
-@pytest.mark.parametrize("package", ["executorch", "torchao"])
-def test_packages_that_are_missing_or_others(
-    int4: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
-    real = packages.version
-
-    def missing(name: str) -> str:
-        if name == package:
-            raise ModuleNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(packages, "version", missing)
-    with pytest.raises(InputError, match=rf"{package} is not installed, .*pip install 'mossquant\[executorch\]'"):
-        export(int4.checkpoint, tmp_path / "artifact", target=["onnx", "executorch"])
-    monkeypatch.setattr(packages, "version", lambda name: "0.1" if name == package else real(name))
-    with pytest.raises(InputError, match=rf"{package} 0\.1 is installed and .* is needed"):
-        export(int4.checkpoint, tmp_path / "artifact", target="executorch")
-    assert list(tmp_path.iterdir()) == []

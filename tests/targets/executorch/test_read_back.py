@@ -324,8 +324,3 @@ def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:
 def test_an_artifact_of_another_model(workshop: Workshop, int4: Lowered) -> None:
     with pytest.raises(InputError, match="is a model of another shape than"):
         verify(int4.checkpoint, workshop("mamba", target="executorch").artifact)
-
-
-def test_paths_the_wrong_way_round(int4: Lowered) -> None:
-    with pytest.raises(InputError, match="is of kind 'executorch', but verify needs: checkpoint or quantized"):
-        verify(int4.artifact, int4.checkpoint)

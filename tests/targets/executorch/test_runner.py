@@ -52,9 +52,10 @@ def test_threads_belong_to_the_process(int4: Lowered) -> None:
     ExecutorchRunner(int4.program, threads=1)
 
 
-@pytest.mark.parametrize("model", ["mamba", pytest.param("no window", marks=pytest.mark.slow)])
-def test_read_and_write(workshop: Workshop, model: str) -> None:
-    lowered = workshop(model, "int4" if model == "no window" else None, target="executorch")
+@pytest.mark.slow
+def test_a_state_without_values_is_read_and_written(workshop: Workshop) -> None:
+    """A convolution of width 1 carries none. Of other models `test_promises` holds it."""
+    lowered = workshop("no window", "int4", target="executorch")
     runner, tokens, config = lowered.runner, lowered.tokens(1, 9), lowered.config
     _, state = runner(tokens, runner.initial_state(1))
     arrays = runner.read(state)
@@ -75,20 +76,6 @@ def test_one_stream_at_a_time(int4: Lowered) -> None:
     arrays = runner.read(runner.initial_state(1))
     with pytest.raises(InputError, match=message):
         runner.write({name: np.concatenate([array, array]) for name, array in arrays.items()})
-
-
-@pytest.mark.parametrize("kept", [0, 1, 100, 5000, 0.5, 0.999])
-def test_a_file_that_was_cut_short(folder: Path, kept: float) -> None:
-    data = (folder / "model.pte").read_bytes()
-    (folder / "model.pte").write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
-    with pytest.raises(InputError, match=r"is empty|is not a \.pte that can be read"):
-        ExecutorchRunner(folder)
-
-
-def test_a_foreign_file(tmp_path: Path) -> None:
-    (tmp_path / "model.pte").write_bytes(b"plain text, not a program\n" * 20)
-    with pytest.raises(InputError, match=r"is not a \.pte that can be read"):
-        ExecutorchRunner(tmp_path / "model.pte")
 
 
 def test_a_program_that_is_not_the_one_in_its_manifest(int4: Lowered, tmp_path: Path) -> None:
@@ -146,8 +133,3 @@ def test_packages_that_are_missing_or_others(int4: Lowered, monkeypatch: pytest.
     monkeypatch.setattr(packages, "version", lambda name: "0.1")
     with pytest.raises(InputError, match=r"executorch 0\.1 is installed and 1\.4\.1 is needed"):
         ExecutorchRunner(int4.program)
-
-
-def test_what_is_no_program(int4: Lowered) -> None:
-    with pytest.raises(InputError, match="is of kind 'quantized checkpoint', but the ExecuTorch Runner needs: execut"):
-        ExecutorchRunner(int4.checkpoint)

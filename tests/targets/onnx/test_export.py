@@ -15,7 +15,6 @@ from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
 from mossquant.model.config import PRESETS
-from mossquant.targets import export as artifact_export
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
 from mossquant.targets.onnx import save as saving
@@ -119,26 +118,6 @@ def test_progress_reaches_the_end(workshop: Workshop, tmp_path: Path) -> None:
     total = read_program(artifact.program("onnx")).metadata.weight_bytes
     assert seen[-1][1:] == (total, total)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-
-
-def test_an_output_that_exists(workshop: Workshop, tmp_path: Path) -> None:
-    checkpoint, output = workshop.checkpoint("wide", "int4"), tmp_path / "artifact"
-    export(checkpoint, output)
-    before = file_sha256(output / "model.onnx")
-    with pytest.raises(InputError, match="exists already"):
-        export(checkpoint, output)
-    export(checkpoint, output, force=True)
-    assert file_sha256(output / "model.onnx") == before
-
-
-def test_nothing_is_left_behind(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(artifact_export, "write_artifact_manifest", broken)
-    with pytest.raises(OSError, match="the disk is full"):
-        export(workshop.checkpoint("wide", "int4"), tmp_path / "artifact")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_is_refused_before_any_work(workshop: Workshop, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mossquant.targets.onnx.metadata import initializers
 
 @pytest.mark.parametrize(
     ("model", "recipe"),
-    [*((model, "int4") for model in MODELS), ("wide", "int8"), ("untied", "int8"), ("experts", None), ("wide", "g128")],
+    [*((model, "int4") for model in MODELS), ("wide", "int8"), ("experts", None), ("wide", "g128"), ("wide", "mixed")],
 )
 def test_what_was_exported_passes(workshop: Workshop, model: str, recipe: str | None) -> None:
     lowered = workshop(model, recipe)
@@ -36,11 +36,6 @@ def test_what_was_exported_passes(workshop: Workshop, model: str, recipe: str | 
     assert report.passed
     assert report.summary == "all equal"
     assert report.weights == lowered.runner.info.parameters
-
-
-def test_mixed_formats_pass(workshop: Workshop) -> None:
-    lowered = workshop("wide", "mixed")
-    assert verify(lowered.checkpoint, lowered.artifact).differences == ()
 
 
 def test_names_with_a_range() -> None:
@@ -65,7 +60,6 @@ CHANGES = [
     ("backbone.embeddings.weight", 32 * 7 + 3, 0x10, r"backbone\.embeddings\.weight: code \[7, 7\] is"),
     ("backbone.embeddings.weight.scale", 1, 0x01, r"backbone\.embeddings\.weight: scale \[0, 0\] is"),
     ("layers.0.mlp.experts.3.w1", 5, 0x01, r"backbone\.layers\.0\.mlp\.experts\.3\.w1\.weight: code \[0, 10\] is"),
-    ("layers.1.mlp.experts.2.w2.scale", 3, 0x80, r"layers\.1\.mlp\.experts\.2\.w2\.weight: scale \[0, 1\] is"),
     # x_proj of an expert is 44 rows of 96 columns, which are 48 bytes; this is row 2 of expert 1.
     ("layers.0.mixer.experts.0-3.x_proj", 48 * 46, 0x01, r"experts\.1\.x_proj\.weight: code \[2, 0\] is"),
     # dt_proj of four experts is 96 rows of four blocks of 16 bytes; this is row 1, expert 2.
@@ -74,12 +68,8 @@ CHANGES = [
     ("layers.0.mixer.experts.0-3.dt_proj", 7, 0x01, r"experts\.0\.dt_proj\.weight: code \[0, 14\] is"),
     ("layers.0.mixer.experts.0-3.dt_proj.scale", 8 + 6, 0x02, r"experts\.3\.dt_proj\.weight: scale \[1, 0\] is"),
     ("layers.1.mixer.experts.0-3.dt_proj.bias", 96 * 2 + 5, 0x04, r"experts\.2\.dt_proj\.bias: code \[0, 5\] is"),
-    ("layers.1.mixer.conv1d", 96 + 9, 0x01, r"layers\.1\.mixer\.conv1d\.weight: code \[1, 9\] is"),
     ("layers.1.mixer.A_log", 16 + 2, 0x01, r"layers\.1\.mixer\.A_log: code \[1, 2\] is"),
-    ("layers.1.mixer.A_log.scale", 4, 0x01, r"layers\.1\.mixer\.A_log: scale \[1, 0\] is"),
-    ("layers.0.mixer.D", 11, 0x01, r"layers\.0\.mixer\.D: code \[0, 11\] is"),
     ("layers.0.mixer.router", 4, 0x01, r"layers\.0\.mixer\.router\.weight: value \[0, 1\] is"),
-    ("layers.1.norm2", 8, 0x01, r"layers\.1\.norm2\.weight: value \[0, 2\] is"),
 ]
 
 
@@ -157,7 +147,7 @@ def test_what_is_left_over(workshop: Workshop, tmp_path: Path) -> None:
     assert report.differences == ("extra.weight is in the file and belongs to no tensor",)
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8"])
+@pytest.mark.parametrize("recipe", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_more_experts_than_a_graph_has_small_constants_for(tmp_path: Path, recipe: str) -> None:
     config = replace(SMALL, num_mlp_experts=17, num_ssm_experts=17, num_hidden_layers=1)
     checkpoint = write_model(tmp_path / "model", random_model(config, dtype=torch.float32), dtype=torch.bfloat16)
@@ -183,11 +173,6 @@ def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:
     assert report.to_json()["passed"] is False
 
 
-def test_an_artifact_of_another_model(workshop: Workshop) -> None:
-    with pytest.raises(InputError, match="is a model of another shape than"):
-        verify(workshop.checkpoint("wide", "int4"), workshop("experts", "int4").artifact)
-
-
 def test_values_that_a_stranger_makes_large_are_not_made(workshop: Workshop, tmp_path: Path) -> None:
     """A chain of doublings, or a very long one, between a weight and its node: the tensor is not found."""
     lowered = workshop("experts", "int4")
@@ -202,12 +187,6 @@ def test_values_that_a_stranger_makes_large_are_not_made(workshop: Workshop, tmp
         onnx.save(proto, tmp_path / "model.onnx")
         report = verify(lowered.checkpoint, tmp_path / "model.onnx")
         assert [line.split(":")[0] for line in report.differences] == ["backbone.layers.0.mixer.D"]
-
-
-def test_paths_the_wrong_way_round(workshop: Workshop) -> None:
-    lowered = workshop("experts", "int4")
-    with pytest.raises(InputError, match="is of kind 'onnx', but verify needs: checkpoint or quantized checkpoint"):
-        verify(lowered.artifact, lowered.checkpoint)
 
 
 def test_weights_from_a_file_of_another(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_pieces_give_what_one_run_gives(lowered: Lowered, monkeypatch: pytest.Mo
         np.testing.assert_allclose(array, runner.read(end)[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 5000, 0.5, 0.999])
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
 def test_a_file_that_was_cut_short(folder: Path, kept: float) -> None:
     program = folder / "model.onnx"
     data = program.read_bytes()
@@ -84,14 +84,6 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
         OnnxRunner(path)
 
 
-def test_a_graph_that_is_damaged(folder: Path) -> None:
-    proto = onnx.load(folder / "model.onnx")
-    proto.graph.node[5].input[0] = "nothing"
-    onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match=r"is not a program of its config|cannot be run"):
-        OnnxRunner(folder)
-
-
 def test_another_programs_onnx(folder: Path) -> None:
     proto = onnx.load(folder / "model.onnx")
     del proto.metadata_props[:]
@@ -105,38 +97,6 @@ def test_metadata_of_another_release(folder: Path) -> None:
     proto.metadata_props[0].value = proto.metadata_props[0].value.replace('"version":1', '"version":2')
     onnx.save(proto, folder / "model.onnx")
     with pytest.raises(InputError, match=r"version: .*another release of mossquant wrote it"):
-        OnnxRunner(folder)
-
-
-def test_a_missing_state(folder: Path) -> None:
-    proto = onnx.load(folder / "model.onnx")
-    gone = next(port for port in proto.graph.output if port.name == "layers.1.mixer.ssm.out")
-    proto.graph.output.remove(gone)
-    onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match=r"it gives other arrays than a model of its config"):
-        OnnxRunner(folder)
-
-
-@pytest.mark.parametrize("state", ["layers.1.mixer.ssm", "layers.0.mixer.conv"])
-def test_a_state_of_another_shape(folder: Path, state: str) -> None:
-    proto = onnx.load(folder / "model.onnx")
-    port = next(port for port in proto.graph.input if port.name == state)
-    port.type.tensor_type.shape.dim[1].dim_param = "any"
-    onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match=r"it takes other arrays than a model of its config"):
-        OnnxRunner(folder)
-
-
-def test_a_graph_that_loads_and_does_not_run(folder: Path) -> None:
-    """Here a dt_rank that is split off one too wide."""
-    proto = onnx.load(folder / "model.onnx")
-    sizes = next(node.input[1] for node in proto.graph.node if node.op_type == "Split" and len(node.output) == 3)
-    stored = next(tensor for tensor in proto.graph.initializer if tensor.name == sizes)
-    values = np.frombuffer(stored.raw_data, np.int64).copy()
-    values[0] += 1
-    stored.raw_data = values.tobytes()
-    onnx.save(proto, folder / "model.onnx")
-    with pytest.raises(InputError, match=r"model\.onnx cannot be run \(.*export again$"):
         OnnxRunner(folder)
 
 
@@ -175,25 +135,17 @@ def test_external_weights_compute_the_same(lowered: Lowered, external: Path) -> 
     np.testing.assert_array_equal(found, expected)
 
 
-def test_external_weights_that_are_not_there(external: Path) -> None:
-    (external / "model.onnx.data").rename(external / "elsewhere.data")
-    with pytest.raises(InputError, match=r"model\.onnx\.data is missing"):
-        OnnxRunner(external)
-
-
-def test_external_weights_that_were_cut_short(external: Path) -> None:
+def test_external_weights_that_are_not_the_programs(external: Path) -> None:
     data = external / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-1])
+    content = data.read_bytes()
+    data.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.raises(InputError, match="another SHA-256"):
+        OnnxRunner(external)
+    data.write_bytes(content[:-1])
     with pytest.raises(InputError, match=r"has \d+ bytes, model\.onnx needs \d+"):
         OnnxRunner(external)
-
-
-def test_external_weights_of_another_model(external: Path) -> None:
-    data = external / "model.onnx.data"
-    content = bytearray(data.read_bytes())
-    content[100] ^= 1
-    data.write_bytes(content)
-    with pytest.raises(InputError, match="another SHA-256"):
+    data.unlink()
+    with pytest.raises(InputError, match=r"model\.onnx\.data is missing"):
         OnnxRunner(external)
 
 
@@ -222,8 +174,3 @@ def test_an_older_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ort, "__version__", "1.22.1")
     with pytest.raises(InputError, match=r"needs onnxruntime 1\.23\.2 or later and 1\.22\.1 is installed"):
         OnnxRunner(folder)
-
-
-def test_what_is_no_program(workshop: Workshop) -> None:
-    with pytest.raises(InputError, match="is of kind 'checkpoint', but the ONNX Runner needs: onnx"):
-        OnnxRunner(workshop.checkpoint("wide"))

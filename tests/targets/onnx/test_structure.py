@@ -118,6 +118,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a weight that is gone": (lambda proto: proto.graph.initializer.remove(_weight(proto)), r"in_proj is not in it"),
     "a weight that is there twice": (lambda proto: proto.graph.initializer.append(_weight(proto)), "is there twice"),
     "an input more": (lambda proto: proto.graph.input.append(proto.graph.input[0]), "it takes other arrays than"),
+    "an input of any size": (
+        lambda proto: setattr(proto.graph.input[2].type.tensor_type.shape.dim[1], "dim_param", "any"),
+        "it takes other arrays than",
+    ),
     "an output less": (lambda proto: proto.graph.output.pop(), "it gives other arrays than"),
     "a function": (lambda proto: proto.functions.add(name="Scan"), "it has functions or a training of its own"),
     "settings of the runtime": (
