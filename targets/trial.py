@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tries programs in a child process with limits, before native code of this process believes them.
+"""Tries programs in a child process with limits, before they are loaded into this one.
 
-A damaged program can bring a runtime down, and with it the process; a file can be made so that reading it takes all
-memory. One child process serves all programs that a process opens, of every target: it loads the libraries once, and
-for each program sets limits on address space and time, calls a function of the target, and answers with one line.
+A damaged program can crash a runtime, and with it the process; a file can be made so that reading it takes all memory.
+One child process serves all programs that a process opens, of every target: it loads the libraries once, and for each
+program sets limits on address space and time, calls a function of the target, and answers with one line.
 
     → {"function": "module:name", "path": …, "arguments": {…}, "seconds": …, "bytes": …}
     ← {}, {"refused": a whole message}, or {"failed": what went wrong}
 
-Where it ends instead, by a signal or because the time was over, that is the answer, and the next program gets a new
-one. Nobody knows in what state an error left native code: a process that ends after one is not held against the program
-that it had then.
+If the child ends instead, by a signal or because the time was over, that is the answer, and the next program gets a new
+child. After an error the state of its native code is unknown: if it ends later, the program that it had then is tried
+again in a new child.
 """
 
 import atexit

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a .pte once, in the child process of `mossquant.targets.trial`.
 
-ExecuTorch checks the outer flatbuffer and believes what lies inside: offsets of planned memory, indices of values, the
-delegates' graphs. The runtime is loaded with this module, so that limits on a program's memory count from there.
+ExecuTorch checks the outer flatbuffer only, not offsets of planned memory, indices of values or the delegates' graphs.
+The runtime is loaded with this module, so that limits on a program's memory count from there.
 """
 
 from collections.abc import Sequence

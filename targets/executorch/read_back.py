@@ -2,10 +2,10 @@
 """Whether a .pte holds the weights of its checkpoint: in every method, code for code, scale for scale, value for value.
 
 A .pte has no names for its weights. What every method must hold follows from the checkpoint alone: linears with the
-codes of one tensor, or of a run of experts, and constants with the values of small tensors. Among those of one shape a
-program keeps the model's order, so that each is held against the one in its place: two that were exchanged are seen.
-Two exceptions, in models smaller than any that is used: the order of arrays of up to 16 values is not held, and where a
-router has the shape of a kept matrix of its block, the program's order is not ours and good files are refused.
+codes of one tensor, or of a run of experts, and constants with the values of small tensors. Among arrays of one shape a
+program keeps the model's order, so that each is compared with the one in its place, and an exchange of two is found.
+Two exceptions, in models smaller than any that is used: the order of arrays of up to 16 values is not checked, and
+where a router has the shape of a kept matrix of its block, the order differs and good files are refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,7 +74,7 @@ def _linears(method: PlanMethod) -> list[Linear]:
 
 
 def _compare(method: PlanMethod, linears: list[Expected], constants: list[Expected]) -> Iterator[str]:
-    # Those of the file are unpacked when they are looked at, and not kept: many may share their bytes.
+    # Linears of the file are unpacked when they are compared, and not kept: in a damaged file many may share bytes.
     yield from _match(linears, _linears(method))
     values = [value for part in method.delegates for value in part.constants] + list(method.constants)
     yield from _match(

@@ -8,6 +8,7 @@ from mossquant.targets.info_report import InfoReport, program_info
 from mossquant.targets.onnx.initializers import SCALE
 from mossquant.targets.onnx.metadata import Opened, initializers
 from mossquant.targets.onnx.open import open_listed
+from mossquant.targets.onnx.structure import data_bytes
 from mossquant.targets.onnx.target import TARGET
 
 __all__ = ["info", "sections"]
@@ -37,7 +38,7 @@ def sections(opened: Opened) -> dict[str, int]:
     codes = scales = kept = constants = frames = 0
     tensors = initializers(opened.proto.graph)
     for tensor in tensors:
-        size = _data_bytes(tensor)
+        size = data_bytes(tensor)
         frames += tensor.ByteSize() - (0 if tensor.external_data else size)
         if tensor.name.endswith(SCALE):
             scales += size
@@ -61,11 +62,3 @@ def sections(opened: Opened) -> dict[str, int]:
         "metadata: config, recipe, hashes": metadata,
     }
     return {**parts, "inputs, outputs, alignment, headers": opened.bytes - sum(parts.values())}
-
-
-def _data_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's values, inside the program or beside it."""
-    for entry in tensor.external_data:
-        if entry.key == "length":
-            return int(entry.value)
-    return len(tensor.raw_data)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads an .onnx on stock onnxruntime (CPU), and runs it once in the child process of `mossquant.targets.trial`.
 
-Whether a graph runs, and what it takes for that, is known when it ran: onnxruntime believes what it says.
+Only a run shows whether a graph runs and what memory it takes: onnxruntime checks little of it before.
 """
 
 import io

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be said of a program without running it: ports, operators, sizes, and where its weights lie.
+"""Checks of a program that need no run: inputs and outputs, operators, sizes, and where its weights lie.
 
-onnxruntime believes a graph: one with other sizes or operators may take any amount of memory, or read beside its
-weights. So a graph takes and gives what a model of its config does, has none but the operators that lowering uses,
-holds every tensor of the model once, in the size that its format gives it, and no other number in it is larger than a
-size that the model has. How its nodes are named, ordered and wired is not said here: a program of another release
-opens. What they take while they run is seen in the child process (`mossquant.targets.onnx.session`), what they compute
-by `verify`.
+onnxruntime does not check these: a graph with other sizes or operators may take any amount of memory, or read outside
+its weights. So a graph must have the inputs and outputs of a model of its config, only operators that lowering uses,
+and every tensor of the model once, in a size that some format gives it; no other number in it may be larger than a
+size of the model. Names, order and wiring of its nodes are free, so that programs of other releases open. What a graph
+takes when it runs is found in the child process (`mossquant.targets.onnx.session`), what it computes by `verify`.
 """
 
 import math
@@ -30,7 +29,7 @@ from mossquant.targets.onnx.metadata import METADATA_KEY, DataFile, Opened, grap
 from mossquant.targets.onnx.packing import DTYPES, blocks_of
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 
-__all__ = ["OPERATORS", "check_structure", "check_values"]
+__all__ = ["OPERATORS", "check_structure", "check_values", "data_bytes"]
 
 OPERATORS = {
     "": {
@@ -41,7 +40,7 @@ OPERATORS = {
     },
     MICROSOFT: {"FusedMatMul", "GatherBlockQuantized", "MatMulNBits", "QuickGelu"},
 }  # fmt: skip
-"""By domain: what any release has lowered to. None of them reads a file, or goes on without end."""
+"""By domain: what any release has lowered to. None of them reads a file or loops without end."""
 
 _AGAIN = "Copy the artifact's folder again, or export again."
 _KEPT = [kind.value for kind in DTYPES.values()]
@@ -55,10 +54,10 @@ Port = tuple[str, int, list[int | None]]
 
 
 def check_structure(opened: Opened) -> None:
-    """Hold a program against its config.
+    """Compare a program with its config.
 
     Raises:
-        InputError: it differs: it was changed, or a release wrote it that is newer than this one.
+        InputError: it differs: it was changed, or a newer release wrote it.
     """
     offenders = [*_headers(opened), *_ports(opened), *_nodes(opened), *_initializers(opened)]
     if not offenders:  # what these look at lies where it should
@@ -93,7 +92,7 @@ def _headers(opened: Opened) -> Iterator[str]:
         yield "its metadata has more than one entry"
     if proto.functions or proto.training_info:
         yield "it has functions or a training of its own"
-    weight_bytes = sum(_bytes(tensor) for tensor in _stored(proto.graph).values() if "." in tensor.name)
+    weight_bytes = sum(data_bytes(tensor) for tensor in _stored(proto.graph).values() if "." in tensor.name)
     if opened.metadata.weight_bytes != weight_bytes:
         yield f"its weights have {weight_bytes} bytes, its metadata says {opened.metadata.weight_bytes}"
     if opened.metadata.parameters < parameter_count(opened.config):
@@ -195,8 +194,8 @@ def _is_in_a_format(tensor: onnx.TensorProto, scales: onnx.TensorProto | None, m
     return False
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes that the sizes and the type of an initializer ask for."""
+def data_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of an initializer's values, by its sizes and type; 0 for a type that no program of ours has."""
     if tensor.data_type not in (*_KEPT, *_CODES, *_CONSTANTS):
         return 0
     itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -208,7 +207,7 @@ def _lies_inside(tensor: onnx.TensorProto, data: DataFile | None) -> bool:
     if any(size < 0 for size in tensor.dims):
         return False
     if tensor.data_location != TensorProto.EXTERNAL:
-        return not tensor.external_data and len(tensor.raw_data) == _bytes(tensor)
+        return not tensor.external_data and len(tensor.raw_data) == data_bytes(tensor)
     entries = {entry.key: entry.value for entry in tensor.external_data}
     numbers = [entries.get("offset", ""), entries.get("length", "")]
     exact = sorted(entry.key for entry in tensor.external_data) == _EXTERNAL_KEYS and not tensor.raw_data
@@ -217,11 +216,11 @@ def _lies_inside(tensor: onnx.TensorProto, data: DataFile | None) -> bool:
     if not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
         return False
     offset, length = map(int, numbers)
-    return length == _bytes(tensor) and offset + length <= data.bytes
+    return length == data_bytes(tensor) and offset + length <= data.bytes
 
 
 def _constants(opened: Opened) -> Iterator[str]:
-    """What has no dot in its name is no weight: sizes, axes and numbers of formulas."""
+    """Initializers without a dot in their name are no weights: sizes, axes and numbers of formulas."""
     largest = _largest_number(opened.config)
     for tensor in _stored(opened.proto.graph).values():
         if "." in tensor.name:
