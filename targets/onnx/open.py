@@ -50,12 +50,16 @@ def open_to_run(path: Path) -> Opened:
     opened = open_listed(path)
     _check_runtime(path, opened.metadata)
     check_values(opened)
-    states = {spec.name: spec.shape for spec in state_specs(opened.config)}
+    states = state_specs(opened.config)
     try_apart(
         path,
         " ".join(opened.hashes.values()),
         _RUN,
-        arguments={"vocabulary": opened.config.vocab_size, "states": states},
+        arguments={
+            "vocabulary": opened.config.vocab_size,
+            "states": {spec.name: spec.shape for spec in states},
+            "growing": {spec.name: spec.grows for spec in states if spec.grows is not None},
+        },
         extra_bytes=EXTRA_BYTES + 4 * opened.bytes,
     )
     return opened

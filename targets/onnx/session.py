@@ -32,13 +32,14 @@ def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def run(path: Path, vocabulary: int, states: Mapping[str, Sequence[int]]) -> None:
+def run(path: Path, vocabulary: int, states: Mapping[str, Sequence[int]], growing: Mapping[str, int]) -> None:
     """Load a program and run it on some tokens, the last and the first of the vocabulary among them.
 
     Args:
         path: the .onnx.
         vocabulary: number of tokens.
         states: name → shape without the batch axis, of each state array.
+        growing: name → axis that gets longer with every token, of those that have one; without the batch axis too.
 
     Raises:
         ValueError: it gives arrays of other shapes than it should; and whatever onnxruntime raises.
@@ -48,7 +49,10 @@ def run(path: Path, vocabulary: int, states: Mapping[str, Sequence[int]]) -> Non
     for batch, time, first in _CALLS:
         tokens = np.linspace(vocabulary - 1, 0, batch * time).astype(np.int64).reshape(batch, time)
         before = {name: np.zeros((batch, *shape), np.float32) for name, shape in states.items()}
+        shapes = {name: list(array.shape) for name, array in before.items()}
+        for name, axis in growing.items():
+            shapes[name][axis + 1] += time
         logits, *after = session.run(names, {TOKENS: tokens, FIRST_LOGIT: np.array([first], np.int64), **before})
-        expected = [(batch, 1 if first else time, vocabulary), *(array.shape for array in before.values())]
+        expected = [(batch, 1 if first else time, vocabulary), *map(tuple, shapes.values())]
         if names[1:] != [name + STATE_OUT for name in states] or [a.shape for a in (logits, *after)] != expected:
             raise ValueError("it gives arrays of other shapes than it should")

@@ -27,7 +27,7 @@ from mossquant.targets.onnx.graph import MICROSOFT
 from mossquant.targets.onnx.initializers import SCALE, initializer_name
 from mossquant.targets.onnx.metadata import METADATA_KEY, DataFile, Opened, graphs
 from mossquant.targets.onnx.packing import DTYPES, blocks_of
-from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
+from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS, state_shape
 
 __all__ = ["OPERATORS", "check_structure", "check_values", "data_bytes"]
 
@@ -100,8 +100,11 @@ def _headers(opened: Opened) -> Iterator[str]:
 
 
 def _ports(opened: Opened) -> Iterator[str]:
-    """Inputs and outputs must be those of `mossquant.targets.onnx.ports`, with batch and length free."""
-    states: list[Port] = [(spec.name, TensorProto.FLOAT, [None, *spec.shape]) for spec in state_specs(opened.config)]
+    """Inputs and outputs must be those of `mossquant.targets.onnx.ports`; batch, length and what grows are free."""
+    states: list[Port] = []
+    for spec in state_specs(opened.config):
+        sizes = [size if isinstance(size, int) else None for size in state_shape(spec, out=False)]
+        states.append((spec.name, TensorProto.FLOAT, sizes))
     inputs: list[Port] = [(TOKENS, TensorProto.INT64, [None, None]), (FIRST_LOGIT, TensorProto.INT64, [1]), *states]
     logits: Port = (LOGITS, TensorProto.FLOAT, [None, None, opened.config.vocab_size])
     outputs = [logits, *((name + STATE_OUT, kind, shape) for name, kind, shape in states)]

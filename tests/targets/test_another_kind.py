@@ -22,7 +22,7 @@ from mossquant.model.tensors import StateSpec, TensorSpec, Use
 from mossquant.plan import capabilities
 from mossquant.state_file import SavedState, load_state, save_state
 from mossquant.targets.export import export
-from mossquant.targets.onnx import lower
+from mossquant.targets.onnx import lower, structure
 from mossquant.targets.onnx.graph import Graph, Value
 from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.runner import OnnxRunner
@@ -105,6 +105,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     known = capabilities.CAPABILITIES["onnx"]
     monkeypatch.setitem(capabilities.CAPABILITIES, "onnx", replace(known, blocks=(*known.blocks, "cache")))
     monkeypatch.setitem(lower.BLOCKS, Cache, lower_cache)
+    monkeypatch.setitem(structure.OPERATORS, "", structure.OPERATORS[""] | {"MatMul", "Squeeze", "Trilu"})
     return write_model(tmp_path / "model", random_model(CONFIG))
 
 
