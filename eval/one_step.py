@@ -80,6 +80,9 @@ def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positi
         here = lanes[:, at + stride - 1 : at + stride]
         logits, state, margins = reference.run_with_margins(here, state)
         after = reference.read(state)
+        if pending and _sizes(pending[0].before) != _sizes(before):  # a state that grows: one length at a time
+            parts.append(_step(artifact, pending, rounding))
+            pending.clear()
         for lane in range(count):
             row = slice(lane, lane + 1)
             pending.append(_Position(_rows(before, row), here[row], logits[row], _rows(after, row), margins[row, 0]))
@@ -142,6 +145,10 @@ class _Rounding:
 
 def _rows(arrays: Arrays, rows: slice) -> Arrays:
     return {name: value[rows] for name, value in arrays.items()}
+
+
+def _sizes(arrays: Arrays) -> list[tuple[int, ...]]:
+    return [value.shape[1:] for value in arrays.values()]
 
 
 def _stack(parts: Sequence[Arrays]) -> dict[str, NDArray[np.float32]]:

@@ -14,6 +14,7 @@ from small import SMALL, random_model, random_tokens, write_model
 from torch import Tensor, nn
 
 from mossquant.errors import InputError
+from mossquant.eval.one_step import one_step
 from mossquant.model import blocks
 from mossquant.model.block import Block
 from mossquant.model.config import MossNetConfig
@@ -131,6 +132,10 @@ def test_it_runs_in_pieces_and_is_carried_between_runtimes(folder: Path, tmp_pat
     token = np.array([[3]])
     going_on, _ = there(token, load_state(tmp_path / "state", there).state)
     assert np.abs(going_on - here(token, state)[0]).max() <= FORMS_FLOAT32
+    steps = one_step(TorchRunner.open(folder, dtype=torch.float64), there, tokens.flatten(), positions=20)
+    assert len(steps.kl) >= 20
+    assert not steps.unexplained.any()
+    assert steps.state_error.max() <= ONNX_FP32
 
 
 def test_a_target_that_cannot_lower_it_says_so(folder: Path, tmp_path: Path) -> None:
