@@ -68,7 +68,7 @@ def quantize(
     Raises:
         InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a plan that the recipe's targets
             cannot hold, a solver that is unknown or lacks statistics, an output that cannot be written, too little disk
-            or memory: before any work.
+            or memory: before any work. Statistics that were not measured for one tensor: when its turn comes.
     """
     asked, destination = load_recipe(recipe), Path(output)
     inputs = recipe_files(recipe)
@@ -99,6 +99,9 @@ def quantize(
             else:
                 solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
                 statistics = measured(entry.name) if measured is not None and solver.needs else {}
+                missing = " and ".join(need for need in solver.needs if need not in statistics)
+                if missing:
+                    raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
                 matrix = weights.specs[entry.name].to_matrix(tensor)
                 solved = _solve(matrix, number_format, solver.prepare(number_format, statistics))
                 writer.add_quantized(entry.name, *solved)

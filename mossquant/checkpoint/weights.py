@@ -32,7 +32,9 @@ class Origin:
         parameters: parameters of the full-precision model, a tied table once.
         payload_bytes: stored for the weights: codes, padding, scales and kept tensors.
         file_bytes: on disk, of the tensor files.
-        files: file name → SHA-256 of config and tensor files; empty where they lie in no files.
+        files: file name → SHA-256 of config and tensor files. A view that changes tensors names what makes it another
+            model in their place, e.g. `model-pruned` → a hash of what it was made from and of what is gone: a saved
+            state and a program are told from those of other models by these.
         training_text: SHA-256 of the texts that the model was trained on, as far as is known.
         calibration_text: SHA-256 of the texts that it was calibrated on.
         beside: files that are taken along: tokenizer and training record, where there are any.

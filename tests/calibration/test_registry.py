@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solvers by name: what a plan asks for is there before any work, and what was measured reaches who needs it."""
+"""Solvers by name: what a plan asks for is there, and what was measured reaches who needs it."""
 
 from pathlib import Path
 
@@ -56,12 +56,14 @@ def test_a_solver_is_handed_what_it_needs(
     assert float(QuantizedCheckpoint.open(tmp_path / "out").quantized(solved[0]).dequantize().mean()) > 1.5
 
 
-def test_what_no_solver_can_do_is_said_before_any_work(
+def test_what_no_solver_can_do_is_said(
     checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(registry.SOLVERS, "weighed", Solver("weighed", ("gram",), prepare))
     with pytest.raises(InputError, match="weighed needs gram, and nothing was measured"):
         quantize(checkpoint_folder, tmp_path / "out", recipe=recipe(tmp_path, "weighed"))
-    with pytest.raises(InputError, match=r"unknown solver 'gptq'\. Known solvers: nearest, nearest-mse"):
-        quantize(checkpoint_folder, tmp_path / "out", recipe=recipe(tmp_path, "gptq"), dry_run=True)
+    with pytest.raises(InputError, match=r"unknown solver 'dice'\. Known solvers: nearest, nearest-mse"):
+        quantize(checkpoint_folder, tmp_path / "out", recipe=recipe(tmp_path, "dice"), dry_run=True)
+    with pytest.raises(InputError, match="weighed needs gram of backbone"):
+        quantize(checkpoint_folder, tmp_path / "out", recipe=recipe(tmp_path, "weighed"), measured=lambda name: {})
     assert not (tmp_path / "out").exists()
