@@ -9,7 +9,6 @@ or not at all; the same checkpoint, recipe and release give the same bytes.
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mossquant.calibration.nearest import fixed_sum
@@ -17,14 +16,14 @@ from mossquant.calibration.registry import planned_solvers
 from mossquant.calibration.solver import Measured, Solve
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
-from mossquant.checkpoint.packing import pack
+from mossquant.checkpoint.packing import PackedTensor
 from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
-from mossquant.formats import NumberFormat, get_format
+from mossquant.formats import get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.plan.capabilities import Held, check
 from mossquant.plan.plan import Ledger, Plan, make_plan
@@ -103,8 +102,9 @@ def quantize(
                 if missing:
                     raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
                 matrix = weights.specs[entry.name].to_matrix(tensor)
-                solved = _solve(matrix, number_format, solver.prepare(number_format, statistics))
-                writer.add_quantized(entry.name, *solved)
+                packed = PackedTensor(entry.name, number_format, *matrix.shape)
+                error = _solve(matrix, solver.prepare(number_format, statistics), packed)
+                writer.add_quantized(entry.name, packed, error)
             before, done = done, done + entry.count
             if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
                 trim_heap()
@@ -130,19 +130,14 @@ def memory_bytes(plan: Plan) -> int:
     return held + container_bytes(plan) + _BLOCK_ARRAYS * 4 * max(BLOCK_WEIGHTS, longest) + _REST_BYTES
 
 
-def _solve(matrix: Tensor, number_format: NumberFormat, solve: Solve) -> tuple[Tensor, Tensor, float]:
-    """Packed codes, scales and ‖W − Q‖ / ‖W‖ of a matrix in its stored type, block of rows by block of rows."""
-    rows, columns = matrix.shape
-    padded = number_format.padded_columns(columns)
-    words = torch.empty((rows, padded * number_format.bits // 32), dtype=torch.int32)
-    scales = torch.empty((rows, number_format.groups(columns)), dtype=number_format.scale_dtype)
+def _solve(matrix: Tensor, solve: Solve, packed: PackedTensor) -> float:
+    """Fill `packed` from a matrix in its stored type, block of rows by block of rows; returns ‖W − Q‖ / ‖W‖."""
     lost = norm = 0.0
-    for block_rows in row_blocks(rows, padded):
+    for block_rows in row_blocks(*packed.padded_shape):
         block = matrix[block_rows].float().contiguous()
         solved = solve(block)
-        words[block_rows] = pack(solved.codes, number_format.bits)
-        scales[block_rows] = solved.scales
+        packed.put(block_rows, solved)
         exact = block.double()
         lost += float(fixed_sum((solved.dequantize().double() - exact).square().flatten()))
         norm += float(fixed_sum(exact.square().flatten()))
-    return words, scales, math.sqrt(lost / norm) if norm > 0 else 0.0
+    return math.sqrt(lost / norm) if norm > 0 else 0.0

@@ -4,9 +4,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
-from mossquant.checkpoint.packing import stored_names, unpack
+from mossquant.checkpoint.packing import stored_layout, stored_names, unpack
 from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, all_finite, tensor_offenders
 from mossquant.files.space import row_blocks
 from mossquant.formats import FORMATS, get_format
@@ -77,11 +75,8 @@ def structure_offenders(plan: Plan, files: TensorFiles) -> list[str]:
         if entry.format is None:
             needed[entry.name] = NeededTensor(entry.shape, (FLOAT_DTYPES[entry.kept or ""],))
             continue
-        number_format = get_format(entry.format)
-        packed, scale, shape = stored_names(entry.name)
-        needed[packed] = NeededTensor((entry.rows, entry.padded_columns * number_format.bits // 32), (torch.int32,))
-        needed[scale] = NeededTensor((entry.rows, number_format.groups(entry.columns)), (number_format.scale_dtype,))
-        needed[shape] = NeededTensor((2,), (torch.int64,))
+        layout = stored_layout(entry.name, get_format(entry.format), entry.rows, entry.columns)
+        needed |= {name: NeededTensor(shape, (dtype,)) for name, (shape, dtype) in layout.items()}
     return tensor_offenders(needed, files.shapes, files.dtypes)
 
 

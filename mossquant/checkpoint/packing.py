@@ -8,18 +8,27 @@ weight_shape; for the other tensors the same suffixes are ours.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mossquant.formats import NumberFormat, get_format
+from mossquant.formats import NumberFormat, QuantizedTensor, get_format
 from mossquant.formats.nibbles import pack_nibbles, unpack_nibbles
 from mossquant.model.tensors import TensorSpec, View
 from mossquant.plan.plan import Plan
 
-__all__ = ["is_module_weight", "pack", "quantization_config", "stored_names", "unpack"]
+__all__ = [
+    "PackedTensor",
+    "is_module_weight",
+    "pack",
+    "quantization_config",
+    "read_quantized",
+    "stored_layout",
+    "stored_names",
+    "unpack",
+]
 
 _CONVENTION = "0.20.0"
 """Release of compressed-tensors whose convention this is."""
@@ -28,6 +37,54 @@ _CONVENTION = "0.20.0"
 def stored_names(name: str) -> tuple[str, str, str]:
     """Names of the codes, the scales and the padded shape of a quantized tensor."""
     return f"{name}_packed", f"{name}_scale", f"{name}_shape"
+
+
+def stored_layout(
+    name: str, number_format: NumberFormat, rows: int, columns: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every stored tensor of a quantized matrix [rows, columns], by name, in their order."""
+    packed, scale, shape = stored_names(name)
+    words = number_format.padded_columns(columns) * number_format.bits // 32
+    return {
+        packed: ((rows, words), torch.int32),
+        scale: ((rows, number_format.groups(columns)), number_format.scale_dtype),
+        shape: ((2,), torch.int64),
+    }
+
+
+class PackedTensor:
+    """A quantized matrix [rows, columns] as it is stored, put together from blocks of rows.
+
+    Attributes:
+        padded_shape: (rows, columns with padding).
+        tensors: stored name → tensor; their content is undefined until every row was put.
+    """
+
+    def __init__(self, name: str, number_format: NumberFormat, rows: int, columns: int) -> None:
+        layout = stored_layout(name, number_format, rows, columns)
+        self.tensors = {stored: torch.empty(shape, dtype=dtype) for stored, (shape, dtype) in layout.items()}
+        self._bits = number_format.bits
+        self._words, self._scales, shape = (self.tensors[stored] for stored in stored_names(name))
+        self.padded_shape = rows, number_format.padded_columns(columns)
+        shape.copy_(torch.tensor(self.padded_shape))
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of codes, padding and scales."""
+        return self._words.nbytes + self._scales.nbytes
+
+    def put(self, rows: slice, block: QuantizedTensor) -> None:
+        """Pack these rows."""
+        self._words[rows] = pack(block.codes, self._bits)
+        self._scales[rows] = block.scales
+
+
+def read_quantized(
+    name: str, number_format: NumberFormat, rows: int, columns: int, tensor: Callable[[str], Tensor]
+) -> QuantizedTensor:
+    """The quantized matrix [rows, columns] of this name; `tensor` gives a stored tensor by its name."""
+    packed, scale, _ = stored_names(name)
+    return QuantizedTensor(number_format, unpack(tensor(packed), number_format.bits), tensor(scale), rows, columns)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

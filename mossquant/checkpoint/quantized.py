@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mossquant.checkpoint.checks import code_offenders, plan_offenders, structure_offenders, value_offenders
 from mossquant.checkpoint.manifest import Manifest, file_offenders, read_manifest
-from mossquant.checkpoint.packing import quantization_config, stored_names, unpack
+from mossquant.checkpoint.packing import quantization_config, read_quantized, stored_names
 from mossquant.checkpoint.tensorfiles import TensorFiles
 from mossquant.checkpoint.weights import Origin
 from mossquant.errors import InputError
@@ -139,8 +139,7 @@ class QuantizedCheckpoint:
         entry, number_format = self.plan.by_name[name], self.format(name)
         if number_format is None:
             raise ValueError(f"{name} is kept in {entry.kept}; use kept(name)")
-        codes, scales = unpack(self.packed(name), number_format.bits), self._files.tensor(stored_names(name)[1])
-        return QuantizedTensor(number_format, codes, scales, entry.rows, entry.columns)
+        return read_quantized(name, number_format, entry.rows, entry.columns, self._files.tensor)
 
     def kept(self, name: str) -> Tensor:
         """A tensor that was kept, in the type in which it is kept and the checkpoint's shape."""

@@ -6,10 +6,9 @@ What is written depends on the checkpoint, the recipe and the release alone: no 
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from mossquant.checkpoint.packing import quantization_config, stored_names
+from mossquant.checkpoint.packing import PackedTensor, quantization_config
 from mossquant.checkpoint.tensorfiles import TensorWriter
 from mossquant.checkpoint.weights import Weights
 from mossquant.files.outputs import file_sha256, json_bytes, write_json
@@ -50,14 +49,11 @@ class QuantizedWriter:
         self._tensors = TensorWriter(folder, total_bytes=plan.predicted_bytes + quantized * _SHAPE_BYTES)
         self._results: dict[str, tuple[int, float]] = {}
 
-    def add_quantized(self, name: str, words: Tensor, scales: Tensor, relative_error: float) -> None:
-        """Store the packed codes and the scales of a tensor."""
-        entry = self._plan.by_name[name]
-        packed, scale, shape = stored_names(name)
-        self._tensors.add(packed, words)
-        self._tensors.add(scale, scales)
-        self._tensors.add(shape, torch.tensor([entry.rows, entry.padded_columns], dtype=torch.int64))
-        self._note(name, words.nbytes + scales.nbytes, relative_error)
+    def add_quantized(self, name: str, packed: PackedTensor, relative_error: float) -> None:
+        """Store a quantized tensor."""
+        for stored, tensor in packed.tensors.items():
+            self._tensors.add(stored, tensor)
+        self._note(name, packed.payload_bytes, relative_error)
 
     def add_kept(self, name: str, tensor: Tensor) -> None:
         """Store a tensor as it is kept."""
