@@ -26,6 +26,7 @@ __all__ = [
     "ProgramRecord",
     "Runtime",
     "check_beside",
+    "check_tokenizer",
     "read_artifact_manifest",
     "write_artifact_manifest",
 ]
@@ -153,8 +154,7 @@ def check_beside(program: Path, files: Mapping[str, str], metadata: ProgramMetad
     """
     if program.with_name(MANIFEST).is_file():
         _check_listed(program, files, metadata.model_dump())
-    if program.with_name(TOKENIZER).is_file():
-        _check_tokenizer(program, metadata.tokenizer_sha256)
+    check_tokenizer(program, metadata.tokenizer_sha256)
 
 
 def _check_listed(program: Path, files: Mapping[str, str], model: Mapping[str, Any]) -> None:
@@ -174,8 +174,15 @@ def _check_listed(program: Path, files: Mapping[str, str], model: Mapping[str, A
         raise InputError(f"{path} says something else about {program.name} than the program itself. {_AGAIN}")
 
 
-def _check_tokenizer(program: Path, expected: str | None) -> None:
+def check_tokenizer(program: Path, expected: str | None) -> None:
+    """Compare the tokenizer beside a program, if there is one, with its SHA-256, None where the model has none.
+
+    Raises:
+        InputError: it is another one, or too large for one, or the program has none.
+    """
     tokenizer = program.with_name(TOKENIZER)
+    if not tokenizer.is_file():
+        return
     if expected is None:
         raise InputError(
             f"{tokenizer} does not belong to {program.name}, whose model has no tokenizer; take it away, "
