@@ -65,7 +65,7 @@ def test_quantizing_takes_what_was_said(many: Path, tmp_path: Path, layout: str,
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file() == (layout == "shards")
 
 
-@pytest.mark.parametrize("recipe", [None, *RECIPES])
+@pytest.mark.parametrize("recipe", [pytest.param(None, marks=SLOW), *RECIPES])
 def test_exporting_takes_what_was_said(
     many: Path, tmp_path: Path, recipe: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +100,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(save, "EXTERNAL_ABOVE", 10_000)
 
 
-@pytest.mark.parametrize("verb", ["quantize", "export"])
+@pytest.mark.parametrize("verb", [pytest.param("quantize", marks=SLOW), "export"])
 def test_a_disk_that_fills_up_at_any_file(
     verb: str, checkpoint_folder: Path, quantized_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ def test_a_quantized_checkpoint(paths: dict[str, Path]) -> None:
     report = info(paths["int4"])
     quantized = QuantizedCheckpoint.open(paths["int4"])
     assert (report.kind, report.weights) == ("quantized checkpoint", "int4")
-    assert report.weight_bytes == sum(row.bytes for row in report.rows) == quantized.payload_bytes
+    assert report.weight_bytes == sum(row.bytes for row in report.rows) == quantized.origin.payload_bytes
     assert [entry["name"] for entry in report.ledger] == list(quantized.specs)
     assert all(row.reason for row in report.rows)
     errors = {row.role: row.relative_error for row in report.rows if row.storage == "int4_g32"}

@@ -136,10 +136,11 @@ def _scale_128(name: str, x: torch.Tensor) -> torch.Tensor:
     return (codes * scale).flatten(-2)[..., : x.shape[-1]]
 
 
-FAULTS = ["blocks of 16", "scale max/128", "one site in fp32", "one expert in fp32"]
+FAULTS = ["blocks of 16", "one expert in fp32"]
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("scale max/128", "one site in fp32")]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *SLOW])
 def test_a_fault_in_the_activations_fails(folder: Path, tokens: Tokens, fault: str) -> None:
     planned = activation_model(QuantizedCheckpoint.open(folder))
 
@@ -226,6 +227,7 @@ def test_the_report_counts_what_was_compared(folder: Path, tmp_path: Path) -> No
     assert report.stream == 206, "the first token is predicted by none"
 
 
+@pytest.mark.slow
 def test_a_model_that_no_activation_changes(tokens: Tokens, tmp_path: Path) -> None:
     """What activations cost is then nothing, and no share of it."""
     model = random_model(replace(SMALL, vocab_size=256), seed=3)
@@ -239,6 +241,7 @@ def test_a_model_that_no_activation_changes(tokens: Tokens, tmp_path: Path) -> N
     assert sum("not measured" in check.name for check in checks) == 2
 
 
+@pytest.mark.slow
 def test_a_short_stream_leaves_more_to_chance(folder: Path, tokens: Tokens) -> None:
     bounds = {
         length: next(check.bound for check in found if check.name == "free run: difference of perplexity, %")
