@@ -14,6 +14,9 @@ from mossquant.model.config import MossNetConfig
 from mossquant.targets.export import export
 
 torch.set_num_threads(1)
+# pytest-xdist gives its processes the width of a terminal; what commands print is read here.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
 
 TINY = MossNetConfig(
     vocab_size=256,
