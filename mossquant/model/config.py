@@ -129,7 +129,7 @@ class MossNetConfig:
             if key not in _OTHER_KEYS and key not in cls.__dataclass_fields__
         ]
         dtype = values.get("torch_dtype", "float32")
-        if dtype not in FLOAT_DTYPES:
+        if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
             offenders.append(f"torch_dtype {_short(dtype)} is none of {', '.join(FLOAT_DTYPES)}")
         names = [field.name for field in fields(cls)]
         offenders += [f"{name} is missing" for name in names if name not in values]

@@ -25,6 +25,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelled key": ({"hiden_size": 20}, "unknown key 'hiden_size'"),
     "a missing key": ({"hidden_size": None}, "hidden_size is missing"),
     "a stored type that is none": ({"torch_dtype": "int8"}, "torch_dtype 'int8'"),
+    "a stored type that is a list": ({"torch_dtype": ["bfloat16"]}, "torch_dtype ["),
     "a string": ({"hidden_size": "20"}, "hidden_size is '20'"),
     "a float": ({"hidden_size": 20.0}, "hidden_size is 20.0"),
     "a truth value": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
