@@ -53,7 +53,12 @@ def open_program(path: Path) -> Opened:
     Raises:
         InputError: no .pte of ours, or damaged; methods, inputs, outputs or a table that are not those of its config.
     """
-    sha256, extra = file_sha256(path), _READING_BYTES + path.stat().st_size
+    return _read(path, file_sha256(path))
+
+
+def _read(path: Path, sha256: str) -> Opened:
+    """See `open_program`; for whoever has the hash already, which takes a pass over the file."""
+    extra = _READING_BYTES + path.stat().st_size
     try_apart(path, sha256, _READ, seconds=_READING_SECONDS, extra_bytes=extra)
     file = ProgramFile(path)
     metadata = read_metadata(file)
@@ -80,10 +85,12 @@ def open_to_run(path: Path) -> Opened:
     Raises:
         InputError: as `open_listed`; it cannot be loaded or run, or brought the child process down.
     """
-    start(_RUN, file_sha256(path))
+    sha256, extra = file_sha256(path), EXTRA_BYTES + 4 * path.stat().st_size
+    start(_RUN, sha256)
     load_runtime()  # while the child process does so too
-    opened, extra = open_listed(path), EXTRA_BYTES + 4 * path.stat().st_size
-    try_apart(path, opened.hashes[path.name], _RUN, arguments={"methods": METHODS}, extra_bytes=extra)
+    opened = _read(path, sha256)
+    check_beside(path, opened.hashes, opened.metadata)
+    try_apart(path, sha256, _RUN, arguments={"methods": METHODS}, extra_bytes=extra)
     return opened
 
 
