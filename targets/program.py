@@ -29,7 +29,7 @@ from mossquant.model.mixer import Mixer
 from mossquant.model.mlp import Mlp
 from mossquant.model.tensors import TensorSpec, Use, outside_blocks
 
-__all__ = ["METHODS", "Matrices", "Method", "MethodName", "Model", "Scan"]
+__all__ = ["METHODS", "Matrices", "MethodName", "Model", "Scan"]
 
 MethodName = Literal["prefill", "score", "decode"]
 METHODS: tuple[MethodName, ...] = ("prefill", "score", "decode")
@@ -209,12 +209,16 @@ BLOCKS: dict[type[Block], type[_Lowered]] = {Mixer: _Mixer, Mlp: _Mlp}
 
 
 class Model(nn.Module):
-    """What the methods share: every tensor once.
+    """What the methods share: every tensor once. A target traces its blocks, and makes the methods of them.
 
     Args:
         config: the model's shape.
         specs: its tensors, `mossquant.model.mossnet.tensor_specs`.
         matrices: what the target makes of them.
+
+    Attributes:
+        order: of each block, as they are computed: where its norm and itself lie, under which key, and how many states
+            it has.
     """
 
     def __init__(self, config: MossNetConfig, specs: Sequence[TensorSpec], matrices: Matrices) -> None:
@@ -235,33 +239,3 @@ class Model(nn.Module):
             self.order.append((norms, blocks, str(layer), len(kind.states(config, layer))))
         self.norm_f = _Norm(matrices.value(outer[Use.NORM].name), eps)
         self.head = matrices.stacked([outer[Use.LINEAR].name])
-
-    def forward(self, tokens: Tensor, states: Sequence[Tensor], scan: Scan) -> tuple[Tensor, list[Tensor]]:
-        """tokens [T], states → the residual stream [T, D] before the last norm, states."""
-        x, after = self.table(tokens), list[Tensor]()
-        for norms, blocks, layer, count in self.order:
-            norm, block = self.get_submodule(f"{norms}.{layer}"), self.get_submodule(f"{blocks}.{layer}")
-            out, own = block(norm(x), states[len(after) : len(after) + count], scan)
-            x, after = x + out, [*after, *own]
-        return x, after
-
-
-class Method(nn.Module):
-    """One method of the program.
-
-    Args:
-        model: what all methods share.
-        scan: how the recurrence runs over the tokens of a call.
-        last: logits of the last position alone.
-    """
-
-    def __init__(self, model: Model, scan: Scan, *, last: bool) -> None:
-        super().__init__()
-        self.model, self.scan, self.last = model, scan, last
-
-    def forward(self, tokens: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """tokens [1, T] int64, states → logits [1, T or 1, V], states."""
-        x, after = self.model(tokens[0], states, self.scan)
-        if self.last:
-            x = x[-1:]
-        return self.model.head(self.model.norm_f(x)).unsqueeze(0), after

@@ -129,7 +129,8 @@ class Block(nn.Module, ABC):
 
     def parameter_of(self, spec: TensorSpec) -> Tensor:
         """The view of the parameters that holds a checkpoint tensor (writable, same storage)."""
-        return self._view(spec).detach()
+        parameter: Tensor = getattr(self, _parameter_name(spec))
+        return (parameter if spec.expert is None else parameter[spec.expert]).view(spec.shape).detach()
 
     def value(self, name: str, run: Forward) -> Tensor:
         """A parameter as this pass sees it: `run.weight` is shown each tensor before experts are stacked."""
@@ -141,10 +142,6 @@ class Block(nn.Module, ABC):
         stored = parameter.unbind() if specs[0].expert is not None else (parameter,)
         seen = [run.weight(spec.name, part.view(spec.shape)) for spec, part in zip(specs, stored, strict=True)]
         return torch.stack(seen).view(parameter.shape)
-
-    def _view(self, spec: TensorSpec) -> Tensor:
-        parameter: Tensor = getattr(self, _parameter_name(spec))
-        return (parameter if spec.expert is None else parameter[spec.expert]).view(spec.shape)
 
 
 def _parameter_name(spec: TensorSpec) -> str:

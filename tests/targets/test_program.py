@@ -2,6 +2,7 @@
 """The program that targets compile is the model: with plain float64 matrices in it, the same numbers."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet, state_specs, tensor_specs
 from mossquant.targets.executorch.scan import loop, step
-from mossquant.targets.program import Method, Model, Scan
+from mossquant.targets.program import Model, Scan
 
 TIME = 9
 
@@ -82,6 +83,18 @@ def expected(model: MossNet, tokens: Tensor, states: Sequence[Tensor]) -> tuple[
     return model.head(hidden, run), [after[name] for name in names]
 
 
+def run(
+    program: Model, scan: Scan, tokens: Tensor, states: Sequence[Tensor], *, last: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Block after block: tokens [1, T], states → logits [1, T or 1, V], states."""
+    x, rest, after = program.table(tokens[0]), iter(states), list[Tensor]()
+    for norms, blocks, layer, count in program.order:
+        norm, block = program.get_submodule(f"{norms}.{layer}"), program.get_submodule(f"{blocks}.{layer}")
+        out, own = block(norm(x), list(islice(rest, count)), scan)
+        x, after = x + out, [*after, *own]
+    return program.head(program.norm_f(x[-1:] if last else x)).unsqueeze(0), after
+
+
 def same_states(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     torch.testing.assert_close(list(found), list(wanted), rtol=0, atol=FORMS_FLOAT64)
 
@@ -93,8 +106,8 @@ def test_score_and_prefill_are_the_model(name: str, scan: Scan) -> None:
     program, states = Model(model.config, tensor_specs(model.config), Plain(model)), some_state(model)
     tokens = random_tokens(model.config, 1, TIME)
     wanted, after = expected(model, tokens, states)
-    every, found = Method(program, scan, last=False)(tokens, states)
-    last, also = Method(program, scan, last=True)(tokens, states)
+    every, found = run(program, scan, tokens, states, last=False)
+    last, also = run(program, scan, tokens, states, last=True)
     assert difference(every, wanted) <= FORMS_FLOAT64
     assert difference(last, wanted[:, -1:]) <= FORMS_FLOAT64
     same_states(found, after)
@@ -104,11 +117,11 @@ def test_score_and_prefill_are_the_model(name: str, scan: Scan) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_decode_is_the_model(name: str) -> None:
     model = random_model(MODELS[name])
-    method = Method(Model(model.config, tensor_specs(model.config), Plain(model)), step, last=True)
+    program = Model(model.config, tensor_specs(model.config), Plain(model))
     states = some_state(model)
     for tokens in random_tokens(model.config, TIME, 1).split(1):
         wanted, after = expected(model, tokens, states)
-        found, states = method(tokens, states)
+        found, states = run(program, step, tokens, states, last=True)
         assert found.shape == (1, 1, model.config.vocab_size)
         assert difference(found, wanted) <= FORMS_FLOAT64
         same_states(states, after)
@@ -118,5 +131,5 @@ def test_experts_in_another_order_are_seen() -> None:
     model = random_model(MODELS["experts"])
     program = Model(model.config, tensor_specs(model.config), Plain(model, order=-1))
     tokens, states = random_tokens(model.config, 1, TIME), some_state(model)
-    found, _ = Method(program, plain_scan, last=False)(tokens, states)
+    found, _ = run(program, plain_scan, tokens, states, last=False)
     assert difference(found, expected(model, tokens, states)[0]) >= PLANTED_FAULT
