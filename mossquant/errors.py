@@ -5,7 +5,7 @@ Everything else that is raised is a bug of ours. The command line turns `InputEr
 other exception into 70, so raise `InputError` only where the input is at fault.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 __all__ = ["InputError", "printable"]
 
@@ -37,6 +37,11 @@ class InputError(ValueError):
         rest = len(offenders) - _LISTED
         more = f"; and {rest} more" if rest > 0 else ""
         return cls(f"{what}: {shown}{more}. {advice}")
+
+    @classmethod
+    def unknown(cls, what: str, name: str, known: Iterable[str]) -> "InputError":
+        """A name that is none of the known ones: ``unknown number format 'int3'; known formats: int8, …``."""
+        return cls(f"unknown {what} {name[:40]!r}; known {what.split()[-1]}s: {', '.join(known)}")
 
 
 def printable(text: str, *, keep: str = "") -> str:

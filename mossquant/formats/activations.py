@@ -128,5 +128,5 @@ def get_activation_format(name: str) -> ActivationFormat:
         InputError: no such format; the known names are listed.
     """
     if name not in ACTIVATION_FORMATS:
-        raise InputError(f"unknown activation format {name[:40]!r}; known formats: {', '.join(ACTIVATION_FORMATS)}")
+        raise InputError.unknown("activation format", name, ACTIVATION_FORMATS)
     return ACTIVATION_FORMATS[name]

@@ -162,5 +162,5 @@ def get_format(name: str) -> NumberFormat:
         InputError: no such format; the known names are listed.
     """
     if name not in FORMATS:
-        raise InputError(f"unknown number format {name[:40]!r}; known formats: {', '.join(FORMATS)}")
+        raise InputError.unknown("number format", name, FORMATS)
     return FORMATS[name]

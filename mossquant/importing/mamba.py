@@ -101,7 +101,7 @@ def import_mamba(
     folder, output = locate(source).require("checkpoint", verb="import"), Path(output)
     check_free(output, force=force, inputs=[folder, *([] if tokenizer is None else [Path(tokenizer)])])
     if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise InputError(f"unknown stored type {dtype!r}; known types: {', '.join(FLOAT_DTYPES)}")
+        raise InputError.unknown("stored type", dtype, FLOAT_DTYPES)
     values = read_config_json(folder)
     mossnet = Checkpoint.open(folder) if values.get("model_type") == "mossnet" else None
     if mossnet is None:

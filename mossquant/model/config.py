@@ -233,5 +233,5 @@ def preset(name: str) -> MossNetConfig:
         InputError: no such preset; the known names are listed.
     """
     if name not in PRESETS:
-        raise InputError(f"unknown preset {_short(name)}; known presets: {', '.join(PRESETS)}")
+        raise InputError.unknown("preset", name, PRESETS)
     return PRESETS[name]

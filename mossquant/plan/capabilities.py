@@ -152,7 +152,7 @@ def get_capabilities(name: str) -> Capabilities:
         InputError: no such target; the known names are listed.
     """
     if name not in CAPABILITIES:
-        raise InputError(f"unknown target {name[:40]!r}; known targets: {', '.join(TARGETS)}")
+        raise InputError.unknown("target", name, TARGETS)
     return CAPABILITIES[name]
 
 

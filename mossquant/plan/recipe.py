@@ -59,7 +59,7 @@ Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
 def _known_state(name: str) -> str:
     if name not in STATE_FORMATS:
-        raise InputError(f"unknown state format {name[:40]!r}; known formats: {', '.join(STATE_FORMATS)}")
+        raise InputError.unknown("state format", name, STATE_FORMATS)
     return name
 
 
