@@ -90,17 +90,18 @@ def demo(
     artifacts: dict[str, dict[str, Path]] = {}
     for name, path in folders.items():
         source, targets = checkpoints.get(name), ("onnx",) if name == "original" else TARGETS
-        if _is_current_artifact(path, targets, original if source is None else open_weights(source, verb="demo")):
+        artifact = _current_artifact(path, targets, original if source is None else open_weights(source, verb="demo"))
+        if artifact is not None:
             say(f"{path}: kept, its hashes match")
         else:
             say(f"{path}: lowering {source or BUNDLED} to {' and '.join(targets)}")
             shown = _stage(f"lowering {source.name if source else BUNDLED}:", progress)
-            export(source or BUNDLED, path, target=targets, force=path.exists(), progress=shown)
-            read_back = verify(source or BUNDLED, _programs(path, targets), weights_only=True)
+            artifact = export(source or BUNDLED, path, target=targets, force=path.exists(), progress=shown)
+            read_back = verify(source or BUNDLED, [artifact.program(target) for target in targets], weights_only=True)
             if not read_back.passed:
                 # Its hashes match and we wrote it: a fault of the lowering, not of the user.
                 raise RuntimeError(f"{path} does not hold its checkpoint's weights: {read_back.failures()[0]}")
-        artifacts[name] = dict(zip(targets, _programs(path, targets), strict=True))
+        artifacts[name] = {target: artifact.program(target) for target in targets}
     say(f"measuring on the first {tokens:,} held-out tokens")
     candidates = [*checkpoints.values(), *(path for programs in artifacts.values() for path in programs.values())]
     comparison = compare(BUNDLED, candidates, tokens=tokens, threads=threads, progress=_stage("measuring:", progress))
@@ -153,24 +154,18 @@ def _is_current_checkpoint(path: Path, recipe: str, original: Weights) -> bool:
     )
 
 
-def _is_current_artifact(path: Path, targets: Sequence[str], source: Weights) -> bool:
-    """Whether an artifact is whole, and what this release makes of this source for these targets."""
+def _current_artifact(path: Path, targets: Sequence[str], source: Weights) -> Artifact | None:
+    """The artifact at a path, if it is whole and what this release makes of this source for these targets."""
     if not path.exists():
-        return False
+        return None
     try:
-        manifest = Artifact.open(path).manifest
+        artifact = Artifact.open(path)
     except InputError:
-        return False
-    return (
+        return None
+    manifest, files = artifact.manifest, dict(source.origin.files)
+    is_current = (
         manifest.release == release()
         and list(manifest.programs) == list(targets)
-        and all(
-            program.model.get("source_files") == dict(source.origin.files) for program in manifest.programs.values()
-        )
+        and all(program.model.get("source_files") == files for program in manifest.programs.values())
     )
-
-
-def _programs(folder: Path, targets: Sequence[str]) -> list[Path]:
-    """The program files of an artifact that was just written or found to be current."""
-    artifact = Artifact.open(folder)
-    return [artifact.program(target) for target in targets]
+    return artifact if is_current else None

@@ -28,7 +28,6 @@ __all__ = [
     "Held",
     "Limits",
     "check",
-    "check_blocks",
     "get_capabilities",
 ]
 
@@ -190,18 +189,6 @@ class Held:
         )
 
 
-def check_blocks(config: MossNetConfig, target: str) -> None:
-    """Check that a target can lower every kind of block of a model.
-
-    Raises:
-        InputError: there are others.
-    """
-    known = get_capabilities(target)
-    unknown = sorted({kind.kind for _, kind in blocks_of(config)} - set(known.blocks))
-    if unknown:
-        raise InputError(f"{target} cannot lower {' and '.join(unknown)} blocks (it lowers {', '.join(known.blocks)})")
-
-
 def check(held: Held, targets: Iterable[str]) -> None:
     """Check what is to be held against the targets that it must run on.
 
@@ -214,11 +201,18 @@ def check(held: Held, targets: Iterable[str]) -> None:
     if unknown:
         raise InputError.listing(held.what, unknown, f"Known targets: {', '.join(TARGETS)}.")
     for name in names:
-        check_blocks(held.config, name)
+        _check_blocks(held.config, CAPABILITIES[name])
     offenders = [offender for name in names for offender in _offenders(held, CAPABILITIES[name])]
     if offenders:
         advice = "Change the recipe's rules, or take the target out of its list."
         raise InputError.listing(f"{held.what} does not fit its targets", offenders, advice)
+
+
+def _check_blocks(config: MossNetConfig, target: Capabilities) -> None:
+    unknown = sorted({kind.kind for _, kind in blocks_of(config)} - set(target.blocks))
+    if unknown:
+        known = ", ".join(target.blocks)
+        raise InputError(f"{target.name} cannot lower {' and '.join(unknown)} blocks (it lowers {known})")
 
 
 def _offenders(held: Held, target: Capabilities) -> Iterator[str]:

@@ -8,7 +8,7 @@ from mossquant.errors import InputError
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec, Use
-from mossquant.plan.capabilities import Activations, check_blocks, get_capabilities
+from mossquant.plan.capabilities import Activations, get_capabilities
 from mossquant.progress import Progress
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.executorch.lower import CHUNK, lower
@@ -35,11 +35,9 @@ def prepare(weights: Weights, *, activations: Activations | None, progress: Prog
     """Prepare to lower weights; what writes the program also reads it back and runs it.
 
     Raises:
-        InputError: packages are missing, blocks that cannot be lowered, or fp32 activations are asked for with
-            quantized weights.
+        InputError: packages are missing, or fp32 activations are asked for with quantized weights.
     """
     check_packages()
-    check_blocks(weights.config, "executorch")
     asked = activations if weights.origin.recipe is not None else None
     taken = Taken(weights, get_capabilities("executorch"), asked)
     specs = list(weights.specs.values())

@@ -18,7 +18,6 @@ from mossquant.model.mixer import Mixer
 from mossquant.model.mlp import Mlp
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec, Use, outside_blocks
-from mossquant.plan.capabilities import check_blocks
 from mossquant.progress import Progress
 from mossquant.targets.onnx.graph import IR_VERSION, Graph, Value
 from mossquant.targets.onnx.initializers import Initializers
@@ -45,12 +44,8 @@ def lower(weights: Weights, specs: list[TensorSpec], progress: Progress | None =
         weights: the tensors.
         specs: what they are, `mossquant.model.mossnet.tensor_specs` of the config.
         progress: called when a weight is read, which is when the model is written.
-
-    Raises:
-        InputError: a kind of block that cannot be lowered.
     """
     config = weights.config
-    check_blocks(config, "onnx")
     graph, initializers = Graph("mossnet"), Initializers(weights, progress)
     tokens = graph.input(TOKENS, ir.DataType.INT64, ["B", "T"])
     first_logit = graph.input(FIRST_LOGIT, ir.DataType.INT64, [1])
