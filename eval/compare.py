@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from mossquant.checkpoint.locate import Located, locate
 from mossquant.checkpoint.weights import Weights
@@ -95,7 +96,7 @@ class ComparisonReport:
         baseline: the original.
         candidates: in the order given.
         max_ppl_increase_pct: the gate, None without one.
-        scores: nats a token, of the original and then of each candidate (not in the JSON).
+        scores: nats a token, of the original and then of each candidate (not in the JSON; none where that was read).
     """
 
     text: str
@@ -106,7 +107,7 @@ class ComparisonReport:
     baseline: Baseline
     candidates: tuple[Candidate, ...]
     max_ppl_increase_pct: float | None
-    scores: tuple[Scores, ...] = field(repr=False)
+    scores: tuple[Scores, ...] = field(default=(), repr=False)
 
     @property
     def gate_failed(self) -> bool:
@@ -130,6 +131,21 @@ class ComparisonReport:
             "interval": {"level": 0.95, "method": "paired bootstrap", "window_tokens": WINDOW, "resamples": RESAMPLES},
             "gate": None if self.max_ppl_increase_pct is None else gate,
         }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "ComparisonReport":
+        """A report that `to_json` wrote. Raises `LookupError`, `TypeError` or `ValueError` for anything else."""
+        text, gate = stored["text"], stored["gate"]
+        return cls(
+            text=text["name"],
+            text_sha256=text["sha256"],
+            tokens=text["tokens"],
+            streams=text["streams"],
+            seen_by=tuple(text["seen_by"]),
+            baseline=TypeAdapter(Baseline).validate_python(stored["baseline"]),
+            candidates=TypeAdapter(tuple[Candidate, ...]).validate_python(stored["candidates"]),
+            max_ppl_increase_pct=None if gate is None else gate["max_ppl_increase_pct"],
+        )
 
 
 @dataclass(frozen=True)

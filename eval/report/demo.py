@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job, start to end, on the bundled model: quantize, lower, read back, run what ships, compare, time.
 
-A second run keeps every checkpoint and artifact whose hashes say that it would come out the same, and measures again.
-What is written is read back at once; what is kept was read back when it was written, and has the same hashes.
+A second run keeps every checkpoint and artifact whose hashes say that it would come out the same, and what was measured
+on files of these hashes; it times again. What is written is read back at once; what is kept was read back when it was
+written, and has the same hashes.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.checkpoint import Checkpoint
@@ -16,12 +18,13 @@ from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.bench import bench
-from mossquant.eval.compare import compare
+from mossquant.eval.compare import ComparisonReport, compare
 from mossquant.eval.generate import generate
 from mossquant.eval.report.demo_report import DemoReport
 from mossquant.eval.report.picture import write_picture
 from mossquant.eval.verify import verify
-from mossquant.files.outputs import check_free
+from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.files.outputs import check_free, new_file, write_json
 from mossquant.plan.recipe import Recipe
 from mossquant.progress import Progress
 from mossquant.release import release
@@ -39,6 +42,7 @@ TOKENS = 65_536
 _PROMPT = "import os\n\ndef read_lines(path):\n"
 _CONTINUED = 48
 _PICTURE = "table.svg"
+_MEASURED = "measured.json"
 # Few turns: the demo is to be quick, and `mossquant bench` is there for more.
 _REPEATS = 3
 
@@ -69,7 +73,8 @@ def demo(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose a folder for what the demo writes")
-    check_free(folder / _PICTURE, force=True, as_file=True)
+    for name in (_PICTURE, _MEASURED):
+        check_free(folder / name, force=True, as_file=True)
     check_packages()
     checkpoints = {recipe: folder / f"{BUNDLED}-{recipe}" for recipe in RECIPES}
     folders = {"original": folder / f"{BUNDLED}-app", **{r: folder / f"{BUNDLED}-{r}-app" for r in RECIPES}}
@@ -88,9 +93,11 @@ def demo(
                 BUNDLED, path, recipe=recipe, force=path.exists(), progress=_stage(f"quantizing to {recipe}:", progress)
             )
     artifacts: dict[str, dict[str, Path]] = {}
+    hashes: dict[str, Any] = {BUNDLED: dict(original.origin.files)}
     for name, path in folders.items():
         source, targets = checkpoints.get(name), ("onnx",) if name == "original" else TARGETS
-        artifact = _current_artifact(path, targets, original if source is None else open_weights(source, verb="demo"))
+        weights = original if source is None else open_weights(source, verb="demo")
+        artifact = _current_artifact(path, targets, weights)
         if artifact is not None:
             say(f"{path}: kept, its hashes match")
         else:
@@ -102,9 +109,22 @@ def demo(
                 # Its hashes match and we wrote it: a fault of the lowering, not of the user.
                 raise RuntimeError(f"{path} does not hold its checkpoint's weights: {read_back.failures()[0]}")
         artifacts[name] = {target: artifact.program(target) for target in targets}
-    say(f"measuring on the first {tokens:,} held-out tokens")
+        hashes[str(path)] = [
+            dict(weights.origin.files),
+            {file: record.sha256 for file, record in artifact.files.items()},
+        ]
     candidates = [*checkpoints.values(), *(path for programs in artifacts.values() for path in programs.values())]
-    comparison = compare(BUNDLED, candidates, tokens=tokens, threads=threads, progress=_stage("measuring:", progress))
+    measured = {"release": release(), "tokens": tokens, "threads": threads, "files": hashes}
+    comparison = _kept_comparison(folder / _MEASURED, measured)
+    if comparison is not None:
+        say(f"{folder / _MEASURED}: kept, it was measured on files of these hashes")
+    else:
+        say(f"measuring on the first {tokens:,} held-out tokens")
+        comparison = compare(
+            BUNDLED, candidates, tokens=tokens, threads=threads, progress=_stage("measuring:", progress)
+        )
+        with new_file(folder / _MEASURED, force=True) as partial:
+            write_json(partial, {**measured, "comparison": comparison.to_json()})
     say("timing")
     # One core unless more are asked for: the figures then do not depend on what else the machine is doing.
     timed = bench([BUNDLED, *candidates], threads=threads or 1, repeats=_REPEATS, progress=_stage("timing:", progress))
@@ -169,3 +189,14 @@ def _current_artifact(path: Path, targets: Sequence[str], source: Weights) -> Ar
         and all(program.model.get("source_files") == files for program in manifest.programs.values())
     )
     return artifact if is_current else None
+
+
+def _kept_comparison(path: Path, measured: dict[str, Any]) -> ComparisonReport | None:
+    """What an earlier run measured on the same files, tokens and threads; None where there is no such thing."""
+    if not path.is_file():
+        return None
+    try:
+        stored = read_json(path, largest=LARGEST_SMALL, advice="remove it")
+        return ComparisonReport.from_json(stored["comparison"]) if stored == {**stored, **measured} else None
+    except (InputError, LookupError, TypeError, ValueError):
+        return None  # measured again, and replaced

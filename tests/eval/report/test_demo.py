@@ -109,10 +109,10 @@ def test_sizes_of_the_bundled_model(ran: tuple[Path, DemoReport, list[str]]) -> 
 
 def test_what_it_wrote_is_there_and_named_at_the_end(ran: tuple[Path, DemoReport, list[str]]) -> None:
     folder, report, _ = ran
-    names = {"tiny-int8", "tiny-int4", "tiny-app", "tiny-int8-app", "tiny-int4-app", "table.svg"}
+    names = {"tiny-int8", "tiny-int4", "tiny-app", "tiny-int8-app", "tiny-int4-app", "table.svg", "measured.json"}
     assert {path.name for path in folder.iterdir()} == names
     closing = "\n".join(report.closing())
-    assert all(name in closing for name in names)
+    assert all(name in closing for name in names - {"measured.json"})
     assert report.generation.text
     picture = (folder / "table.svg").read_text()
     assert picture.startswith("<svg")
@@ -130,12 +130,25 @@ def test_a_second_run_keeps_what_matches_and_makes_again_what_does_not(
     (folder / "notes.txt").write_text("mine")
     said: list[str] = []
     again = demo(folder, tokens=300, threads=1, said=said.append)
-    assert sum("kept" in line for line in said) == 4
+    assert sum("kept" in line for line in said) == 5
+    assert not any("measuring" in line for line in said)
     assert [line for line in said if "lowering" in line] == [f"{folder / 'tiny-app'}: lowering tiny to onnx"]
     assert program.read_bytes() == whole
     assert again.comparison.to_json() == first.comparison.to_json()
     assert (folder / "notes.txt").read_text() == "mine"
     (folder / "notes.txt").unlink()
+
+
+def test_what_was_measured_on_other_files_is_measured_again(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    folder, first, _ = ran
+    kept = folder / "measured.json"
+    whole = kept.read_text()
+    kept.write_text(whole.replace('"model.safetensors": "', '"model.safetensors": "0', 1))
+    said: list[str] = []
+    again = demo(folder, tokens=300, threads=1, said=said.append)
+    assert sum("measuring" in line for line in said) == 1
+    assert again.comparison.to_json() == first.comparison.to_json()
+    assert kept.read_text() == whole
 
 
 def test_it_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
