@@ -3,8 +3,6 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["release"]
-
 
 def release() -> str:
     """The installed release, e.g. "0.1.0"; "source tree" where nothing is installed."""

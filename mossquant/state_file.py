@@ -36,8 +36,6 @@ from mossquant.release import release
 from mossquant.runner import Arrays, Floats, Runner, State
 from mossquant.text.text import Tokenizer
 
-__all__ = ["SavedState", "check_state_free", "load_state", "save_state"]
-
 _KEY, _LOGITS = "mossquant", "logits"
 _AGAIN = "Read the prompt again with --save-state."
 # Some 100 bytes an array: enough for thousands of blocks, and little enough for any parser.

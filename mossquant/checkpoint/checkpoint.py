@@ -26,8 +26,6 @@ from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import MossNet, parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
 
-__all__ = ["Checkpoint", "load_model", "seen_text", "write_checkpoint"]
-
 _TOKENIZER, _TRAINING = "tokenizer.json", "training.json"
 
 

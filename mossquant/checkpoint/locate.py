@@ -9,8 +9,6 @@ from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.plan.capabilities import CAPABILITIES
 
-__all__ = ["BUNDLED", "Located", "asset_folder", "locate"]
-
 BUNDLED = "tiny"
 """Name of the checkpoint that ships in the package. It always means that one; a folder of this name is `./tiny`."""
 

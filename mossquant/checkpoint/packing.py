@@ -19,17 +19,6 @@ from mossquant.formats.nibbles import pack_nibbles, unpack_nibbles
 from mossquant.model.tensors import TensorSpec, View
 from mossquant.plan.plan import Plan
 
-__all__ = [
-    "PackedTensor",
-    "is_module_weight",
-    "pack",
-    "quantization_config",
-    "read_quantized",
-    "stored_layout",
-    "stored_names",
-    "unpack",
-]
-
 _CONVENTION = "0.20.0"
 """Release of compressed-tensors whose convention this is."""
 

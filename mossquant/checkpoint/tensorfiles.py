@@ -21,17 +21,6 @@ from mossquant.files.json import LARGEST, read_json
 from mossquant.files.outputs import write_json
 from mossquant.formats.dtypes import dtype_name
 
-__all__ = [
-    "ONE_FILE_BYTES",
-    "SHARD_BYTES",
-    "NeededTensor",
-    "TensorFiles",
-    "TensorWriter",
-    "all_finite",
-    "save_tensors",
-    "tensor_offenders",
-]
-
 ONE_FILE_BYTES = 256 * 10**6
 SHARD_BYTES = 64 * 10**6
 

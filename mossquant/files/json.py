@@ -15,8 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 
-__all__ = ["LARGEST", "LARGEST_SMALL", "complaints", "parse_json", "parse_stored", "read_json"]
-
 Stored = TypeVar("Stored")
 
 LARGEST_SMALL = 1 << 20

@@ -19,17 +19,6 @@ from typing import Any, Literal
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
 
-__all__ = [
-    "check_apart",
-    "check_free",
-    "check_outside",
-    "file_sha256",
-    "json_bytes",
-    "new_file",
-    "new_folder",
-    "write_json",
-]
-
 # Names in a full-precision checkpoint, which has no manifest that lists them.
 _CHECKPOINT_FILES = re.compile(
     r"(config|training|tokenizer)\.json|model(-\d{5})?\.safetensors|model\.safetensors\.index\.json"

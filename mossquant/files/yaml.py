@@ -12,8 +12,6 @@ import yaml
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 
-__all__ = ["Lines", "Value", "parse_yaml", "read_yaml_text"]
-
 Value = None | bool | int | str | list["Value"] | dict[str, "Value"]
 Lines = dict[tuple[str | int, ...], int]
 """Path of a value, e.g. ("weights", 3, "format") → its line, counted from 1."""

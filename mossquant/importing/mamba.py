@@ -30,8 +30,6 @@ from mossquant.model.mossnet import parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.text.tokenizer import Tokenizer
 
-__all__ = ["Imported", "import_mamba"]
-
 _PICKLED = "pytorch_model.bin"
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _FLOATS = (*FLOAT_DTYPES.values(), torch.float64)

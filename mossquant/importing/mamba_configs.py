@@ -16,8 +16,6 @@ from mossquant.errors import InputError
 from mossquant.files.json import complaints
 from mossquant.model.config import MossNetConfig
 
-__all__ = ["SourceConfig", "read_source_config"]
-
 # Hugging Face: how the model was initialised, trained, saved or is generated from; what differs in rounding alone; and
 # keys of the original that its conversion script left in the file.
 _HUGGING_FACE_UNUSED = {

@@ -17,8 +17,6 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
 from mossquant.model.tensors import Experts, SiteSpec, StateSpec, TensorSpec, Use, View
 
-__all__ = ["Block", "rms_norm"]
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last axis (Zhang & Sennrich 2019)."""

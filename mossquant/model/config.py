@@ -15,8 +15,6 @@ from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.formats.dtypes import FLOAT_DTYPES
 
-__all__ = ["MAX_VOCABULARY", "PRESETS", "MossNetConfig", "preset"]
-
 MAX_VOCABULARY = 1 << 22
 """Most entries of a vocabulary."""
 # Far above any model that fits on a machine, low enough that nothing multiplies out to an absurd allocation or loop.

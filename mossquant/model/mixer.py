@@ -28,8 +28,6 @@ from mossquant.model.routing import Routing, route
 from mossquant.model.scan import causal_conv, conv_step, scans
 from mossquant.model.tensors import Experts, SiteSpec, StateSpec, Stored, TensorSpec, Use, View
 
-__all__ = ["Mixer"]
-
 _LINEAR, _SUMMED, _ROUTER = (frozenset({use}) for use in (Use.LINEAR, Use.SUMMED, Use.ROUTER))
 
 

@@ -19,8 +19,6 @@ from mossquant.model.forward import OWN, ExpertPart, Forward
 from mossquant.model.routing import route
 from mossquant.model.tensors import Experts, TensorSpec, Use
 
-__all__ = ["Mlp"]
-
 
 class Mlp(Block):
     """The channel mixer of one layer."""

@@ -25,8 +25,6 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
 from mossquant.model.tensors import Experts, SiteSpec, StateSpec, TensorSpec, Use, View
 
-__all__ = ["MossNet", "activation_sites", "experts_of", "parameter_count", "state_specs", "tensor_specs"]
-
 _TABLE, _NORM, _HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
 

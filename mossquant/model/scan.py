@@ -19,17 +19,6 @@ from torch import Tensor
 
 from mossquant.kernels.scan.autograd import selective_scan as scan_kernel
 
-__all__ = [
-    "ScanForm",
-    "causal_conv",
-    "conv_step",
-    "scan_chunked",
-    "scan_kernel",
-    "scan_sequential",
-    "scan_step",
-    "scans",
-]
-
 ScanForm = Literal["sequential", "chunked", "kernel", "step"]
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

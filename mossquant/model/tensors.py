@@ -12,8 +12,6 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-__all__ = ["Experts", "SiteSpec", "StateSpec", "Stored", "TensorSpec", "Use", "View", "outside_blocks"]
-
 
 class View(Enum):
     """How a tensor is seen as a matrix [rows, columns] when it is quantized; groups lie along the columns."""

@@ -11,8 +11,6 @@ from mossquant.formats.activations import ACTIVATION_FORMATS, get_activation_for
 from mossquant.model.forward import GATED, Activation, ExpertInput
 from mossquant.model.tensors import TensorSpec
 
-__all__ = ["InputFormats", "activation_model", "expert_input_model"]
-
 
 class InputFormats(Protocol):
     """Says in which formats weights and the inputs of linear layers are: `mossquant.checkpoint.weights.Weights`."""

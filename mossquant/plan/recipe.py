@@ -35,19 +35,6 @@ from mossquant.files.yaml import Lines, parse_yaml, read_yaml_text
 from mossquant.formats import get_format
 from mossquant.formats.activations import STATE_FORMATS, get_activation_format
 
-__all__ = [
-    "RECIPES",
-    "ActivationRule",
-    "Recipe",
-    "Rule",
-    "StateRule",
-    "WeightRule",
-    "first_match",
-    "load_recipe",
-    "recipe_files",
-    "recipes",
-]
-
 RECIPES = ("int8", "int4")
 """Recipes that ship with the package, by name."""
 

@@ -25,8 +25,6 @@ from mossquant.text.text import LARGEST_TRAINING_TEXT, Text, Tokenizer, read_tex
 from mossquant.text.tokenizer import Tokens
 from mossquant.training.trainer import Schedule, Trainer, TrainingStep
 
-__all__ = ["STDLIB", "Trained", "train"]
-
 STDLIB = "python-stdlib"
 """Name of the bundled model's training text: the running interpreter's standard library, less what is held out."""
 

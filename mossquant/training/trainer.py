@@ -35,8 +35,6 @@ from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
 from mossquant.model.routing import Routing, balance_loss
 
-__all__ = ["Schedule", "Trainer", "TrainingStep", "learning_rate"]
-
 BALANCE = 0.01
 """Weight of the balance loss."""
 LOSS_ROWS = 512

@@ -17,7 +17,8 @@ from mossquant.formats import get_format
 from mossquant.model.config import PRESETS, MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs, tensor_specs
 from mossquant.plan.capabilities import TARGETS, Held, check, get_capabilities
-from mossquant.plan.plan import Plan, TensorEntry, make_plan
+from mossquant.plan.entries import TensorEntry
+from mossquant.plan.plan import Plan, make_plan
 from mossquant.plan.recipe import RECIPES, Recipe
 
 MAMBA = MossNetConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, time_step_rank=48)
