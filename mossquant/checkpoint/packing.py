@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mossquant.formats import NumberFormat, QuantizedTensor, get_format
 from mossquant.formats.nibbles import pack_nibbles, unpack_nibbles
-from mossquant.model.tensors import TensorSpec, View
+from mossquant.model.tensors import TensorSpec
 from mossquant.plan.plan import Plan
 
 _CONVENTION = "0.20.0"
@@ -92,7 +92,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 def is_module_weight(spec: TensorSpec) -> bool:
     """Whether compressed-tensors knows such a tensor: the matrix of a linear or an embedding."""
-    return spec.view is View.MATRIX and spec.name.endswith(".weight")
+    return len(spec.shape) == 2 and spec.name.endswith(".weight")
 
 
 def quantization_config(specs: Mapping[str, TensorSpec], plan: Plan) -> dict[str, Any]:

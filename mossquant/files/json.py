@@ -76,10 +76,9 @@ def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, ad
         InputError: of another version, or not what `schema` says: all offenders at once.
     """
     if isinstance(values, dict) and values.get("version") != 1:
-        release = str(values.get("release", "a newer release"))[:40]
-        raise InputError(
-            f"{where}: version {repr(values.get('version'))[:40]} was written by mossquant {release}; use that release"
-        )
+        release = str(values.get("release", "of a newer release"))[:40]
+        version = repr(values.get("version"))[:40]
+        raise InputError(f"{where}: version {version} was written by a mossquant {release}; use that release")
     try:
         return TypeAdapter(schema).validate_json(json.dumps(values))
     except ValidationError as error:
@@ -90,8 +89,12 @@ def complaints(error: ValidationError) -> list[str]:
     """What is wrong with each value of a JSON that is not what a schema says."""
     offenders = []
     for item in error.errors(include_url=False):
-        value = "" if item["type"] in ("missing", "extra_forbidden") else f", not {repr(item['input'])[:60]}"
-        offenders.append(f"{'.'.join(map(str, item['loc']))[:120]}: {item['msg'].lower()}{value}")
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            complaint = "unknown key"
+        else:
+            value = "" if item["type"] == "missing" else f", not {repr(item['input'])[:60]}"
+            complaint = item["msg"].lower() + value
+        offenders.append(f"{'.'.join(map(str, item['loc']))[:120]}: {complaint}")
     return offenders
 
 

@@ -76,15 +76,13 @@ def scan_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tenso
     return torch.matmul(h, Cm.transpose(1, 2)).transpose(1, 2) + D * x, h
 
 
-def scans(form: ScanForm) -> Scan:
-    """The scan of that form."""
-    known: dict[ScanForm, Scan] = {
-        "sequential": scan_sequential,
-        "chunked": scan_chunked,
-        "kernel": scan_kernel,
-        "step": scan_step,
-    }
-    return known[form]
+SCANS: dict[ScanForm, Scan] = {
+    "sequential": scan_sequential,
+    "chunked": scan_chunked,
+    "kernel": scan_kernel,
+    "step": scan_step,
+}
+"""The scan of each form."""
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
