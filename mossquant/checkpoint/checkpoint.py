@@ -96,7 +96,7 @@ class Checkpoint:
         Raises:
             InputError: the training record cannot be understood.
         """
-        stored = sum(self._files.stored_bytes(name) for name in self.specs)
+        stored = sum(spec.count * self._files.dtypes[name].itemsize for name, spec in self.specs.items())
         return Origin(
             path=self.path,
             kind="checkpoint",

@@ -76,9 +76,9 @@ def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, ad
         InputError: of another version, or not what `schema` says: all offenders at once.
     """
     if isinstance(values, dict) and values.get("version") != 1:
-        release = str(values.get("release", "of a newer release"))[:40]
+        release = f"mossquant {values['release']}"[:50] if "release" in values else "a newer release"
         version = repr(values.get("version"))[:40]
-        raise InputError(f"{where}: version {version} was written by a mossquant {release}; use that release")
+        raise InputError(f"{where}: version {version} was written by {release}; use that release")
     try:
         return TypeAdapter(schema).validate_json(json.dumps(values))
     except ValidationError as error:
@@ -94,7 +94,7 @@ def complaints(error: ValidationError) -> list[str]:
         else:
             value = "" if item["type"] == "missing" else f", not {repr(item['input'])[:60]}"
             complaint = item["msg"].lower() + value
-        offenders.append(f"{'.'.join(map(str, item['loc']))[:120]}: {complaint}")
+        offenders.append(f"{'.'.join(map(str, item['loc']))[:120] or 'it'}: {complaint}")
     return offenders
 
 

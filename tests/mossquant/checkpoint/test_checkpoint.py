@@ -138,7 +138,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "another shape": (lambda t: t.update({ONE: t[ONE][:-1].clone()}), f"{ONE} has shape [12, 40], needs [13, 40]"),
     "transposed": (lambda t: t.update({ONE: t[ONE].T.contiguous()}), f"{ONE} has shape [40, 13], needs [13, 40]"),
     "float64": (lambda t: t.update({ONE: t[ONE].double()}), f"{ONE} has dtype float64, needs float32"),
-    "integers": (lambda t: t.update({ONE: t[ONE].to(torch.int8)}), f"{ONE} has dtype int8"),
+    "integers": (lambda t: t.update({ONE: t[ONE].to(torch.int8)}), f"{ONE} has dtype I8"),
     "another float type": (lambda t: t.update({ONE: t[ONE].half()}), f"{ONE} has dtype float16"),
     "NaN": (lambda t: t[ONE].view(-1)[-1:].fill_(float("nan")), f"{ONE} holds NaN or infinite values"),
     "infinite": (lambda t: t[TWO][:1].fill_(float("-inf")), f"{TWO} holds NaN or infinite values"),
