@@ -22,9 +22,10 @@ _MAX_EXPERTS_IN_ALL = 1 << 13
 
 # The limits of the fields are far above any model that fits on a machine, and low enough that nothing multiplies out to
 # an absurd allocation or loop.
-Experts = Annotated[int, Field(ge=0, le=_MAX_EXPERTS)]
+ExpertCount = Annotated[int, Field(ge=0, le=_MAX_EXPERTS)]
 ExpertCounts = Annotated[
-    Annotated[Experts, Tag("all layers")] | Annotated[tuple[Experts, ...], Field(max_length=1 << 10), Tag("layers")],
+    Annotated[ExpertCount, Tag("all layers")]
+    | Annotated[tuple[ExpertCount, ...], Field(max_length=1 << 10), Tag("layers")],
     Discriminator(lambda value: "layers" if isinstance(value, list | tuple) else "all layers"),
 ]
 Chosen = Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]

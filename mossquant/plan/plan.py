@@ -164,7 +164,7 @@ def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: 
         )
     return Plan(
         recipe=recipe.name,
-        targets=recipe.targets,
+        targets=tuple(recipe.targets),
         parameters=parameter_count(config),
         tensors=entries,
         activations=tuple(site_entries),

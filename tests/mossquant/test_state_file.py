@@ -149,7 +149,7 @@ def test_a_state_replaces_a_state_and_nothing_else(runner: TorchRunner, saved: P
         with pytest.raises(InputError, match="is not a state, so it is not replaced"):
             save_state(tmp_path / name, runner, at, force=True)
         assert (tmp_path / name).read_bytes() == kept
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="is there and not a file"):
         check_state_free(tmp_path, force=True)
     assert {path.name for path in tmp_path.iterdir()} == {"saved.state", "model.safetensors", "notes.txt"}
 

@@ -192,13 +192,8 @@ def test_ledger(tiny_config: MossNetConfig) -> None:
 
 BROKEN: dict[str, Any] = {
     "version": lambda values: values | {"version": 2},
-    "no version": lambda values: {key: values[key] for key in values if key != "version"},
-    "unknown key": lambda values: values | {"extra": 1},
-    "missing key": lambda values: {key: values[key] for key in values if key != "state"},
-    "text for a number": lambda values: values | {"parameters": "5"},
     "unknown key inside": lambda values: values | {"tensors": [values["tensors"][0] | {"extra": 1}]},
     "not a number": lambda values: values | {"tensors": [values["tensors"][0] | {"relative_error": float("nan")}]},
-    "a list": lambda values: [],
 }
 
 
