@@ -20,8 +20,6 @@ from torch import Tensor
 from mossquant.calibration.solver import Solver
 from mossquant.formats import NumberFormat, QuantizedTensor
 
-__all__ = ["NEAREST", "NEAREST_MSE", "fixed_sum", "nearest", "nearest_mse"]
-
 # 4-bit groups clip deep; 8-bit groups gain from where the steps happen to fall.
 _RATIOS = {
     4: tuple(hundredths / 100 for hundredths in range(40, 108, 2)),

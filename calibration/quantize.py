@@ -31,8 +31,6 @@ from mossquant.plan.recipe import load_recipe, recipe_files
 from mossquant.progress import Progress
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
-__all__ = ["disk_bytes", "memory_bytes", "quantize"]
-
 _BLOCK_ARRAYS = 12
 """fp32 arrays of a block's size that solving it holds, at most."""
 

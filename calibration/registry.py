@@ -6,8 +6,6 @@ from mossquant.calibration.solver import Solver
 from mossquant.errors import InputError
 from mossquant.plan.plan import Plan
 
-__all__ = ["SOLVERS", "planned_solvers"]
-
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (NEAREST, NEAREST_MSE)}
 
 

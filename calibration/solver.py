@@ -15,8 +15,6 @@ from torch import Tensor
 
 from mossquant.formats import NumberFormat, QuantizedTensor
 
-__all__ = ["Measured", "Solve", "Solver", "Statistics"]
-
 Statistics = Mapping[str, Any]
 """What was measured for one tensor: need → value, e.g. "gram" → fp32 [K, K]."""
 Measured = Callable[[str], Statistics]

@@ -10,48 +10,27 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mossquant.calibration.quantize import quantize
-    from mossquant.checkpoint.open import open_weights
-    from mossquant.errors import InputError
-    from mossquant.eval.bench import bench
-    from mossquant.eval.compare import compare
-    from mossquant.eval.generate import generate
-    from mossquant.eval.info import info
-    from mossquant.eval.open import open_runner
-    from mossquant.eval.perplexity import perplexity
-    from mossquant.eval.report.demo import demo
-    from mossquant.eval.verify import verify
-    from mossquant.importing.mamba import import_mamba
-    from mossquant.plan.recipe import recipes
-    from mossquant.state_file import SavedState, load_state, save_state
-    from mossquant.targets.export import export, export_needs
-    from mossquant.text.text import Tokenizer
-    from mossquant.training.train import train
-    from mossquant.training.trainer import Schedule
-
-__all__ = [
-    "InputError",
-    "SavedState",
-    "Schedule",
-    "Tokenizer",
-    "bench",
-    "compare",
-    "demo",
-    "export",
-    "export_needs",
-    "generate",
-    "import_mamba",
-    "info",
-    "load_state",
-    "open_runner",
-    "open_weights",
-    "perplexity",
-    "quantize",
-    "recipes",
-    "save_state",
-    "train",
-    "verify",
-]
+    from mossquant.calibration.quantize import quantize as quantize
+    from mossquant.checkpoint.open import open_weights as open_weights
+    from mossquant.errors import InputError as InputError
+    from mossquant.eval.bench import bench as bench
+    from mossquant.eval.compare import compare as compare
+    from mossquant.eval.generate import generate as generate
+    from mossquant.eval.info import info as info
+    from mossquant.eval.open import open_runner as open_runner
+    from mossquant.eval.perplexity import perplexity as perplexity
+    from mossquant.eval.report.demo import demo as demo
+    from mossquant.eval.verify import verify as verify
+    from mossquant.importing.mamba import import_mamba as import_mamba
+    from mossquant.plan.recipe import recipes as recipes
+    from mossquant.state_file import SavedState as SavedState
+    from mossquant.state_file import load_state as load_state
+    from mossquant.state_file import save_state as save_state
+    from mossquant.targets.export import export as export
+    from mossquant.targets.export import export_needs as export_needs
+    from mossquant.text.text import Tokenizer as Tokenizer
+    from mossquant.training.train import train as train
+    from mossquant.training.trainer import Schedule as Schedule
 
 _WHERE = {
     "mossquant.calibration.quantize": ["quantize"],
@@ -74,6 +53,7 @@ _WHERE = {
     "mossquant.training.trainer": ["Schedule"],
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = list(_MODULE)
 
 
 if find_spec("mossquant.eval") is None:

@@ -18,8 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["NEGATIVE_KL", "Predictions", "agreement", "kl", "nll"]
-
 NEGATIVE_KL = -1e-12
 """Lowest KL that rounding leaves: V terms of at most |log p| < 1e3, each rounded at 1e-16 and weighted by p."""
 

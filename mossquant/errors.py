@@ -7,8 +7,6 @@ other exception into 70, so raise `InputError` only where the input is at fault.
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["InputError", "printable"]
-
 _LISTED = 8
 _LONGEST, _END = 2000, 300
 

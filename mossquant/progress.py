@@ -3,7 +3,5 @@
 
 from collections.abc import Callable
 
-__all__ = ["Progress"]
-
 Progress = Callable[[str, int, int], None]
 """(what is being worked on, done, in all): tensors with weights or bytes, stages, tokens, or turns."""

@@ -20,20 +20,6 @@ from numpy.typing import NDArray
 from mossquant.errors import InputError
 from mossquant.model.tensors import StateSpec
 
-__all__ = [
-    "Arrays",
-    "Floats",
-    "LogitsWanted",
-    "Runner",
-    "RunnerInfo",
-    "State",
-    "Tokens",
-    "UsedStateError",
-    "checked_arrays",
-    "checked_batch",
-    "checked_tokens",
-]
-
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 Arrays = Mapping[str, NDArray[np.float32]]

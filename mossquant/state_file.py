@@ -14,35 +14,33 @@ artifact lowered from the same checkpoint. Nothing else is in the file: the same
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from mossquant.checkpoint.manifest import Sha256
-from mossquant.checkpoint.tensorfiles import save_tensors
+from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFile, save_tensors, tensor_offenders
 from mossquant.errors import InputError
 from mossquant.files.json import parse_json, parse_stored
 from mossquant.files.outputs import check_free, check_outside, new_file
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.release import release
-from mossquant.runner import Arrays, Floats, Runner, State
+from mossquant.runner import Arrays, Floats, Runner, RunnerInfo, State
 from mossquant.text.text import Tokenizer
-
-__all__ = ["SavedState", "check_state_free", "load_state", "save_state"]
 
 _KEY, _LOGITS = "mossquant", "logits"
 _AGAIN = "Read the prompt again with --save-state."
-# Some 100 bytes an array: enough for thousands of blocks, and little enough for any parser.
-_LARGEST_HEADER = 1 << 20
 _MOST_TOKENS = (1 << 63) - 1
+
+Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,7 @@ def load_state(path: str | Path, runner: Runner, *, tokenizer: Tokenizer | None 
     try:
         opened, metadata = _open(Path(path))
         _check_model(path, metadata, runner, tokenizer)
-        specs = state_specs(MossNetConfig.from_json(runner.info.config))
-        shapes = {spec.name: (1, *spec.after(metadata.tokens)) for spec in specs}
-        arrays = _arrays(path, opened, {**shapes, _LOGITS: (1, 1, runner.info.vocab_size)}, metadata.arrays_sha256)
+        arrays = _arrays(path, opened, metadata, runner.info)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); give a readable file") from None
     logits = arrays.pop(_LOGITS)
@@ -159,28 +155,18 @@ def check_state_free(path: str | Path, *, force: bool = False, inputs: Sequence[
             raise InputError(f"{path} is not a state, so it is not replaced; choose another path for it") from None
 
 
-def _open(path: Path) -> tuple[Any, _Metadata]:
+def _open(path: Path) -> tuple[TensorFile, _Metadata]:
     """The opened file, of which the header was read, and what it says about itself."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; give one that `mossquant generate --save-state` wrote")
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
     try:
-        if header_bytes > _LARGEST_HEADER:
-            raise SafetensorError("its header is too large")
         str(path).encode()  # the library needs a name in UTF-8
-        opened: Any = safe_open(path, framework="numpy")
+        opened = TensorFile(path)
+        values = parse_json(opened.metadata.get(_KEY, "null"))
     except UnicodeEncodeError:
         raise InputError(f"{path} is not a name in UTF-8; rename it, or choose another") from None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is not a state: {str(error)[:100]}. {_AGAIN}") from None
-    stored = (opened.metadata() or {}).get(_KEY)
-    if stored is None:
-        raise InputError(f"{path} holds tensors, but not a state that mossquant saved. {_AGAIN}")
-    try:
-        values = parse_json(stored)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is a damaged state: its metadata is not JSON. {_AGAIN}") from None
     return opened, parse_stored(values, _Metadata, where=str(path), noun="a state", advice=_AGAIN)
 
 
@@ -211,23 +197,17 @@ def _sha256(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _arrays(
-    path: str | Path, opened: Any, shapes: Mapping[str, tuple[int, ...]], sha256: str
-) -> dict[str, NDArray[np.float32]]:
-    """The tensors of an opened file, which must be these; no value is read before all shapes fit."""
-    names = set(opened.keys())
-    offenders = [f"{name} is missing" for name in shapes if name not in names]
-    offenders += [f"{name[:80]} is unexpected" for name in sorted(names) if name not in shapes]
-    for name in shapes.keys() & names:
-        view = opened.get_slice(name)
-        stored, shape = view.get_dtype(), tuple(view.get_shape())
-        if (stored, shape) != ("F32", shapes[name]):
-            offenders.append(f"{name} is {stored} {list(shape)}, needs F32 {list(shapes[name])}")
-    arrays: dict[str, NDArray[np.float32]] = {}
+def _arrays(path: str | Path, opened: TensorFile, metadata: _Metadata, info: RunnerInfo) -> dict[str, Array]:
+    """The tensors of an opened file, which must be those of the model; no value is read before all shapes fit."""
+    specs = state_specs(MossNetConfig.from_json(info.config))
+    shapes = {spec.name: (1, *spec.after(metadata.tokens)) for spec in specs} | {_LOGITS: (1, 1, info.vocab_size)}
+    needed = {name: NeededTensor(shape, (torch.float32,)) for name, shape in shapes.items()}
+    offenders = tensor_offenders(needed, opened.shapes, opened.dtypes)
+    arrays: dict[str, Array] = {}
     if not offenders:
-        arrays = {name: opened.get_tensor(name) for name in shapes}
+        arrays = {name: opened.tensor(name).numpy() for name in shapes}
         offenders = [f"{name} holds NaN or infinite values" for name in shapes if not np.isfinite(arrays[name]).all()]
-        offenders += [] if _sha256(arrays) == sha256 else ["its values have another SHA-256 than it says"]
+        offenders += [] if _sha256(arrays) == metadata.arrays_sha256 else ["its values have another SHA-256"]
     if offenders:
-        raise InputError.listing(f"{path} is a damaged state", sorted(offenders), _AGAIN)
+        raise InputError.listing(f"{path} is a damaged state", offenders, _AGAIN)
     return arrays

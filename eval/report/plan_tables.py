@@ -10,7 +10,8 @@ from mossquant.calibration.quantize import disk_bytes, memory_bytes
 from mossquant.eval.report.grid import grid, left, right, spaced
 from mossquant.model.config import PRESETS
 from mossquant.model.mossnet import tensor_specs
-from mossquant.plan.plan import Plan, TensorEntry, make_plan
+from mossquant.plan.entries import TensorEntry
+from mossquant.plan.plan import Plan, make_plan
 from mossquant.plan.recipe import Recipe, Rule, recipes
 
 __all__ = ["plan_tables", "recipe_tables"]

@@ -26,8 +26,6 @@ from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import MossNet, parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
 
-__all__ = ["Checkpoint", "load_model", "seen_text", "write_checkpoint"]
-
 _TOKENIZER, _TRAINING = "tokenizer.json", "training.json"
 
 
@@ -98,7 +96,7 @@ class Checkpoint:
         Raises:
             InputError: the training record cannot be understood.
         """
-        stored = sum(self._files.stored_bytes(name) for name in self.specs)
+        stored = sum(spec.count * self._files.dtypes[name].itemsize for name, spec in self.specs.items())
         return Origin(
             path=self.path,
             kind="checkpoint",

@@ -13,9 +13,8 @@ from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs
 from mossquant.model.tensors import SiteSpec, TensorSpec
-from mossquant.plan.plan import Plan, SiteEntry, TensorEntry, activation_blocks
-
-__all__ = ["code_offenders", "plan_offenders", "structure_offenders", "value_offenders"]
+from mossquant.plan.entries import SiteEntry, TensorEntry
+from mossquant.plan.plan import Plan, activation_blocks
 
 
 def plan_offenders(config: MossNetConfig, specs: Mapping[str, TensorSpec], plan: Plan) -> list[str]:

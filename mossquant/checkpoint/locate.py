@@ -9,11 +9,10 @@ from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.plan.capabilities import CAPABILITIES
 
-__all__ = ["BUNDLED", "Located", "asset_folder", "locate"]
-
 BUNDLED = "tiny"
 """Name of the checkpoint that ships in the package. It always means that one; a folder of this name is `./tiny`."""
 
+_ADVICE = f"give a checkpoint folder, an artifact, or the name {BUNDLED}"
 _PROGRAMS = {known.suffix: name for name, known in CAPABILITIES.items() if known.suffix is not None}
 
 
@@ -55,55 +54,39 @@ def locate(given: str | Path) -> Located:
     Raises:
         InputError: nothing is there, or it is nothing that mossquant knows.
     """
-    try:
-        located = _locate(str(given))
-        whole = str(located.path.absolute())
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        raise InputError(
-            f"{str(given)[:200]} cannot be opened ({error.strerror}); give a checkpoint folder or an artifact"
-        ) from None
-    try:
-        whole.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{whole} is not a name in UTF-8, which the runtimes need; rename it") from None
-    return located
-
-
-def _locate(text: str) -> Located:
-    if not text:
-        raise InputError(f"an empty path was given; give a checkpoint folder, an artifact, or the name {BUNDLED}")
-    path = Path(text)
+    text, path = str(given), Path(given)
     if text == BUNDLED:
         return Located(text, asset_folder(BUNDLED), "checkpoint")
-    if not path.exists():
+    try:
+        located = _locate(text, path)
+        str(path.absolute()).encode()
+        return located
+    except UnicodeEncodeError:
+        raise InputError(f"{text} is not a name in UTF-8, which the runtimes need; rename it") from None
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(f"{text[:200]} cannot be opened ({error.strerror}); {_ADVICE}") from None
+
+
+def _locate(text: str, path: Path) -> Located:
+    if not text or not path.exists():
         raise InputError(
-            f"{text} does not exist, and nothing is downloaded; give a checkpoint folder, an artifact, or the name "
-            f"{BUNDLED} (`mossquant import` takes folders of Hugging Face)"
+            f"{text or 'an empty path'} does not exist, and nothing is downloaded; {_ADVICE} (`mossquant import` takes "
+            "folders of Hugging Face)"
         )
-    if path.is_file():
-        kind = _PROGRAMS.get(path.suffix)
-        if kind is None:
-            raise InputError(
-                f"{text} is a file that mossquant does not know; give a folder, or a file that ends in "
-                f"{', '.join(_PROGRAMS)}"
-            )
-        return Located(text, path, kind)
-    programs = sorted(file for file in path.iterdir() if file.suffix in _PROGRAMS)
     config = path / "config.json"
-    if programs and not config.is_file():
-        if len(programs) > 1:
-            raise InputError(
-                f"{text} holds {len(programs)} programs; give one of them: {', '.join(str(p) for p in programs[:4])}"
-            )
-        if not programs[0].is_file():
-            raise InputError(f"{programs[0]} is not a file; give an artifact that `mossquant export` wrote")
-        return Located(text, programs[0], _PROGRAMS[programs[0].suffix])
-    if not config.is_file():
+    if config.is_file():
+        return Located(text, path, "quantized checkpoint" if _is_quantized(config) else "checkpoint")
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    programs = [file for file in files if file.suffix in _PROGRAMS]
+    if len(programs) > 1:
         raise InputError(
-            f"{text} holds neither config.json nor a program; give a checkpoint folder, an artifact, or the name "
-            f"{BUNDLED}"
+            f"{text} holds {len(programs)} programs; give one of them: {', '.join(map(str, programs[:4]))}"
         )
-    return Located(text, path, "quantized checkpoint" if _is_quantized(config) else "checkpoint")
+    if not programs:
+        raise InputError(f"{text} holds neither config.json nor a program ({' or '.join(_PROGRAMS)}); {_ADVICE}")
+    if not programs[0].is_file():
+        raise InputError(f"{programs[0]} is not a file; give an artifact that `mossquant export` wrote")
+    return Located(text, programs[0], _PROGRAMS[programs[0].suffix])
 
 
 def _is_quantized(config: Path) -> bool:

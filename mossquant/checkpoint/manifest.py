@@ -11,17 +11,6 @@ from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, parse_stored, read_json
 from mossquant.files.outputs import file_sha256
 
-__all__ = [
-    "FileRecord",
-    "Manifest",
-    "Parent",
-    "SeenText",
-    "file_offenders",
-    "read_manifest",
-    "read_stored",
-    "record_offenders",
-]
-
 Stored = TypeVar("Stored", bound=BaseModel)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -8,8 +8,6 @@ from mossquant.checkpoint.locate import Located, locate
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import Weights
 
-__all__ = ["open_weights"]
-
 
 def open_weights(source: str | Path | Located | Weights, *, verb: str, check_codes: bool = False) -> Weights:
     """The weights at a PATH argument; what is `Weights` already is given back.

@@ -16,19 +16,8 @@ from torch import Tensor
 
 from mossquant.formats import NumberFormat, QuantizedTensor, get_format
 from mossquant.formats.nibbles import pack_nibbles, unpack_nibbles
-from mossquant.model.tensors import TensorSpec, View
+from mossquant.model.tensors import TensorSpec
 from mossquant.plan.plan import Plan
-
-__all__ = [
-    "PackedTensor",
-    "is_module_weight",
-    "pack",
-    "quantization_config",
-    "read_quantized",
-    "stored_layout",
-    "stored_names",
-    "unpack",
-]
 
 _CONVENTION = "0.20.0"
 """Release of compressed-tensors whose convention this is."""
@@ -103,7 +92,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 def is_module_weight(spec: TensorSpec) -> bool:
     """Whether compressed-tensors knows such a tensor: the matrix of a linear or an embedding."""
-    return spec.view is View.MATRIX and spec.name.endswith(".weight")
+    return len(spec.shape) == 2 and spec.name.endswith(".weight")
 
 
 def quantization_config(specs: Mapping[str, TensorSpec], plan: Plan) -> dict[str, Any]:

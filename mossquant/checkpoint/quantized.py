@@ -31,8 +31,6 @@ from mossquant.model.mossnet import tensor_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.plan import Plan
 
-__all__ = ["QuantizedCheckpoint"]
-
 _AGAIN = "Copy the folder again, or quantize again."
 
 

@@ -21,23 +21,11 @@ from mossquant.files.json import LARGEST, read_json
 from mossquant.files.outputs import write_json
 from mossquant.formats.dtypes import dtype_name
 
-__all__ = [
-    "ONE_FILE_BYTES",
-    "SHARD_BYTES",
-    "NeededTensor",
-    "TensorFiles",
-    "TensorWriter",
-    "all_finite",
-    "save_tensors",
-    "tensor_offenders",
-]
-
 ONE_FILE_BYTES = 256 * 10**6
 SHARD_BYTES = 64 * 10**6
 
-_LENGTH_BYTES = 8
+# The library takes headers of up to 100 MB, and some ten times that in memory to read them.
 _LARGEST_HEADER = LARGEST
-"""The library takes headers of up to 100 MB, and some ten times that in memory to read them."""
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -52,18 +40,51 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
+
+
+class TensorFile:
+    """One safetensors file, memory-mapped.
+
+    Attributes:
+        metadata: what it says about itself.
+        shapes: tensor name → shape.
+        dtypes: tensor name → dtype.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            SafetensorError: of another format, cut short, a header above 16 MB, or a dtype that no file of ours has.
+            OSError: it cannot be read.
+        """
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if _LARGEST_HEADER < header < path.stat().st_size:
+            raise SafetensorError(f"a header of {header} bytes, {_LARGEST_HEADER} is the most that is read")
+        opened: Any = safe_open(path, framework="pt")
+        self._opened = opened
+        self.metadata: dict[str, str] = opened.metadata() or {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name in opened.keys():  # noqa: SIM118
+            entry = opened.get_slice(name)
+            dtype = entry.get_dtype()
+            if dtype not in _DTYPES:
+                raise SafetensorError(f"{name[:80]} has dtype {dtype}")
+            self.shapes[name], self.dtypes[name] = tuple(entry.get_shape()), _DTYPES[dtype]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored."""
+        tensor: Tensor = self._opened.get_tensor(name)
+        return tensor
 
 
 class TensorFiles:
     """The tensors of a folder, read on demand from memory-mapped files.
 
     Attributes:
-        folder: where they lie.
         files: names of the tensor files (and of the index, if there is one), sorted.
         shapes: tensor name → shape.
         dtypes: tensor name → dtype.
@@ -74,21 +95,34 @@ class TensorFiles:
 
         Raises:
             InputError: no tensor file, an index that is none or names files outside the folder; missing shards, files
-                that are not safetensors (truncated, corrupted, a pickle), a tensor in two shards or of an unknown
-                dtype, all offenders at once.
+                that `TensorFile` does not read, a tensor in two shards, all offenders at once.
         """
-        self.folder = folder
         listed = _weight_map(folder)
         shards = [_FILE] if listed is None else sorted(set(listed.values()))
-        self.files = sorted([*shards, _INDEX] if (folder / _INDEX).is_file() else shards)
+        self.files = shards if listed is None else sorted([*shards, _INDEX])
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._open: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
-        offenders = [offender for shard in shards for offender in self._read_header(shard)]
-        if not offenders and listed is not None and listed != self._where:
-            wrong = [name for name in {**listed, **self._where} if listed.get(name) != self._where.get(name)]
-            offenders = [f"{_INDEX} does not say where {name[:80]} is" for name in sorted(wrong)]
+        self._holder: dict[str, TensorFile] = {}
+        where: dict[str, str] = {}
+        offenders = []
+        for shard in shards:
+            if not (folder / shard).is_file():
+                offenders.append(f"{shard} is missing, though {_INDEX} names it")
+                continue
+            try:
+                file = TensorFile(folder / shard)
+            except (SafetensorError, OSError) as error:
+                offenders.append(f"{shard} is not a safetensors file that is read ({str(error)[:200]})")
+                continue
+            twice = sorted(where.keys() & file.shapes.keys())
+            offenders += [f"{name[:80]} is in {where[name]} and in {shard}" for name in twice]
+            self.shapes |= file.shapes
+            self.dtypes |= file.dtypes
+            self._holder |= dict.fromkeys(file.shapes, file)
+            where |= dict.fromkeys(file.shapes, shard)
+        if not offenders and listed is not None:
+            wrong = sorted(name for name in {**listed, **where} if listed.get(name) != where.get(name))
+            offenders = [f"{_INDEX} does not say where {name[:80]} is" for name in wrong]
         if offenders:
             raise InputError.listing(
                 f"{folder} cannot be read",
@@ -96,53 +130,9 @@ class TensorFiles:
                 "Copy the whole folder or export it again; an original Mamba comes in with `mossquant import`.",
             )
 
-    def _read_header(self, shard: str) -> list[str]:
-        """Take the tensors of one file in; returns what is wrong with it."""
-        path = self.folder / shard
-        if not path.is_file():
-            return [f"{shard} is missing, though {_INDEX} names it"]
-        with path.open("rb") as file:
-            claimed = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if _LARGEST_HEADER < claimed < path.stat().st_size:
-            return [f"{shard} has a header of {claimed} bytes, {_LARGEST_HEADER} is the most that is read"]
-        try:
-            opened: Any = safe_open(path, framework="pt")
-            names = list(opened.keys())
-        except (SafetensorError, OSError) as error:
-            pickled = _looks_pickled(path)
-            kind = "a pickle, as in pytorch_model.bin" if pickled else "truncated, corrupted or of another format"
-            return [f"{shard} is not a safetensors file ({kind}: {str(error)[:100]})"]
-        self._open[shard] = opened
-        offenders = []
-        for name in names:
-            view = opened.get_slice(name)
-            kind = view.get_dtype()
-            if name in self._where:
-                offenders.append(f"{name[:80]} is in {self._where[name]} and in {shard}")
-            elif kind not in _DTYPES:
-                offenders.append(f"{name[:80]} in {shard} has dtype {kind}, which no checkpoint of ours has")
-            else:
-                self._where[name] = shard
-                self.shapes[name] = tuple(view.get_shape())
-                self.dtypes[name] = _DTYPES[kind]
-        return offenders
-
-    @property
-    def names(self) -> list[str]:
-        """All tensor names, sorted."""
-        return sorted(self._where)
-
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored."""
-        tensor: Tensor = self._open[self._where[name]].get_tensor(name)
-        return tensor
-
-    def stored_bytes(self, name: str) -> int:
-        """Bytes of one tensor's data."""
-        count = self.dtypes[name].itemsize
-        for size in self.shapes[name]:
-            count *= size
-        return count
+        return self._holder[name].tensor(name)
 
 
 class NeededTensor(NamedTuple):
@@ -195,8 +185,8 @@ class TensorWriter:
         """Store one tensor; it is held until its shard is full."""
         tensor = tensor.detach().contiguous()
         self._pending[name] = tensor
-        self._pending_bytes += tensor.numel() * tensor.element_size()
-        self._total += tensor.numel() * tensor.element_size()
+        self._pending_bytes += tensor.nbytes
+        self._total += tensor.nbytes
         if self._limit is not None and self._pending_bytes >= self._limit:
             self._flush()
 
@@ -214,20 +204,18 @@ class TensorWriter:
         if self._pending:
             self._flush()
         where = {name: _shard_name(number) for number, names in enumerate(self._shards) for name in names}
-        write_json(
-            self._folder / _INDEX,
-            {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))},
-        )
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
+        write_json(self._folder / _INDEX, index)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file.
 
     Raises:
         OSError: the system refused, e.g. a full disk: the library hides its error number in a text.
     """
     try:
-        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+        save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
         number = _OS_ERROR.search(str(error))
         if number is None:
@@ -250,30 +238,20 @@ def _shard_name(number: int) -> str:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name → shard, as the index says; None where there is one file without an index."""
     index = folder / _INDEX
-    indexed, single = index.is_file(), (folder / _FILE).is_file()
-    if not indexed:
-        if not single:
-            raise InputError(f"{folder} holds no {_FILE} and no {_INDEX}; copy the whole checkpoint folder again")
+    present = [name for name in (_FILE, _INDEX) if (folder / name).is_file()]
+    if len(present) != 1:
+        raise InputError(f"{folder} holds {' and '.join(present) or 'neither'} of {_FILE} and {_INDEX}; one is needed")
+    if present == [_FILE]:
         return None
-    if single:
-        raise InputError(f"{folder} holds both {_FILE} and {_INDEX}; remove the one that is not meant")
     content = read_json(index, largest=LARGEST, advice="copy it again")
-    try:
-        listed: dict[str, str] = content["weight_map"]
-        shards = sorted(set(listed.values()))
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{index} is not a safetensors index (a JSON object with weight_map); copy it again") from None
-    outside = [str(name)[:60] for name in shards if not (isinstance(name, str) and _SHARD.fullmatch(name))]
-    if outside:
-        raise InputError.listing(
-            f"{index} names files outside its folder", outside, "Shards must lie beside the index."
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed or not all(map(_is_shard, listed.values())):
+        raise InputError(
+            f"{index} is not a safetensors index, whose weight_map gives every tensor the name of a file beside it; "
+            "copy it again"
         )
-    if not shards:
-        raise InputError(f"{index} names no shards; copy it again")
     return listed
 
 
-def _looks_pickled(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(4)
-    return head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04"
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None

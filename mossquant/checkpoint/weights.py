@@ -17,8 +17,6 @@ from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.config import MossNetConfig
 from mossquant.model.tensors import TensorSpec
 
-__all__ = ["Origin", "View", "Weights", "value"]
-
 
 @dataclass(frozen=True)
 class Origin:

@@ -16,8 +16,6 @@ from mossquant.plan.plan import Ledger, Plan
 from mossquant.plan.recipe import Recipe
 from mossquant.release import release
 
-__all__ = ["QuantizedWriter", "container_bytes"]
-
 _SHAPE_BYTES = 16
 _HEADER_BYTES = 200
 _RESULT_BYTES = 40

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from mossquant.errors import InputError
 
-__all__ = ["read_bytes"]
-
 
 def read_bytes(path: Path, *, largest: int, advice: str) -> bytes:
     """The content of a file.

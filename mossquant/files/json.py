@@ -15,8 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 
-__all__ = ["LARGEST", "LARGEST_SMALL", "complaints", "parse_json", "parse_stored", "read_json"]
-
 Stored = TypeVar("Stored")
 
 LARGEST_SMALL = 1 << 20
@@ -34,7 +32,7 @@ def parse_json(data: bytes | str) -> Any:
         ValueError: it is none, nested deeper than 32, holds a key twice in one object, or a number that is not finite.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(data, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested without end") from None
     level, depth = _containers([value]), 0
@@ -78,22 +76,29 @@ def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, ad
         InputError: of another version, or not what `schema` says: all offenders at once.
     """
     if isinstance(values, dict) and values.get("version") != 1:
-        release = str(values.get("release", "a newer release"))[:40]
-        raise InputError(
-            f"{where}: version {repr(values.get('version'))[:40]} was written by mossquant {release}; use that release"
-        )
+        release = f"mossquant {values['release']}"[:50] if "release" in values else "a newer release"
+        version = repr(values.get("version"))[:40]
+        raise InputError(f"{where}: version {version} was written by {release}; use that release")
+    return validated(values, schema, where=where, noun=noun, advice=advice)
+
+
+def validated(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:
+    """`parse_stored` of JSON that carries no version of ours."""
     try:
         return TypeAdapter(schema).validate_json(json.dumps(values))
     except ValidationError as error:
-        raise InputError.listing(f"{where} is not {noun}", complaints(error), advice) from None
+        raise InputError.listing(f"{where} is not {noun}", _complaints(error), advice) from None
 
 
-def complaints(error: ValidationError) -> list[str]:
-    """What is wrong with each value of a JSON that is not what a schema says."""
+def _complaints(error: ValidationError) -> list[str]:
     offenders = []
     for item in error.errors(include_url=False):
-        value = "" if item["type"] in ("missing", "extra_forbidden") else f", not {repr(item['input'])[:60]}"
-        offenders.append(f"{'.'.join(map(str, item['loc']))[:120]}: {item['msg'].lower()}{value}")
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            complaint = "unknown key"
+        else:
+            value = "" if item["type"] == "missing" else f", not {repr(item['input'])[:60]}"
+            complaint = item["msg"].lower() + value
+        offenders.append(f"{'.'.join(map(str, item['loc']))[:120] or 'it'}: {complaint}")
     return offenders
 
 
@@ -111,12 +116,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
-
-
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value

@@ -19,17 +19,6 @@ from typing import Any, Literal
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST_SMALL, read_json
 
-__all__ = [
-    "check_apart",
-    "check_free",
-    "check_outside",
-    "file_sha256",
-    "json_bytes",
-    "new_file",
-    "new_folder",
-    "write_json",
-]
-
 # Names in a full-precision checkpoint, which has no manifest that lists them.
 _CHECKPOINT_FILES = re.compile(
     r"(config|training|tokenizer)\.json|model(-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -56,28 +45,22 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise InputError(f"{path} is not a name in UTF-8, which the runtimes need; {_ANOTHER}") from None
-    kind, other_kind = ("file", "folder") if as_file else ("folder", "file")
-    there = os.path.lexists(path)
-    is_folder = there and path.is_dir()
+    kind, there = "file" if as_file else "folder", os.path.lexists(path)
     above = path.absolute().parent
     while not os.path.lexists(above):
         above = above.parent
     check_apart(path, inputs)
-    if there and (path.is_symlink() or not (path.is_file() or is_folder)):
-        raise InputError(f"{path} is a link, device, pipe or socket, and none is replaced; {_ANOTHER} or remove it")
-    if there and is_folder == as_file:
-        raise InputError(f"{path} is a {other_kind}, and a {kind} is to be written; {_ANOTHER}")
+    if there and (path.is_symlink() or not (path.is_file() if as_file else path.is_dir())):
+        raise InputError(f"{path} is there and not a {kind}, which alone is replaced; {_ANOTHER} or remove it")
     if there and not force:
         raise InputError(f"{path} exists already; {_ANOTHER} or pass --force to replace it")
     if there and Path.cwd().is_relative_to(path.resolve()):
         raise InputError(f"{path} holds the working folder, so it is not replaced; {_ANOTHER}")
-    if is_folder:
+    if there and not as_file:
         _check_ours(path)
-    if not above.is_dir():
-        raise InputError(f"{above} is not a folder, so {path} cannot be written; {_ANOTHER}")
-    for folder in (above, path) if is_folder else (above,):
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"{folder} is not writable, so {path} cannot be written; {_ANOTHER}")
+    for folder in (above, path) if there and not as_file else (above,):
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise InputError(f"{folder} is not a folder, or not writable, so {path} cannot be written; {_ANOTHER}")
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from mossquant.errors import InputError
 
-__all__ = ["BLOCK_WEIGHTS", "check_space", "row_blocks", "trim_heap"]
-
 BLOCK_WEIGHTS = 1 << 18
 """Weights in a block: few enough to stay near a core, enough to make each operation worth its call."""
 

@@ -12,8 +12,6 @@ import yaml
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 
-__all__ = ["Lines", "Value", "parse_yaml", "read_yaml_text"]
-
 Value = None | bool | int | str | list["Value"] | dict[str, "Value"]
 Lines = dict[tuple[str | int, ...], int]
 """Path of a value, e.g. ("weights", 3, "format") → its line, counted from 1."""
@@ -22,23 +20,20 @@ _MAX_BYTES = 1 << 17
 _MAX_DEPTH = 8
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes nodes, with anchors, tags and depth checked while it goes."""
-
+def _check_events(text: str) -> None:
+    """Raise `yaml.MarkedYAMLError`: an anchor, an alias, a tag, or nesting that is too deep."""
     depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+    for event in yaml.parse(text, yaml.SafeLoader):
+        problem, mark = None, event.start_mark
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not supported", problem_mark=event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(problem="tags are not supported", problem_mark=event.start_mark)
-        if self.depth >= _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {_MAX_DEPTH}", problem_mark=event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+            problem = "anchors and aliases are not supported"
+        elif getattr(event, "tag", None) is not None:
+            problem = "tags are not supported"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth >= _MAX_DEPTH:
+            problem = f"nested deeper than {_MAX_DEPTH}"
+        if problem is not None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)  # type: ignore[arg-type]
 
 
 def read_yaml_text(path: Path) -> str:
@@ -67,7 +62,8 @@ def parse_yaml(text: str, *, where: str) -> tuple[Value, Lines]:
     """
     lines: Lines = {}
     try:
-        node = _Loader(text).get_single_node()
+        _check_events(text)
+        node = yaml.compose(text, yaml.SafeLoader)
         return None if node is None else _value(node, (), lines), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

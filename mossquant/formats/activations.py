@@ -22,16 +22,6 @@ from torch import Tensor
 
 from mossquant.errors import InputError
 
-__all__ = [
-    "ACTIVATION_FORMATS",
-    "STATE_FORMATS",
-    "ActivationFormat",
-    "get_activation_format",
-    "int8_block",
-    "int8_row_asym",
-    "straight_through",
-]
-
 STATE_FORMATS = ("fp32",)
 """Formats in which a recurrent state is carried."""
 

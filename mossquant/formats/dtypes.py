@@ -3,8 +3,6 @@
 
 import torch
 
-__all__ = ["FLOAT_DTYPES", "SHORT_NAMES", "dtype_name"]
-
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Every type in which a tensor may be stored or kept, by the name that files use."""
 

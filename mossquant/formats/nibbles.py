@@ -6,8 +6,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Half", "pack_nibbles", "unpack_nibbles"]
-
 Half = Literal["low", "high"]
 """Half of a byte."""
 

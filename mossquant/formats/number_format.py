@@ -18,8 +18,6 @@ from torch import Tensor
 
 from mossquant.errors import InputError
 
-__all__ = ["FORMATS", "NumberFormat", "QuantizedTensor", "get_format"]
-
 _WORD_BITS = 32
 _ROW_BLOCK = 32
 

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.text.tokenizer import Tokenizer
-
-__all__ = ["Imported", "import_mamba"]
 
 _PICKLED = "pytorch_model.bin"
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -59,18 +57,6 @@ class Imported:
     torch_dtype: str
     parameters: int
     notes: tuple[str, ...]
-
-
-class _Tensors(Protocol):
-    """Named tensors of a source folder."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    @property
-    def dtypes(self) -> Mapping[str, torch.dtype]: ...
-
-    def tensor(self, name: str) -> Tensor: ...
 
 
 def import_mamba(
@@ -112,7 +98,7 @@ def import_mamba(
     words = _tokenizer(folder, Path(tokenizer) if tokenizer is not None else None, read.config.vocab_size)
     if words is None and read.config.vocab_size != 256:
         notes.append("no tokenizer.json: the model takes token ids only, until it is imported with --tokenizer FILE")
-    tensors: _Tensors = TensorFiles(folder) if mossnet is not None else _open(folder)
+    tensors = TensorFiles(folder) if mossnet is not None else _open(folder)
     names = _names(read, tensors)
     _check_structure(folder, read.config, names, tensors)
     stored = _stored_type(folder, dtype, {tensors.dtypes[name] for name in names.values()}, notes)
@@ -154,11 +140,11 @@ def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None
     return path
 
 
-def _open(folder: Path) -> _Tensors:
+def _open(folder: Path) -> "_Tensors":
     if any((folder / name).is_file() for name in _SAFE):
         return TensorFiles(folder)
     if (folder / _PICKLED).is_file():
-        return _Pickled.load(folder / _PICKLED)
+        return _Pickled(folder / _PICKLED)
     if (folder / f"{_PICKLED}.index.json").is_file():
         raise InputError(
             f"{folder} holds {_PICKLED} in shards, which are not read; save the model as safetensors first"
@@ -166,17 +152,12 @@ def _open(folder: Path) -> _Tensors:
     raise InputError(f"{folder} holds neither {_SAFE[0]} nor {_PICKLED}; copy the whole folder again")
 
 
-@dataclass(frozen=True)
 class _Pickled:
-    """The tensors of a `pytorch_model.bin`, all in memory."""
+    """The tensors of a `pytorch_model.bin`, all in memory: what `TensorFiles` says of files that are mapped."""
 
-    content: Mapping[str, Tensor]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
-
-    @classmethod
-    def load(cls, path: Path) -> "_Pickled":
+    def __init__(self, path: Path) -> None:
         """Read the file. Nothing in it is run: tensors are all that may be unpickled."""
+        advice = "save the state_dict of the model"
         try:
             with zipfile.ZipFile(path) as file:  # torch.save's format since PyTorch 1.6
                 # PyTorch compares no checksums, and unpacks whatever size a record says.
@@ -193,26 +174,23 @@ class _Pickled:
             cause = (str(error).splitlines() or [""])[0]
             raise InputError(f"{path} is not a whole file of torch.save ({cause[:120]}); copy it again") from None
         if not isinstance(content, Mapping):
-            raise InputError(
-                f"{path} holds a {type(content).__name__}, not named tensors; save the state_dict of the model"
-            )
+            raise InputError(f"{path} holds a {type(content).__name__}, not named tensors; {advice}")
         offenders = [
-            f"{str(name)[:80]} is no dense tensor on the CPU" for name, value in content.items() if not _dense(value)
+            f"{str(name)[:80]} is no dense tensor on the CPU"
+            for name, value in content.items()
+            if not (isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu")
         ]
         if offenders:
-            raise InputError.listing(
-                f"{path} holds more than named tensors", offenders, "Save the state_dict of the model."
-            )
-        tensors = {str(name): tensor.detach() for name, tensor in content.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        return cls(tensors, shapes, {name: tensor.dtype for name, tensor in tensors.items()})
+            raise InputError.listing(f"{path} holds more than named tensors", offenders, f"S{advice[1:]}.")
+        self._content: dict[str, Tensor] = {str(name): tensor.detach() for name, tensor in content.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._content.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._content.items()}
 
     def tensor(self, name: str) -> Tensor:
-        return self.content[name]
+        return self._content[name]
 
 
-def _dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+_Tensors = TensorFiles | _Pickled
 
 
 def _names(read: SourceConfig, tensors: _Tensors) -> dict[str, str]:
@@ -227,14 +205,12 @@ def _names(read: SourceConfig, tensors: _Tensors) -> dict[str, str]:
 
 
 def _check_structure(folder: Path, config: MossNetConfig, names: Mapping[str, str], tensors: _Tensors) -> None:
-    shapes, dtypes = dict(tensors.shapes), tensors.dtypes
-    needed = {
-        names[spec.name]: NeededTensor(spec.shape, _FLOATS) for spec in tensor_specs(config) if spec.name in names
-    }
+    specs = {spec.name: spec for spec in tensor_specs(config)}
+    needed = {own: NeededTensor(specs[name].shape, _FLOATS) for name, own in names.items()}
+    shapes = dict(tensors.shapes)
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)  # a tied head may be in the file once more; `_check_values` compares it
-    offenders = tensor_offenders(needed, shapes, dtypes)
-    _refuse(folder, offenders)
+    _refuse(folder, tensor_offenders(needed, shapes, tensors.dtypes))
 
 
 def _check_values(

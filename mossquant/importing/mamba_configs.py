@@ -5,18 +5,16 @@ A key that changes what is computed is understood or refused with its value; wha
 Keys that say how the model was initialised or trained have no effect here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from mossquant.errors import InputError
-from mossquant.files.json import complaints
+from mossquant.files.json import validated
 from mossquant.model.config import MossNetConfig
-
-__all__ = ["SourceConfig", "read_source_config"]
 
 # Hugging Face: how the model was initialised, trained, saved or is generated from; what differs in rounding alone; and
 # keys of the original that its conversion script left in the file.
@@ -29,6 +27,7 @@ _HUGGING_FACE_UNUSED = {
 }
 _ORIGINAL_UNUSED = {"residual_in_fp32", "fused_add_norm"}
 _ORIGINAL_SSM_UNUSED = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
+_NOUN, _ADVICE = "a Mamba-1 that we can compute", "Import another model."
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _HuggingFace(_Keys):
     state_size: PositiveInt = 16
     conv_kernel: PositiveInt = 4
     time_step_rank: Rank = None
-    layer_norm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    rms_norm_eps: Annotated[float, Field(alias="layer_norm_epsilon", gt=0, lt=1)] = 1e-5
     tie_word_embeddings: bool = True
     use_conv_bias: bool = True
 
@@ -86,9 +85,9 @@ class _OriginalSsm(_Keys):
     layer: Literal["Mamba1"] = "Mamba1"
     bias: Literal[False] = False
     expand: PositiveInt = 2
-    d_state: PositiveInt = 16
-    d_conv: PositiveInt = 4
-    dt_rank: Rank = None
+    state_size: Annotated[PositiveInt, Field(alias="d_state")] = 16
+    conv_kernel: Annotated[PositiveInt, Field(alias="d_conv")] = 4
+    time_step_rank: Annotated[Rank, Field(alias="dt_rank")] = None
     conv_bias: bool = True
 
 
@@ -98,14 +97,11 @@ class _Original(_Keys):
     attn_layer_idx: Annotated[list[Any], Field(max_length=0)] = []
     attn_cfg: Annotated[dict[str, Any], Field(max_length=0)] = {}
     ssm_cfg: _OriginalSsm = _OriginalSsm()
-    d_model: PositiveInt
-    n_layer: PositiveInt
+    hidden_size: Annotated[PositiveInt, Field(alias="d_model")]
+    num_hidden_layers: Annotated[PositiveInt, Field(alias="n_layer")]
     vocab_size: PositiveInt
     pad_vocab_size_multiple: PositiveInt = 8
-    tie_embeddings: bool = True
-
-
-Layout = TypeVar("Layout", bound=_Keys)
+    tie_word_embeddings: Annotated[bool, Field(alias="tie_embeddings")] = True
 
 
 def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfig:
@@ -116,9 +112,9 @@ def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfi
     """
     kind = values.get("model_type")
     if kind == "mamba":
-        return _hugging_face(_parsed(_HuggingFace, values, where), where)
+        return _hugging_face(validated(values, _HuggingFace, where=str(where), noun=_NOUN, advice=_ADVICE), where)
     if kind is None and "d_model" in values and "n_layer" in values:
-        return _original(_parsed(_Original, values, where), where)
+        return _original(validated(values, _Original, where=str(where), noun=_NOUN, advice=_ADVICE), where)
     said = "has no model_type" if kind is None else f"has model_type {repr(kind)[:60]}"
     raise InputError(
         f"{where} {said}; import takes a Mamba-1 (model_type 'mamba', or the original's d_model and n_layer) "
@@ -126,36 +122,14 @@ def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfi
     )
 
 
-def _parsed(layout: type[Layout], values: Mapping[str, Any], where: Path) -> Layout:
-    try:
-        return layout.model_validate(values)
-    except ValidationError as error:
-        raise _refusal(where, complaints(error)) from None
-
-
-def _refusal(where: Path, offenders: Sequence[str]) -> InputError:
-    return InputError.listing(f"{where} is not a Mamba-1 that we can compute", offenders, "Import another model.")
-
-
 def _hugging_face(keys: _HuggingFace, where: Path) -> SourceConfig:
     inner = keys.expand * keys.hidden_size
     if keys.intermediate_size not in (None, inner):
         offender = f"intermediate_size is {keys.intermediate_size}, expand · hidden_size is {inner}"
-        raise _refusal(where, [offender])
-    config = MossNetConfig(
-        vocab_size=keys.vocab_size,
-        hidden_size=keys.hidden_size,
-        num_hidden_layers=keys.num_hidden_layers,
-        expand=keys.expand,
-        state_size=keys.state_size,
-        conv_kernel=keys.conv_kernel,
-        time_step_rank=keys.time_step_rank or -(-keys.hidden_size // 16),
-        rms_norm_eps=keys.layer_norm_epsilon,
-        tie_word_embeddings=keys.tie_word_embeddings,
-    )
+        raise InputError.listing(f"{where} is not {_NOUN}", [offender], _ADVICE)
     unknown = keys.others(_HUGGING_FACE_UNUSED)
     notes = [f"keys of config.json that have no effect here: {', '.join(unknown)}"] if unknown else []
-    return _understood("Hugging Face", config, keys.use_conv_bias, "backbone.embeddings.weight", notes, where)
+    return _understood("Hugging Face", _shape(keys), keys.use_conv_bias, "backbone.embeddings.weight", notes, where)
 
 
 def _original(keys: _Original, where: Path) -> SourceConfig:
@@ -163,24 +137,21 @@ def _original(keys: _Original, where: Path) -> SourceConfig:
     # The original's config is a closed list, so that a key outside it comes from another model.
     unknown = [*keys.others(_ORIGINAL_UNUSED), *(f"ssm_cfg.{key}" for key in ssm.others(_ORIGINAL_SSM_UNUSED))]
     if unknown:
-        raise _refusal(where, [f"unknown key {key}" for key in unknown])
-    config = MossNetConfig(
-        vocab_size=-(-keys.vocab_size // multiple) * multiple,
-        hidden_size=keys.d_model,
-        num_hidden_layers=keys.n_layer,
-        expand=ssm.expand,
-        state_size=ssm.d_state,
-        conv_kernel=ssm.d_conv,
-        time_step_rank=ssm.dt_rank or -(-keys.d_model // 16),
-        tie_word_embeddings=keys.tie_embeddings,
-    )
-    return _understood("state-spaces", config, ssm.conv_bias, "backbone.embedding.weight", [], where)
+        raise InputError.listing(f"{where} is not {_NOUN}", [f"unknown key {key}" for key in unknown], _ADVICE)
+    shape = {**_shape(keys), **_shape(ssm), "vocab_size": -(-keys.vocab_size // multiple) * multiple}
+    return _understood("state-spaces", shape, ssm.conv_bias, "backbone.embedding.weight", [], where)
+
+
+def _shape(keys: _Keys) -> dict[str, Any]:
+    """The keys that a MossNet has too."""
+    return {name: value for name, value in keys if name in MossNetConfig.__dataclass_fields__}
 
 
 def _understood(
-    layout: str, config: MossNetConfig, conv_bias: bool, embeddings: str, notes: list[str], where: Path
+    layout: str, shape: dict[str, Any], conv_bias: bool, embeddings: str, notes: list[str], where: Path
 ) -> SourceConfig:
     if not conv_bias:
         notes = [*notes, "the convolutions have no bias: zeros are stored, which compute the same"]
+    config = MossNetConfig(**{**shape, "time_step_rank": shape["time_step_rank"] or -(-shape["hidden_size"] // 16)})
     checked = MossNetConfig.from_json(config.to_json(torch_dtype="float32"), where=f"{where}, read as a MossNet,")
     return SourceConfig(layout, checked, conv_bias, embeddings, tuple(notes))

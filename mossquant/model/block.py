@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
-from mossquant.model.tensors import Experts, SiteSpec, StateSpec, TensorSpec, Use, View
-
-__all__ = ["Block", "rms_norm"]
+from mossquant.model.tensors import Experts, SiteSpec, StateSpec, TensorSpec, Use
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,7 +57,7 @@ class Block(nn.Module, ABC):
     def specs(cls, config: MossNetConfig, layer: int) -> list[TensorSpec]:
         """Its tensors in a checkpoint, the norm first."""
         name, shape, use = f"backbone.layers.{layer}.{cls.norm_name}.weight", (config.hidden_size,), Use.NORM
-        norm = TensorSpec(name, shape, f"{cls.kind}.norm", View.VECTOR, layer, use=frozenset({use}))
+        norm = TensorSpec(name, shape, f"{cls.kind}.norm", layer, use=frozenset({use}))
         return [norm, *cls.own_specs(config, layer)]
 
     @classmethod

@@ -6,8 +6,6 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mixer import Mixer
 from mossquant.model.mlp import Mlp
 
-__all__ = ["KINDS", "blocks_of", "kinds_of"]
-
 KINDS: tuple[type[Block], ...] = (Mixer, Mlp)
 """Every kind, in the order in which a layer computes them."""
 

@@ -5,37 +5,30 @@ Field names continue Hugging Face's Mamba config; `mlp_intermediate_size` has th
 `intermediate_size` means d_inner. Letters as in `mossquant.model`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST_SMALL, read_json
-from mossquant.formats.dtypes import FLOAT_DTYPES
-
-__all__ = ["MAX_VOCABULARY", "PRESETS", "MossNetConfig", "preset"]
+from mossquant.files.json import LARGEST_SMALL, parse_stored, read_json
 
 MAX_VOCABULARY = 1 << 22
 """Most entries of a vocabulary."""
-# Far above any model that fits on a machine, low enough that nothing multiplies out to an absurd allocation or loop.
-_LIMITS = {
-    "vocab_size": MAX_VOCABULARY,
-    "hidden_size": 1 << 16,
-    "num_hidden_layers": 1 << 10,
-    "expand": 16,
-    "state_size": 1 << 10,
-    "conv_kernel": 64,
-    "time_step_rank": 1 << 14,
-    "num_ssm_experts_per_tok": 1 << 10,
-    "num_mlp_experts_per_tok": 1 << 10,
-    "mlp_intermediate_size": 1 << 18,
-}
 _MAX_EXPERTS = 1 << 10
 _MAX_EXPERTS_IN_ALL = 1 << 13
-# Keys of the file that are not fields: who wrote it, how it is stored, and what quantization adds.
-_OTHER_KEYS = {"model_type", "torch_dtype", "version", "architectures", "quantization_config", "mossquant"}
+
+# The limits of the fields are far above any model that fits on a machine, and low enough that nothing multiplies out to
+# an absurd allocation or loop.
+ExpertCount = Annotated[int, Field(ge=0, le=_MAX_EXPERTS)]
+ExpertCounts = Annotated[
+    Annotated[ExpertCount, Tag("all layers")]
+    | Annotated[tuple[ExpertCount, ...], Field(max_length=1 << 10), Tag("layers")],
+    Discriminator(lambda value: "layers" if isinstance(value, list | tuple) else "all layers"),
+]
+Chosen = Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]
 
 
 @dataclass(frozen=True)
@@ -59,20 +52,22 @@ class MossNetConfig:
         mlp_intermediate_size: F, hidden width of an MLP expert.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    time_step_rank: int
-    expand: int = 2
-    state_size: int = 16
-    conv_kernel: int = 4
-    rms_norm_eps: float = 1e-5
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
+    hidden_size: Annotated[int, Field(ge=1, le=1 << 16)]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1 << 10)]
+    time_step_rank: Annotated[int, Field(ge=1, le=1 << 14)]
+    expand: Annotated[int, Field(ge=1, le=16)] = 2
+    state_size: Annotated[int, Field(ge=1, le=1 << 10)] = 16
+    conv_kernel: Annotated[int, Field(ge=1, le=64)] = 4
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     tie_word_embeddings: bool = True
-    num_ssm_experts: int | tuple[int, ...] = 1
-    num_ssm_experts_per_tok: int = 1
-    num_mlp_experts: int | tuple[int, ...] = 0
-    num_mlp_experts_per_tok: int = 1
-    mlp_intermediate_size: int = 0
+    num_ssm_experts: ExpertCounts = 1
+    num_ssm_experts_per_tok: Chosen = 1
+    num_mlp_experts: ExpertCounts = 0
+    num_mlp_experts_per_tok: Chosen = 1
+    mlp_intermediate_size: Annotated[int, Field(ge=0, le=1 << 18)] = 0
 
     @property
     def d_inner(self) -> int:
@@ -113,34 +108,52 @@ class MossNetConfig:
             InputError: another model type or version, unknown or missing keys, a value of the wrong type or out of
                 range; all offenders at once.
         """
-        if not isinstance(values, Mapping):
-            raise InputError(f"{where}: expected a JSON object; this is not a MossNet config")
         if values.get("model_type") != "mossnet":
             raise InputError(
-                f"{where}: model_type is {_short(values.get('model_type'))}, not 'mossnet'; "
+                f"{where}: model_type is {repr(values.get('model_type'))[:60]}, not 'mossnet'; "
                 "bring a Mamba in with `mossquant import`"
             )
-        version = values.get("version", 1)
-        if version != 1 or isinstance(version, bool):
-            raise InputError(f"{where}: version {_short(version)} was written by a newer release; upgrade mossquant")
-        offenders = [
-            f"unknown key {_short(key)}"
-            for key in values
-            if key not in _OTHER_KEYS and key not in cls.__dataclass_fields__
-        ]
-        dtype = values.get("torch_dtype", "float32")
-        if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
-            offenders.append(f"torch_dtype {_short(dtype)} is none of {', '.join(FLOAT_DTYPES)}")
         names = [field.name for field in fields(cls)]
-        offenders += [f"{name} is missing" for name in names if name not in values]
-        shape = {name: values[name] for name in names if name in values}
-        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()}
-        offenders += _offenders(shape)
+        stored = {"version": 1, **dict.fromkeys(names), **values}  # no default stands in for a key that is missing
+        noun, advice = "a valid MossNet config", "Mend the file or export it again."
+        file = parse_stored(stored, _File, where=where, noun=noun, advice=advice)
+        config = cls(**{name: getattr(file, name) for name in names})
+        contradictions = config._contradictions()
+        if contradictions:
+            raise InputError.listing(f"{where} is not {noun}", contradictions, advice)
+        return config
+
+    def _contradictions(self) -> list[str]:
+        """What its fields say against one another."""
+        layers = range(self.num_hidden_layers)
+        counts = {"num_ssm_experts": self.num_ssm_experts, "num_mlp_experts": self.num_mlp_experts}
+        offenders = [
+            f"{name} lists {len(count)} layers, num_hidden_layers is {len(layers)}"
+            for name, count in counts.items()
+            if isinstance(count, tuple) and len(count) != len(layers)
+        ]
         if offenders:
-            raise InputError.listing(
-                f"{where} is not a valid MossNet config", offenders, "Mend the file or export it again."
-            )
-        return cls(**shape)
+            return offenders
+        if min(map(self.ssm_experts, layers)) < 1:
+            offenders.append("num_ssm_experts has 0, and every layer needs one")
+        if max(map(self.mlp_experts, layers)) > 0 and self.mlp_intermediate_size == 0:
+            offenders.append("mlp_intermediate_size is 0 though num_mlp_experts is not")
+        in_all = sum(self.ssm_experts(layer) + self.mlp_experts(layer) for layer in layers)
+        if in_all > _MAX_EXPERTS_IN_ALL:
+            offenders.append(f"its experts come to {in_all} over all layers, {_MAX_EXPERTS_IN_ALL} is the most")
+        return offenders
+
+
+@dataclass(frozen=True)
+class _File(MossNetConfig):
+    """`config.json`: the shape, how it is stored, who wrote it, and what quantization adds."""
+
+    version: Literal[1] = 1
+    model_type: Literal["mossnet"] = "mossnet"
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    architectures: Any = None
+    quantization_config: Any = None
+    mossquant: Any = None
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -150,57 +163,14 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         InputError: the folder or file is missing, too large to be a config, or not a JSON object.
     """
     path = folder / "config.json"
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist; give a checkpoint folder or the name tiny")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; give the checkpoint folder that holds config.json and model.safetensors")
     if not path.is_file():
-        raise InputError(f"{folder} holds no config.json, so it is not a checkpoint folder; give one, or the name tiny")
+        raise InputError(
+            f"{path} is not there, so {folder} is no checkpoint; give a checkpoint folder, or the name tiny"
+        )
     values = read_json(path, largest=LARGEST_SMALL, advice="mend the file or export it again")
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object; this is not a model config")
     return values
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _offenders(values: Mapping[str, Any]) -> list[str]:
-    out = []
-    for name, limit in _LIMITS.items():
-        if name not in values:
-            continue
-        value, low = values[name], 0 if name == "mlp_intermediate_size" else 1
-        if type(value) is not int or not low <= value <= limit:
-            out.append(f"{name} is {_short(value)}, needs an integer from {low} to {limit}")
-    layers = values.get("num_hidden_layers")
-    in_all = 0
-    for name, low in (("num_ssm_experts", 1), ("num_mlp_experts", 0)):
-        if name not in values:
-            continue
-        value = values[name]
-        counts = value if isinstance(value, tuple) else (value,)
-        wrong = [count for count in counts if type(count) is not int or not low <= count <= _MAX_EXPERTS]
-        if wrong:
-            out.append(f"{name} has {_short(wrong[0])}, needs integers from {low} to {_MAX_EXPERTS}")
-        elif isinstance(value, tuple) and len(value) != layers:
-            out.append(f"{name} lists {len(value)} layers, num_hidden_layers is {_short(layers)}")
-        elif name == "num_mlp_experts" and any(counts) and values.get("mlp_intermediate_size", 0) == 0:
-            out.append("mlp_intermediate_size is 0 though num_mlp_experts is not")
-        elif type(layers) is int:
-            in_all += sum(counts) * (1 if isinstance(value, tuple) else layers)
-    if in_all > _MAX_EXPERTS_IN_ALL:
-        out.append(
-            f"num_ssm_experts and num_mlp_experts come to {in_all} over all layers, {_MAX_EXPERTS_IN_ALL} is the most"
-        )
-    eps = values.get("rms_norm_eps", 1e-5)
-    if type(eps) not in (int, float) or not math.isfinite(eps) or not 0 < eps < 1:
-        out.append(f"rms_norm_eps is {_short(eps)}, needs a number between 0 and 1")
-    if not isinstance(values.get("tie_word_embeddings", True), bool):
-        out.append(f"tie_word_embeddings is {_short(values['tie_word_embeddings'])}, needs true or false")
-    return out
 
 
 def _moss(hidden: int, layers: int, vocab: int, intermediate: int, *, experts: int, rank: int) -> MossNetConfig:

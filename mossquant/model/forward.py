@@ -18,20 +18,6 @@ from torch import Tensor
 from mossquant.model.routing import Routing
 from mossquant.model.scan import ScanForm
 
-__all__ = [
-    "GATED",
-    "OWN",
-    "Activation",
-    "Convolve",
-    "ExpertInput",
-    "ExpertPart",
-    "Forward",
-    "Observe",
-    "Reroute",
-    "Tap",
-    "WeightModel",
-]
-
 Activation = Callable[[str, Tensor], Tensor]
 """(weight tensor's name, input [..., K]) → the input as the target sees it."""
 Convolve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -16,6 +16,7 @@ ssm.expert.dt_bias, ssm.A_log, ssm.D, ssm.out_proj. States: ssm.conv_state, ssm.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,8 @@ from mossquant.model.block import Block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import GATED, ExpertPart, Forward
 from mossquant.model.routing import Routing, route
-from mossquant.model.scan import causal_conv, conv_step, scans
-from mossquant.model.tensors import Experts, SiteSpec, StateSpec, Stored, TensorSpec, Use, View
-
-__all__ = ["Mixer"]
-
-_LINEAR, _SUMMED, _ROUTER = (frozenset({use}) for use in (Use.LINEAR, Use.SUMMED, Use.ROUTER))
+from mossquant.model.scan import SCANS, causal_conv, conv_step
+from mossquant.model.tensors import Experts, SiteSpec, StateSpec, Stored, TensorSpec, Use
 
 
 class Mixer(Block):
@@ -66,35 +63,28 @@ class Mixer(Block):
         X, W = config.ssm_experts(layer), config.conv_kernel
         at, site = f"backbone.layers.{layer}.mixer", f"layers.{layer}.mixer"
 
-        def linear(
-            own: str,
-            name: str,
-            shape: tuple[int, int],
-            *,
-            expert: int | None = None,
-            use: frozenset[Use] = _LINEAR,
-            parts: tuple[tuple[str, int], ...] = (),
-        ) -> TensorSpec:
-            role = f"ssm.{name}" if expert is None else f"ssm.expert.{name}"
-            weight, entering = f"{own}.{name}.weight", f"{site}.{name}.input"
-            return TensorSpec(weight, shape, role, View.MATRIX, layer, expert, entering, use, parts=parts)
+        def linear(own: str, name: str, shape: tuple[int, int], use: Use = Use.LINEAR, **more: Any) -> TensorSpec:
+            role = f"ssm.expert.{name}" if "expert" in more else f"ssm.{name}"
+            entering, uses = f"{site}.{name}.input", frozenset({use})
+            return TensorSpec(f"{own}.{name}.weight", shape, role, layer, site=entering, use=uses, **more)
 
         specs = [
             linear(at, "in_proj", (2 * E, D), parts=(("x", E), ("z", E))),
-            TensorSpec(f"{at}.conv1d.weight", (E, 1, W), "ssm.conv", View.CONV, layer),
-            TensorSpec(f"{at}.conv1d.bias", (E,), "ssm.conv_bias", View.VECTOR, layer),
+            TensorSpec(f"{at}.conv1d.weight", (E, 1, W), "ssm.conv", layer),
+            TensorSpec(f"{at}.conv1d.bias", (E,), "ssm.conv_bias", layer),
         ]
         if X > 1:
-            specs.append(TensorSpec(f"{at}.router.weight", (X, D), "ssm.router", layer=layer, use=_ROUTER))
+            router = TensorSpec(f"{at}.router.weight", (X, D), "ssm.router", layer, use=frozenset({Use.ROUTER}))
+            specs.append(router)
         for e, own in enumerate(_own_names(layer, X)):
             specs += [
                 linear(own, "x_proj", (R + 2 * N, E), expert=e, parts=(("delta", R), ("B", N), ("C", N))),
-                linear(own, "dt_proj", (E, R), expert=e, use=_SUMMED),
-                TensorSpec(f"{own}.dt_proj.bias", (E,), "ssm.expert.dt_bias", View.VECTOR, layer, e),
+                linear(own, "dt_proj", (E, R), Use.SUMMED, expert=e),
+                TensorSpec(f"{own}.dt_proj.bias", (E,), "ssm.expert.dt_bias", layer, e),
             ]
         return specs + [
             TensorSpec(f"{at}.A_log", (E, N), "ssm.A_log", layer=layer, stored=Stored.LOG_OF_DECAY),
-            TensorSpec(f"{at}.D", (E,), "ssm.D", View.VECTOR, layer),
+            TensorSpec(f"{at}.D", (E,), "ssm.D", layer),
             linear(at, "out_proj", (D, E)),
         ]
 
@@ -168,7 +158,7 @@ class Mixer(Block):
         dt, Bm, Cm = mix(x.reshape(-1, x.shape[-1]), routing, run)
         shape = (batch, time, -1)
         A = -torch.exp(self.value("A_log", run).to(ssm.dtype))
-        y, ssm = scans(run.scan)(
+        y, ssm = SCANS[run.scan](
             x.to(ssm.dtype),
             dt.reshape(shape).to(ssm.dtype),
             A,

@@ -19,8 +19,6 @@ from mossquant.model.forward import OWN, ExpertPart, Forward
 from mossquant.model.routing import route
 from mossquant.model.tensors import Experts, TensorSpec, Use
 
-__all__ = ["Mlp"]
-
 
 class Mlp(Block):
     """The channel mixer of one layer."""
@@ -50,17 +48,9 @@ class Mlp(Block):
         specs = [router] if X > 1 else []
         for e in range(X):
             for name, shape, source in (("w1", (F_, D), "w1"), ("w3", (F_, D), "w1"), ("w2", (D, F_), "w2")):
-                specs.append(
-                    TensorSpec(
-                        f"{at}.experts.{e}.{name}.weight",
-                        shape,
-                        f"mlp.expert.{name}",
-                        layer=layer,
-                        expert=e,
-                        site=f"{site}.{source}.input",
-                        use=frozenset({Use.SUMMED if name == "w2" else Use.LINEAR}),
-                    )
-                )
+                weight, entering = f"{at}.experts.{e}.{name}.weight", f"{site}.{source}.input"
+                use = frozenset({Use.SUMMED if name == "w2" else Use.LINEAR})
+                specs.append(TensorSpec(weight, shape, f"mlp.expert.{name}", layer, e, entering, use))
         return specs
 
     @classmethod

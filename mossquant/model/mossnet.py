@@ -23,9 +23,7 @@ from mossquant.model.block import Block, rms_norm
 from mossquant.model.blocks import blocks_of, kinds_of
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
-from mossquant.model.tensors import Experts, SiteSpec, StateSpec, TensorSpec, Use, View
-
-__all__ = ["MossNet", "activation_sites", "experts_of", "parameter_count", "state_specs", "tensor_specs"]
+from mossquant.model.tensors import Experts, SiteSpec, StateSpec, TensorSpec, Use
 
 _TABLE, _NORM, _HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
@@ -38,7 +36,7 @@ def tensor_specs(config: MossNetConfig) -> list[TensorSpec]:
     specs = [TensorSpec(_TABLE, shape, "embedding", site=site if tied else None, use=frozenset(uses))]
     for layer, kind in blocks_of(config):
         specs += kind.specs(config, layer)
-    specs.append(TensorSpec(_NORM, (config.hidden_size,), "norm_f", View.VECTOR, use=frozenset({Use.NORM})))
+    specs.append(TensorSpec(_NORM, (config.hidden_size,), "norm_f", use=frozenset({Use.NORM})))
     if not tied:
         specs.append(TensorSpec(_HEAD, shape, "head", site=site, use=frozenset({Use.LINEAR})))
     return specs

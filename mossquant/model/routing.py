@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Routing", "balance_loss", "route"]
-
 
 @dataclass(frozen=True)
 class Routing:

@@ -19,17 +19,6 @@ from torch import Tensor
 
 from mossquant.kernels.scan.autograd import selective_scan as scan_kernel
 
-__all__ = [
-    "ScanForm",
-    "causal_conv",
-    "conv_step",
-    "scan_chunked",
-    "scan_kernel",
-    "scan_sequential",
-    "scan_step",
-    "scans",
-]
-
 ScanForm = Literal["sequential", "chunked", "kernel", "step"]
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -87,15 +76,13 @@ def scan_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tenso
     return torch.matmul(h, Cm.transpose(1, 2)).transpose(1, 2) + D * x, h
 
 
-def scans(form: ScanForm) -> Scan:
-    """The scan of that form."""
-    known: dict[ScanForm, Scan] = {
-        "sequential": scan_sequential,
-        "chunked": scan_chunked,
-        "kernel": scan_kernel,
-        "step": scan_step,
-    }
-    return known[form]
+SCANS: dict[ScanForm, Scan] = {
+    "sequential": scan_sequential,
+    "chunked": scan_chunked,
+    "kernel": scan_kernel,
+    "step": scan_step,
+}
+"""The scan of each form."""
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,25 +5,13 @@ Recipes, plans, ledgers and reports speak in the roles given here; capabilities 
 for. Nothing outside a kind's own file and its lowerings matches on names or roles. Letters as in `mossquant.model`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
-
-__all__ = ["Experts", "SiteSpec", "StateSpec", "Stored", "TensorSpec", "Use", "View", "outside_blocks"]
-
-
-class View(Enum):
-    """How a tensor is seen as a matrix [rows, columns] when it is quantized; groups lie along the columns."""
-
-    MATRIX = "matrix"
-    """[N, K] as it is: rows are outputs, columns are inputs."""
-    VECTOR = "vector"
-    """[n] as one row [1, n]."""
-    CONV = "conv"
-    """Depthwise convolution [E, 1, W] as [W, E]: groups lie along the channels."""
 
 
 class Use(Enum):
@@ -62,11 +50,14 @@ class Stored(Enum):
 class TensorSpec:
     """A tensor that a checkpoint of some config must hold.
 
+    Quantization sees every tensor as a matrix [rows, columns] with groups along the columns: a matrix [N, K] of outputs
+    and inputs as it is, a vector [n] as one row [1, n], a depthwise convolution [E, 1, W] as [W, E]: groups lie along
+    the channels.
+
     Attributes:
         name: its name in the checkpoint.
         shape: its shape in the checkpoint.
         role: what it is, e.g. ``ssm.expert.x_proj``; see the kinds' files for the list.
-        view: how it is seen as a matrix.
         layer: the block it belongs to, None for embedding, head and final norm.
         expert: the expert it belongs to, None where there is none.
         site: the activation site whose values it is multiplied with (linears and head only).
@@ -79,7 +70,6 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     role: str
-    view: View = View.MATRIX
     layer: int | None = None
     expert: int | None = None
     site: str | None = None
@@ -95,35 +85,21 @@ class TensorSpec:
     @property
     def count(self) -> int:
         """Number of elements."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix view."""
-        if self.view is View.VECTOR:
-            return (1, self.shape[0])
-        if self.view is View.CONV:
-            return (self.shape[2], self.shape[0])
-        return (self.shape[0], self.shape[1])
+        rows, columns = (self.shape[2], self.shape[0]) if len(self.shape) == 3 else (1, *self.shape)[-2:]
+        return rows, columns
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """The tensor seen as a matrix [rows, columns]."""
-        if self.view is View.VECTOR:
-            return tensor.unsqueeze(0)
-        if self.view is View.CONV:
-            return tensor.squeeze(1).transpose(0, 1)
-        return tensor
+        return tensor.squeeze(1).T if len(self.shape) == 3 else tensor.reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of `to_matrix`, contiguous."""
-        if self.view is View.VECTOR:
-            return matrix.squeeze(0).contiguous()
-        if self.view is View.CONV:
-            return matrix.transpose(0, 1).unsqueeze(1).contiguous()
-        return matrix.contiguous()
+        return (matrix.T if len(self.shape) == 3 else matrix).contiguous().view(self.shape)
 
 
 def outside_blocks(specs: Iterable[TensorSpec]) -> dict[Use, TensorSpec]:

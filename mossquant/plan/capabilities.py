@@ -20,17 +20,6 @@ from mossquant.model.mossnet import tensor_specs
 from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan.plan import Plan
 
-__all__ = [
-    "CAPABILITIES",
-    "TARGETS",
-    "Activations",
-    "Capabilities",
-    "Held",
-    "Limits",
-    "check",
-    "get_capabilities",
-]
-
 Activations = Literal["int8", "fp32"]
 """What may be asked of the inputs of quantized linears in place of the plan: rounded at run time, or not at all."""
 

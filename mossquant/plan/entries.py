@@ -11,8 +11,6 @@ from mossquant.formats.activations import get_activation_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.tensors import SiteSpec, TensorSpec
 
-__all__ = ["FormatSummary", "SiteEntry", "StateEntry", "TensorEntry"]
-
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 

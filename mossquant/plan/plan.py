@@ -27,17 +27,6 @@ from mossquant.model.tensors import SiteSpec, TensorSpec
 from mossquant.plan.entries import FormatSummary, SiteEntry, StateEntry, TensorEntry
 from mossquant.plan.recipe import Recipe, Rule, first_match
 
-__all__ = [
-    "FormatSummary",
-    "Ledger",
-    "Plan",
-    "SiteEntry",
-    "StateEntry",
-    "TensorEntry",
-    "activation_blocks",
-    "make_plan",
-]
-
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -175,7 +164,7 @@ def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: 
         )
     return Plan(
         recipe=recipe.name,
-        targets=recipe.targets,
+        targets=tuple(recipe.targets),
         parameters=parameter_count(config),
         tensors=entries,
         activations=tuple(site_entries),

@@ -21,7 +21,6 @@ it says `optional: true`, which is meant for parts that not every model has (rou
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -35,22 +34,10 @@ from mossquant.files.yaml import Lines, parse_yaml, read_yaml_text
 from mossquant.formats import get_format
 from mossquant.formats.activations import STATE_FORMATS, get_activation_format
 
-__all__ = [
-    "RECIPES",
-    "ActivationRule",
-    "Recipe",
-    "Rule",
-    "StateRule",
-    "WeightRule",
-    "first_match",
-    "load_recipe",
-    "recipe_files",
-    "recipes",
-]
-
 RECIPES = ("int8", "int4")
 """Recipes that ship with the package, by name."""
 
+TargetName = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 SolverName = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 """Which solvers there are, only calibration knows."""
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -127,48 +114,41 @@ class StateRule(Rule):
     format: Annotated[str, AfterValidator(_known_state)]
 
 
-class _Content(BaseModel):
-    """A recipe file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    version: Literal[1]
-    name: Annotated[str, AfterValidator(_recipe_name)]
-    targets: list[Annotated[str, StringConstraints(min_length=1, max_length=40)]]
-    solver: SolverName = "nearest-mse"
-    weights: list[WeightRule]
-    activations: list[ActivationRule]
-    state: list[StateRule]
-
-
-_SCHEMAS: dict[str, type[BaseModel]] = {"weights": WeightRule, "activations": ActivationRule, "state": StateRule}
-
-
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(BaseModel):
     """A recipe, read and checked.
 
     Attributes:
+        version: of the file's form.
         name: its name.
         targets: names of the targets that it must run on.
         solver: solver of the weight rules that name none.
         weights: rules for tensors, in order.
         activations: rules for the inputs of linear layers, in order.
         state: rules for state arrays, in order.
-        text: the file as it was written.
-        where: the file as the user named it; for messages only, never stored.
-        lines: path of each value → its line.
     """
 
-    name: str
-    targets: tuple[str, ...]
-    solver: str
-    weights: tuple[WeightRule, ...]
-    activations: tuple[ActivationRule, ...]
-    state: tuple[StateRule, ...]
-    text: str
-    where: str
-    lines: Lines
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1]
+    name: Annotated[str, AfterValidator(_recipe_name)]
+    targets: list[TargetName]
+    solver: SolverName = "nearest-mse"
+    weights: list[WeightRule]
+    activations: list[ActivationRule]
+    state: list[StateRule]
+    _text: str
+    _where: str
+    _lines: Lines
+
+    @property
+    def text(self) -> str:
+        """The file as it was written."""
+        return self._text
+
+    @property
+    def where(self) -> str:
+        """The file as the user named it; for messages only, never stored."""
+        return self._where
 
     @classmethod
     def named(cls, name: str) -> "Recipe":
@@ -200,26 +180,17 @@ class Recipe:
                 f"{where}: a recipe is a mapping with version, name, targets, weights, activations and state"
             )
         try:
-            content = _Content.model_validate(value)
+            recipe = cls.model_validate(value)
         except ValidationError as error:
             mistakes = sorted((_line(lines, item["loc"]), _complaint(item)) for item in error.errors(include_url=False))
             listed = [f"line {line}: {complaint}" for line, complaint in mistakes]
             raise InputError.listing(f"{where} is not a valid recipe", listed, "Mend these lines.") from None
-        return cls(
-            content.name,
-            tuple(content.targets),
-            content.solver,
-            tuple(content.weights),
-            tuple(content.activations),
-            tuple(content.state),
-            text,
-            where,
-            lines,
-        )
+        recipe._text, recipe._where, recipe._lines = text, where, lines
+        return recipe
 
     def place(self, section: str, index: int) -> str:
         """Where a rule stands, e.g. "line 7"."""
-        return f"line {_line(self.lines, (section, index))}"
+        return f"line {_line(self._lines, (section, index))}"
 
 
 def recipes() -> tuple[Recipe, ...]:
@@ -259,7 +230,8 @@ def _line(lines: Lines, loc: Sequence[str | int]) -> int:
 def _complaint(item: Any) -> str:
     *above, last = item["loc"] or ("",)
     if item["type"] == "extra_forbidden":
-        schema = _SCHEMAS[str(above[0])] if above else _Content
+        rules: dict[str, type[Rule]] = {"weights": WeightRule, "activations": ActivationRule, "state": StateRule}
+        schema: type[BaseModel] = rules[str(above[0])] if above else Recipe
         close = get_close_matches(str(last), schema.model_fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(schema.model_fields)}"
         return f"unknown key {str(last)[:40]!r} ({hint})"

@@ -11,21 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from mossquant.checkpoint.checkpoint import write_checkpoint
-from mossquant.checkpoint.tensorfiles import save_tensors
 from mossquant.errors import InputError
-from mossquant.files.outputs import check_free, check_outside, new_file, new_folder
+from mossquant.files.outputs import check_free, check_outside, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.config import MossNetConfig, preset
 from mossquant.text.stdlib_text import join_modules, training_text
 from mossquant.text.text import LARGEST_TRAINING_TEXT, Text, Tokenizer, read_text, train_tokenizer
-from mossquant.text.tokenizer import Tokens
 from mossquant.training.trainer import Schedule, Trainer, TrainingStep
-
-__all__ = ["STDLIB", "Trained", "train"]
 
 STDLIB = "python-stdlib"
 """Name of the bundled model's training text: the running interpreter's standard library, less what is held out."""
@@ -60,7 +54,7 @@ def train(
 ) -> Trained:
     """Train a preset on text and write the checkpoint.
 
-    Tokenizer, encoded text and snapshots are kept in a work folder (`OUTPUT.training` unless `work` names one); the
+    Tokenizer and snapshots are kept in a work folder (`OUTPUT.training` unless `work` names one); the
     same call again goes on from the last snapshot, to the bit. Remove the folder to start afresh.
 
     Args:
@@ -101,7 +95,9 @@ def train(
     snapshot = folder / _SNAPSHOT
     with _work_folder(folder):
         encoder, config, words = _tokenizer(tokenizer, documents, texts, config, folder, say)
-        tokens = _tokens(encoder, documents, texts, folder, say)
+        say("encoding the text")
+        tokens = encoder.encode_documents(documents)
+        say(f"{len(tokens)} tokens of {sum(map(len, documents))} bytes")
         trainer = Trainer(config, tokens, schedule, device=device)
         if snapshot.is_file():
             trainer.restore(snapshot)
@@ -164,11 +160,6 @@ def _documents(text: Sequence[str | Path], *, as_bytes: bool) -> tuple[list[byte
     return documents, texts
 
 
-def _key(*parts: str) -> str:
-    """What was made from these parts is kept under this name."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
 def _tokenizer(
     kind: str,
     documents: list[bytes],
@@ -180,25 +171,9 @@ def _tokenizer(
     """The tokenizer, the config with its vocabulary, and the tokenizer's file (none for bytes)."""
     if kind == "bytes":
         return Tokenizer.byte_level(), replace(config, vocab_size=_BYTE_VOCABULARY), None
-    key = _key(str(config.vocab_size), *(item.sha256 for item in texts))
-    path = folder / f"tokenizer-{key}.json"
+    made_from = "\n".join([str(config.vocab_size), *(text.sha256 for text in texts)])
+    path = folder / f"tokenizer-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.json"
     if path.is_file():
         return Tokenizer.from_file(path), config, path
     say(f"training a tokenizer of {config.vocab_size} entries")
     return train_tokenizer((data.decode() for data in documents), config.vocab_size, path), config, path
-
-
-def _tokens(
-    encoder: Tokenizer, documents: list[bytes], texts: list[Text], folder: Path, say: Callable[[str], None]
-) -> Tokens:
-    path = folder / f"tokens-{_key(encoder.sha256 or 'bytes', *(item.sha256 for item in texts))}.safetensors"
-    if not path.is_file():
-        say("encoding the text")
-        with new_file(path) as partial:
-            save_tensors({"tokens": torch.from_numpy(encoder.encode_documents(documents).astype(np.int32))}, partial)
-    try:
-        tokens: Tokens = load_file(path)["tokens"].astype(np.int64)
-    except (SafetensorError, OSError, KeyError):
-        raise InputError(f"{path} is damaged; remove it to encode the text again") from None
-    say(f"{len(tokens)} tokens of {sum(len(data) for data in documents)} bytes")
-    return tokens

@@ -22,20 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mossquant.checkpoint.tensorfiles import save_tensors
+from mossquant.checkpoint.tensorfiles import TensorFile, save_tensors
 from mossquant.errors import InputError
+from mossquant.files.json import parse_json
 from mossquant.files.outputs import new_file
 from mossquant.kernels.conv.autograd import causal_conv as conv_kernel
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
 from mossquant.model.routing import Routing, balance_loss
-
-__all__ = ["Schedule", "Trainer", "TrainingStep", "learning_rate"]
 
 BALANCE = 0.01
 """Weight of the balance loss."""
@@ -243,13 +241,13 @@ class Trainer:
             InputError: the snapshot is none, or of another config, schedule or text.
         """
         try:
-            with safe_open(path, framework="pt") as opened:
-                run = json.loads((opened.metadata() or {})["run"])
-            arrays = load_file(path)
-        except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+            opened = TensorFile(path)
+            run = parse_json(opened.metadata["run"])
+        except (SafetensorError, OSError, KeyError, ValueError):
             raise InputError(f"{path} is not a training snapshot; remove it to start again") from None
         if run != json.loads(json.dumps(self.identity())):
             raise InputError(f"{path} belongs to another config, schedule or text; remove it to start again")
+        arrays = {name: opened.tensor(name) for name in opened.shapes}
         for name, parameter in self.model.named_parameters():
             with torch.no_grad():
                 parameter.copy_(arrays[f"model.{name}"])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.checkpoint.checkpoint import load_model
+from mossquant.checkpoint.inputs import activation_model, expert_input_model
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
@@ -24,7 +25,6 @@ from mossquant.model.forward import Activation, Forward
 from mossquant.model.mossnet import MossNet, state_specs
 from mossquant.model.routing import Routing
 from mossquant.model.scan import ScanForm
-from mossquant.plan.inputs import activation_model, expert_input_model
 from mossquant.runner import (
     Arrays,
     Floats,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.inputs import activation_model
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.noise import with_noise
@@ -19,7 +20,6 @@ from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
 from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity, parity_of
 from mossquant.eval.parity_measures import forms, growth
 from mossquant.formats.activations import int8_block
-from mossquant.plan.inputs import activation_model
 from mossquant.runner import Arrays, Floats, LogitsWanted, Runner, State, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 

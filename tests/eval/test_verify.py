@@ -12,12 +12,12 @@ from small import SMALL, random_model, write_model
 from torch import Tensor
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.inputs import activation_model
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.errors import InputError
 from mossquant.eval.parity import parity_of
 from mossquant.eval.verify import verify
 from mossquant.files.outputs import json_bytes
-from mossquant.plan.inputs import activation_model
 from mossquant.runner import Floats, LogitsWanted, State, Tokens
 from mossquant.targets.export import export
 from mossquant.targets.onnx.runner import OnnxRunner

@@ -18,6 +18,7 @@ from small import input_format
 
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.checkpoint import Checkpoint
+from mossquant.checkpoint.inputs import activation_model
 from mossquant.checkpoint.packing import is_module_weight, pack
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import value
@@ -27,7 +28,6 @@ from mossquant.formats.activations import int8_block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
-from mossquant.plan.inputs import activation_model
 from mossquant.targets.export import export
 
 MIXED = """\
@@ -227,17 +227,8 @@ def set_low_code(tensors: Tensors) -> None:
     tensors[f"{D}_packed"].view(torch.uint8)[0, 9] = 0
 
 
-def drop(tensors: Tensors) -> None:
-    del tensors[f"{D}_scale"]
-
-
 def set_bits(values: dict[str, Any]) -> None:
     values["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 8
-
-
-def not_json(folder: Path) -> None:
-    (folder / "ledger.json").write_text("[" * 100000)
-    sign(folder)
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -252,17 +243,8 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_tensors(f, lambda t: t["backbone.norm_f.weight"].fill_(float("nan"))),
         "backbone.norm_f.weight holds NaN",
     ),
-    "missing": (lambda f: change_tensors(f, drop), f"{D}_scale is missing"),
-    "wrong shape": (
-        lambda f: change_tensors(f, lambda t: t.update({f"{D}_scale": torch.ones(1, 3, dtype=torch.bfloat16)})),
-        f"{D}_scale has shape [1, 3], needs [1, 4]",
-    ),
     "format": (
         lambda f: change_json(f, "ledger.json", lambda v: v["tensors"][0].update(format="int5")),
-        "a role, shape, format",
-    ),
-    "bytes": (
-        lambda f: change_json(f, "ledger.json", lambda v: v["tensors"][0].update(written_bytes=3)),
         "a role, shape, format",
     ),
     "fewer tensors": (lambda f: change_json(f, "ledger.json", lambda v: v["tensors"].pop()), "lists other tensors"),
@@ -271,7 +253,6 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
         "cannot have format",
     ),
     "state": (lambda f: change_json(f, "ledger.json", lambda v: v["state"].pop()), "lists other state arrays"),
-    "unknown key": (lambda f: change_json(f, "ledger.json", lambda v: v.update(extra=1)), "extra"),
     "config": (
         lambda f: change_json(f, "config.json", lambda v: v.update(time_step_rank=11)),
         "ledger.json: backbone.layers.0",
@@ -281,20 +262,10 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
         "another recipe, size or type",
     ),
     "bits": (lambda f: change_json(f, "config.json", set_bits), "quantization_config of config.json"),
-    "manifest version": (
-        lambda f: change_json(f, "manifest.json", lambda v: v.update(version=2)),
-        "version 2 was written by mossquant",
-    ),
-    "manifest path": (
-        lambda f: change_json(f, "manifest.json", lambda v: v["files"].update({"../x": {}})),
-        "is not a manifest",
-    ),
     "manifest lacks": (
         lambda f: change_json(f, "manifest.json", lambda v: v["files"].pop("model.safetensors")),
         "does not list model",
     ),
-    "no ledger": (lambda f: (f / "ledger.json").unlink(), "ledger.json is missing"),
-    "not JSON": (not_json, "ledger.json is not JSON"),
 }
 
 
@@ -339,8 +310,3 @@ def test_one_flipped_bit_of_any_file_is_seen(quantized_folders: dict[str, Path],
 def test_full_precision_is_refused(checkpoint_folder: Path) -> None:
     with pytest.raises(InputError, match="is not quantized; quantize it first"):
         QuantizedCheckpoint.open(checkpoint_folder)
-
-
-def test_quantized_is_refused_as_a_checkpoint(quantized_folders: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="quantized already"):
-        Checkpoint.open(quantized_folders["int4"])

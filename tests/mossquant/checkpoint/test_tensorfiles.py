@@ -3,7 +3,6 @@
 
 import errno
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,16 +39,14 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def same(folder: Path) -> bool:
     files = TensorFiles(folder)
-    return files.names == sorted(TENSORS) and all(torch.equal(files.tensor(n), t) for n, t in TENSORS.items())
+    return files.shapes.keys() == TENSORS.keys() and all(torch.equal(files.tensor(n), t) for n, t in TENSORS.items())
 
 
 def test_one_file(tmp_path: Path) -> None:
     files = TensorFiles(write(tmp_path / "m"))
     assert files.files == ["model.safetensors"]
-    assert files.names == sorted(TENSORS)
     assert files.shapes["t1"] == (10, 10)
     assert files.dtypes["t1"] == torch.float32
-    assert files.stored_bytes("t1") == 400
     assert same(tmp_path / "m")
 
 
@@ -108,10 +105,6 @@ def overwrite(start: int, content: bytes) -> Break:
     return change
 
 
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(pickle.dumps({"t0": [1.0]}))
-
-
 def torch_saved(folder: Path) -> None:
     torch.save(dict(TENSORS), folder / "model.safetensors")
 
@@ -120,24 +113,16 @@ def float8(folder: Path) -> None:
     save_file({"t": torch.zeros(2, dtype=torch.float8_e4m3fn)}, folder / "model.safetensors")
 
 
-def folder_instead(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").mkdir()
-
-
 # name: (what is done to a folder of one file, what the message says)
 BROKEN: dict[str, tuple[Break, str]] = {
-    "no file": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors and no"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated, corrupted or of another format"),
-    "cut by one byte": (cut, "truncated, corrupted or of another format"),
-    "header too long": (overwrite(0, b"\xff" * 8), "truncated, corrupted or of another format"),
-    "header not JSON": (overwrite(8, b"#"), "truncated, corrupted or of another format"),
-    "header of another size": (overwrite(0, b"\x01"), "truncated, corrupted or of another format"),
-    "a pickle": (pickled, "a pickle, as in pytorch_model.bin"),
-    "a file of torch.save": (torch_saved, "a pickle, as in pytorch_model.bin"),
-    "a folder of that name": (folder_instead, "holds no model.safetensors and no"),
-    "a dtype of others": (float8, "t in model.safetensors has dtype F8_E4M3"),
-    "an index beside it": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both"),
+    "no file": (lambda f: (f / "model.safetensors").unlink(), "holds neither of model.safetensors and"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is not a safetensors file that is read"),
+    "cut by one byte": (cut, "is not a safetensors file that is read"),
+    "header too long": (overwrite(0, b"\xff" * 8), "is not a safetensors file that is read"),
+    "header not JSON": (overwrite(8, b"#"), "is not a safetensors file that is read"),
+    "a file of torch.save": (torch_saved, "is not a safetensors file that is read"),
+    "a dtype of others": (float8, "model.safetensors is not a safetensors file that is read (t has dtype F8_E4M3)"),
+    "an index beside it": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "one is needed"),
 }
 
 
@@ -156,17 +141,10 @@ def test_a_broken_file(how: str, tmp_path: Path) -> None:
 INDEXES: dict[str, tuple[object, str]] = {
     "not JSON": ("{", "is not JSON"),
     "a list": ([], "is not a safetensors index"),
-    "no weight_map": ({"metadata": {}}, "is not a safetensors index"),
-    "a weight_map that is none": ({"weight_map": 3}, "is not a safetensors index"),
     "lists of files": ({"weight_map": {"t0": ["a"]}}, "is not a safetensors index"),
-    "no shards": ({"weight_map": {}}, "names no shards"),
-    "a number as a file": ({"weight_map": {"t0": 3}}, "files outside its folder: 3"),
-    "the folder above": ({"weight_map": {"t0": "../x.safetensors", "t1": ".."}}, "files outside its folder: ..; ../x"),
-    "an absolute path": ({"weight_map": {"t0": "/etc/passwd"}}, "files outside its folder: /etc/passwd"),
-    "missing shards": (
-        {"weight_map": {"t0": "a.safetensors", "t1": "b.safetensors"}},
-        "a.safetensors is missing, though",
-    ),
+    "no shards": ({"weight_map": {}}, "is not a safetensors index"),
+    "the folder above": ({"weight_map": {"t0": "../x.safetensors"}}, "is not a safetensors index"),
+    "missing shards": ({"weight_map": {"t0": "a.safetensors"}}, "a.safetensors is missing, though"),
 }
 
 
@@ -208,7 +186,7 @@ def test_all_broken_shards_at_once(tmp_path: Path, small_shards: None) -> None:
         TensorFiles(folder)
     for part in (
         "00001.safetensors is missing",
-        "00002.safetensors is not a safetensors file (a pickle",
+        "00002.safetensors is not a safetensors file",
         "t5 is in model-00003",
     ):
         assert part in str(error.value)

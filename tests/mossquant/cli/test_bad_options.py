@@ -69,9 +69,9 @@ BAD_OPTIONS = [
     # Every verb that writes looks at its output first.
     ("quantize MODEL -o TAKEN", "exists already; choose another output path or pass --force to replace it"),
     ("export MODEL -o TAKEN --force", "is a folder that mossquant did not write, so it is not replaced"),
-    ("import MODEL -o TEXT --force", "is a file, and a folder is to be written"),
-    ("train --text TEXT -o /dev/null --force", "is a link, device, pipe or socket"),
-    ("quantize MODEL -o TEXT/below", "is not a folder, so"),
+    ("import MODEL -o TEXT --force", "is there and not a folder"),
+    ("train --text TEXT -o /dev/null --force", "is there and not a f"),
+    ("quantize MODEL -o TEXT/below", "is not a folder, or not writable, so"),
     ("export MODEL -o MODEL/inside --force", "is, holds or lies in the input"),
     ("quantize MODEL -o RECIPE.yaml -r RECIPE.yaml", "is, holds or lies in the input"),
     ("import MODEL -o OUT --tokenizer OUT", "is, holds or lies in the input"),
@@ -88,7 +88,7 @@ BAD_OPTIONS = [
     ("quantize MODEL -o OUT --json OUT/new.json", "is, holds or lies in the output"),
     ("quantize MODEL -o OUT/below --json OUT", "is, holds or lies in the output"),
     ("demo -o OUT --json OUT/new.json", "is, holds or lies in the output"),
-    ("bench MODEL --json /dev/stdout", "is a link, device, pipe or socket"),
+    ("bench MODEL --json /dev/stdout", "is there and not a f"),
 ]
 
 

@@ -18,16 +18,13 @@ def test_values() -> None:
     ("text", "message"),
     [
         ('{"a": 1, "b": 2, "a": 1}', "key 'a' is given twice"),
-        ('[{"x": {"k": 1, "k": 1}}]', "key 'k' is given twice"),
-        ("NaN", "NaN is no number"),
-        ("[-Infinity]", "-Infinity is no number"),
-        ("1e999", "1e999 is too large"),
+        ("NaN", "NaN is not a finite number"),
+        ("[-Infinity]", "-Infinity is not a finite number"),
+        ("1e999", "1e999 is not a finite number"),
         ("9" * 5000, "digits"),
         ("[" * 33 + "]" * 33, "nested deeper than 32"),
-        ('{"a":' * 33 + "1" + "}" * 33, "nested deeper than 32"),
         ("[" * 100_000, "nested without end"),
         ("{", "Expecting property name"),
-        ("", "Expecting value"),
     ],
 )
 def test_what_is_refused(text: str, message: str) -> None:

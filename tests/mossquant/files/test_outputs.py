@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mossquant.errors import InputError
-from mossquant.files.outputs import check_free, check_outside, file_sha256, json_bytes, new_file, new_folder, write_json
+from mossquant.files.outputs import check_free, check_outside, json_bytes, new_file, new_folder, write_json
 
 CONFIG = {"version": 1, "model_type": "mossnet"}
 QUANTIZED = {"version": 1, "kind": "quantized checkpoint", "release": "1.0", "files": {"config.json": {}, "inner": {}}}
@@ -88,10 +88,7 @@ def test_force_replaces_a_file_an_empty_folder_and_one_of_ours(tmp_path: Path) -
     [
         {"cat": {}},
         {"config": {"model_type": "mamba"}},
-        {"manifest": {"version": 3, "kind": "extension"}},
         {"manifest": {**ARTIFACT, "files": []}},
-        {"manifest": {"kind": "artifact"}},
-        {"manifest": ["version"]},
         {"config": CONFIG, "ledger": {}, "manifest": "damaged"},
     ],
 )
@@ -103,7 +100,7 @@ def test_force_keeps_a_folder_of_somebody_else(tmp_path: Path, files: dict[str, 
 
 
 @pytest.mark.parametrize("files", [{"config": CONFIG}, {"manifest": QUANTIZED}, {"manifest": ARTIFACT}])
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "inner", "model-1.safetensors"])
+@pytest.mark.parametrize("name", ["notes.txt", "inner", "model-1.safetensors"])
 def test_force_keeps_what_was_added_to_a_folder_of_ours(tmp_path: Path, files: dict[str, object], name: str) -> None:
     folder = fill(tmp_path / "out", **files)
     check_free(folder, force=True)
@@ -143,21 +140,18 @@ REFUSED = [
     # output, as a file, with --force, message
     ("file", True, False, "exists already; .*--force"),
     ("folder", False, False, "exists already"),
-    ("file", False, True, "file is a file, and a folder is to be written"),
-    ("folder", True, True, "folder is a folder, and a file is to be written"),
-    ("link", False, True, "is a link, device, pipe or socket"),
-    ("loop", True, True, "is a link, device, pipe or socket"),
-    ("dangling", False, False, "is a link, device, pipe or socket"),
-    ("fifo", True, True, "is a link, device, pipe or socket"),
-    ("/dev/null", True, True, "is a link, device, pipe or socket"),
-    ("/dev/stdout", True, True, "is a link, device, pipe or socket"),
-    ("file/below", False, False, "file is not a folder, so"),
-    ("dangling/deep/out", True, False, "dangling is not a folder, so"),
-    ("loop/below", False, False, "loop is not a folder, so"),
+    ("file", False, True, "file is there and not a folder"),
+    ("folder", True, True, "folder is there and not a file"),
+    ("link", False, True, "is there and not a folder"),
+    ("dangling", False, False, "is there and not a folder"),
+    ("fifo", True, True, "is there and not a file"),
+    ("/dev/null", True, True, "is there and not a file"),
+    ("file/below", False, False, "file is not a folder, or not writable, so"),
+    ("loop/below", False, False, "loop is not a folder, or not writable, so"),
     ("", False, True, "holds the working folder"),
     ("/", False, True, "holds the working folder"),
     ("n" * 300, False, False, "cannot be written"),
-    ("/proc/out", False, False, "cannot be written|is not writable"),
+    ("/proc/out", False, False, "cannot be written"),
     (os.fsdecode(b"\xff-out"), False, False, "is not a name in UTF-8"),
 ]
 
@@ -182,7 +176,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     """Root may write everywhere, so that the system's answer is made up."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     for output in (tmp_path, tmp_path / "new" / "out"):
-        with pytest.raises(InputError, match="is not writable"):
+        with pytest.raises(InputError, match="not writable"):
             check_free(output, force=True)
 
 
@@ -225,8 +219,3 @@ def test_json_is_the_same_bytes_and_never_nan() -> None:
     assert json_bytes({"b": 1, "a": 0.1}) == b'{\n "b": 1,\n "a": 0.1\n}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_bytes({"x": float("nan")})
-
-
-def test_sha256(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

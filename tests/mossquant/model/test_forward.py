@@ -11,11 +11,11 @@ from bounds import FORMS_FLOAT32, FORMS_FLOAT64, PLANTED_FAULT
 from small import SMALL, Planned, difference
 from torch import Tensor
 
+from mossquant.checkpoint.inputs import activation_model, expert_input_model
 from mossquant.errors import InputError
 from mossquant.formats.activations import int8_row_asym
 from mossquant.model.forward import GATED, OWN, ExpertInput, ExpertPart, Forward
 from mossquant.model.mossnet import tensor_specs
-from mossquant.plan.inputs import activation_model, expert_input_model
 from mossquant.plan.plan import make_plan
 from mossquant.plan.recipe import load_recipe
 

@@ -193,17 +193,6 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
         assert difference(alone, whole[row : row + 1]) < bounds.FORMS_FLOAT64
 
 
-def test_ten_thousand_tokens_equal_two_halves() -> None:
-    model = random_model(SMALL)
-    tokens = random_tokens(SMALL, 1, 10_000)
-    whole, after = model(tokens)
-    first, state = model(tokens[:, :4_999])
-    second, state = model(tokens[:, 4_999:], state)
-    assert bool(torch.isfinite(whole).all())
-    assert difference(torch.cat([first, second], 1), whole) < bounds.FORMS_FLOAT64
-    assert all(difference(state[name], after[name]) < bounds.FORMS_FLOAT64 for name in after)
-
-
 def test_last_gives_the_last_row_of_all() -> None:
     model = random_model(SMALL)
     tokens = random_tokens(SMALL, 2, 7)

@@ -14,10 +14,10 @@ from small import CONFIGS, SMALL, Planned, difference, random_model, random_toke
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mossquant.checkpoint.inputs import activation_model, expert_input_model
 from mossquant.formats.activations import get_activation_format
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet, tensor_specs
-from mossquant.plan.inputs import activation_model, expert_input_model
 from mossquant.plan.plan import make_plan
 from mossquant.plan.recipe import load_recipe
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small import difference
 from torch import Tensor
 
-from mossquant.model.scan import ScanForm, causal_conv, conv_step, scans
+from mossquant.model.scan import SCANS, ScanForm, causal_conv, conv_step
 
 FORMS: tuple[ScanForm, ...] = ("sequential", "chunked", "kernel")
 
@@ -40,7 +40,7 @@ def test_by_hand(form: ScanForm) -> None:
     state = torch.full((1, 1, 1), 8.0, dtype=torch.float64)
     D = torch.tensor([10.0], dtype=torch.float64)
     A = torch.tensor([[-0.5]], dtype=torch.float64)
-    y, h = scans(form)(column, math.log(3) * one, A, 2 * one, 5 * one, D, state)
+    y, h = SCANS[form](column, math.log(3) * one, A, 2 * one, 5 * one, D, state)
     step = math.log(4)
     first = 4 + 2 * step
     second = first / 2 + 4 * step
@@ -53,17 +53,17 @@ def test_by_hand(form: ScanForm) -> None:
 @pytest.mark.parametrize("time", [1, 2, 31, 32, 33, 100])
 def test_the_forms_agree(batch: int, time: int) -> None:
     arguments = inputs(batch, time)
-    expected, after = scans("sequential")(*arguments)
+    expected, after = SCANS["sequential"](*arguments)
     for form in ("chunked", "kernel", *(("step",) if time == 1 else ())):
-        y, h = scans(form)(*arguments)
+        y, h = SCANS[form](*arguments)
         assert difference(y, expected) < bounds.FORMS_FLOAT64, form
         assert difference(h, after) < bounds.FORMS_FLOAT64, form
 
 
 def test_the_forms_agree_in_fp32() -> None:
-    expected, after = scans("sequential")(*inputs(2, 100))
+    expected, after = SCANS["sequential"](*inputs(2, 100))
     for form in FORMS:
-        y, h = scans(form)(*inputs(2, 100, dtype=torch.float32))
+        y, h = SCANS[form](*inputs(2, 100, dtype=torch.float32))
         assert difference(y, expected) < bounds.FORMS_FLOAT32, form
         assert difference(h, after) < bounds.FORMS_FLOAT32, form
 
@@ -72,7 +72,7 @@ def test_the_forms_agree_in_fp32() -> None:
 def test_the_gradients_agree(form: ScanForm) -> None:
     def gradients(form: ScanForm) -> list[Tensor]:
         arguments = [argument.requires_grad_() for argument in inputs(2, 45)]
-        y, h = scans(form)(*arguments)
+        y, h = SCANS[form](*arguments)
         return list(torch.autograd.grad(y.square().sum() + h.sum(), arguments))
 
     for name, one, other in zip(
@@ -87,7 +87,7 @@ def test_extreme_time_steps(form: ScanForm, dtype: torch.dtype) -> None:
     """Regression: softplus in float64 once went through exp(dt), which is infinite from dt = 710 on."""
     for value, delta in ((-800.0, 0.0), (-40.0, math.exp(-40)), (0.0, math.log(2)), (50.0, 50.0), (800.0, 800.0)):
         x, dt, A, bm, cm, D, h = inputs(1, 1, dtype=dtype)
-        y, after = scans(form)(x, torch.full_like(dt, value), A, bm, cm, torch.zeros_like(D), h)
+        y, after = SCANS[form](x, torch.full_like(dt, value), A, bm, cm, torch.zeros_like(D), h)
         expected = torch.exp(delta * A.double()) * h.double() + (delta * x.double())[0, 0, :, None] * bm.double()[0, 0]
         assert torch.isfinite(y).all(), value
         relative = 1e-14 if dtype == torch.float64 else 1e-6
@@ -97,9 +97,9 @@ def test_extreme_time_steps(form: ScanForm, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_scan_in_two_pieces(form: ScanForm) -> None:
     x, dt, A, bm, cm, D, h = inputs(2, 70)
-    expected, after = scans(form)(x, dt, A, bm, cm, D, h)
-    first, middle = scans(form)(x[:, :37], dt[:, :37], A, bm[:, :37], cm[:, :37], D, h)
-    second, last = scans(form)(x[:, 37:], dt[:, 37:], A, bm[:, 37:], cm[:, 37:], D, middle)
+    expected, after = SCANS[form](x, dt, A, bm, cm, D, h)
+    first, middle = SCANS[form](x[:, :37], dt[:, :37], A, bm[:, :37], cm[:, :37], D, h)
+    second, last = SCANS[form](x[:, 37:], dt[:, 37:], A, bm[:, 37:], cm[:, 37:], D, middle)
     assert difference(torch.cat([first, second], 1), expected) < bounds.FORMS_FLOAT64
     assert difference(last, after) < bounds.FORMS_FLOAT64
 

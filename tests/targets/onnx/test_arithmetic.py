@@ -9,10 +9,10 @@ from lowered import MODELS, Lowered, Workshop, relative
 from small import input_format
 from torch import Tensor
 
+from mossquant.checkpoint.inputs import activation_model
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.formats.activations import int8_block
 from mossquant.model.forward import Activation
-from mossquant.plan.inputs import activation_model
 from mossquant.targets.torch.runner import TorchRunner
 
 BATCH, TIME = 3, 24

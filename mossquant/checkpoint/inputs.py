@@ -1,41 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a plan makes of the inputs of linear layers, as a pass of the model takes it (`mossquant.model.forward`)."""
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
 
 from torch import Tensor
 
-from mossquant.formats import NumberFormat
+from mossquant.checkpoint.weights import Weights
 from mossquant.formats.activations import ACTIVATION_FORMATS, get_activation_format
 from mossquant.model.forward import GATED, Activation, ExpertInput
-from mossquant.model.tensors import TensorSpec
-
-__all__ = ["InputFormats", "activation_model", "expert_input_model"]
 
 
-class InputFormats(Protocol):
-    """Says in which formats weights and the inputs of linear layers are: `mossquant.checkpoint.weights.Weights`."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Tensor name → what it is."""
-        ...
-
-    def format(self, name: str) -> NumberFormat | None:
-        """The number format of a tensor; None where it is kept."""
-        ...
-
-    def activation(self, site: str) -> str:
-        """The activation format of a site."""
-        ...
-
-
-def activation_model(source: InputFormats, name: str = "planned") -> Activation:
+def activation_model(source: Weights, name: str = "planned") -> Activation:
     """What a target does to the inputs of the linear layers, for `mossquant.model.forward.Forward`.
 
     Args:
-        source: a quantized checkpoint or a plan.
+        source: says the formats of weights and sites.
         name: "planned", or the activation format to use at every site in place of the planned ones. Inputs of weights
             that are kept stay in fp32 either way.
 
@@ -56,7 +35,7 @@ def activation_model(source: InputFormats, name: str = "planned") -> Activation:
     return seen
 
 
-def expert_input_model(source: InputFormats, name: str = "planned") -> Callable[[str], ExpertInput | None]:
+def expert_input_model(source: Weights, name: str = "planned") -> Callable[[str], ExpertInput | None]:
     """What a target rounds where experts are summed, for `Forward`; arguments as `activation_model`.
 
     XNNPACK sums neighbouring experts of one format with groups in one matmul, over their gated inputs side by side, and
