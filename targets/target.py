@@ -93,7 +93,8 @@ class Target(Protocol):
         """Compare every weight in a program with what it was lowered from.
 
         Raises:
-            InputError: the program cannot be read, or is of a model of another shape.
+            InputError: the program cannot be read, contradicts the manifest beside it, or is of a model of another
+                shape.
         """
         ...
 

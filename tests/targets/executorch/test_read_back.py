@@ -2,6 +2,7 @@
 """Reading back: it passes on what was exported, and names the first difference of what was changed."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,16 @@ def test_taps_exchanged_are_seen(int4: Lowered, tmp_path: Path) -> None:
     name = f"{AT}.0.mixer.conv1d.weight, tap"
     found = _differences(int4, _exchanged(int4.program, tmp_path, one, other))
     assert found == (f"{name} 0: {name} 3 is in its place", f"{name} 3: {name} 0 is in its place")
+
+
+def test_a_program_is_held_against_the_manifest_beside_it(int4: Lowered, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(int4.artifact, tmp_path / "artifact"))
+    norm = next(one for one in ProgramFile(int4.program).methods["decode"].constants if one.shape == (64,))
+    _changed(int4.program, folder, norm.tobytes(), _flip(5, 1))
+    with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.pte has another SHA-256"):
+        verify(int4.checkpoint, folder)
+    (folder / "manifest.json").unlink()
+    assert len(_differences(int4, folder)) == 1
 
 
 def test_every_array_matters(int4: Lowered, tmp_path: Path) -> None:
