@@ -135,7 +135,6 @@ def program_info(
     metadata: ProgramMetadata,
     config: MossNetConfig,
     *,
-    activations: str,
     active_share: float,
     weight_bytes: int,
     files: Mapping[str, str],
@@ -148,7 +147,6 @@ def program_info(
         located: the program.
         metadata: what it says about itself.
         config: the model's shape.
-        activations: format of the inputs of its quantized linears.
         active_share: share of the parameters that a decode step reads.
         weight_bytes: stored for the weights in it.
         files: file name → SHA-256, in the program's folder.
@@ -171,7 +169,7 @@ def program_info(
         sections=tuple(SectionRow(name, size) for name, size in sections.items()),
         facts=(
             ("made from", f"a {metadata.source_kind}: {_short_hashes(metadata.source_files)}"),
-            ("activations", activations),
+            ("activations", metadata.activations),
             ("state", metadata.state_format),
             *facts,
             ("tokenizer", _short_hashes({"tokenizer.json": tokenizer}) if tokenizer else "none"),

@@ -18,7 +18,6 @@ def info(located: Located) -> InfoReport:
         located,
         metadata,
         opened.config,
-        activations=metadata.activations,
         active_share=TARGET.active_share(opened.config),
         weight_bytes=weight_bytes(opened),
         files=opened.hashes,

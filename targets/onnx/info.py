@@ -24,7 +24,6 @@ def info(located: Located) -> InfoReport:
         located,
         metadata,
         opened.config,
-        activations=metadata.activations,
         active_share=TARGET.active_share(opened.config),
         weight_bytes=metadata.weight_bytes,
         files=opened.hashes,
