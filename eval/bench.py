@@ -7,21 +7,18 @@ is thrown away. Prefill: one call with `prompt` tokens from the initial state, l
 `decode` single steps after it, each fed the most likely token of the one before.
 """
 
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mossquant.checkpoint.locate import locate
 from mossquant.errors import InputError
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine
 from mossquant.progress import Progress
+from mossquant.targets.child import Child
 from mossquant.targets.target import target_of
 from mossquant.targets.trial import passed
 
@@ -150,19 +147,20 @@ def bench(
     prefill: list[list[float]] = [[] for _ in paths]
     steps: list[list[float]] = [[] for _ in paths]
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker()) for _ in paths]
+        workers = [stack.enter_context(closing(Child("mossquant.eval.bench_worker"))) for _ in paths]
         loaded = []
         for worker, path in zip(workers, paths, strict=True):
-            loaded.append(worker.ask({"do": "open", "path": str(path), "threads": used, "passed": passed()}))
+            order = {"do": "open", "path": str(path), "threads": used, "passed": passed()}
+            loaded.append(_answer(worker, order))
             tell("models loaded", len(loaded), len(paths))
         for turn in range(repeats + 1):
             for i, worker in enumerate(workers):
-                seconds = worker.ask({"do": "turn", "prompt": prompt, "decode": decode})
+                seconds = _answer(worker, {"do": "turn", "prompt": prompt, "decode": decode})
                 if turn > 0:
                     prefill[i].append(prompt / seconds["prefill"])
                     steps[i].append(decode / seconds["decode"])
                 tell("turns", turn * len(workers) + i + 1, (repeats + 1) * len(workers))
-        memory = [worker.ask({"do": "memory"}) for worker in workers]
+        memory = [_answer(worker, {"do": "memory"}) for worker in workers]
     return BenchReport(
         machine=machine(),
         threads=used,
@@ -177,41 +175,8 @@ def bench(
     )
 
 
-class _Worker:
-    """A process that runs one artifact and answers one JSON line to each."""
-
-    def __enter__(self) -> "_Worker":
-        # -P: the folder that the user stands in must not hide the installed package.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mossquant.eval.bench_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        if kind is not None:
-            self._process.kill()  # it may be in the middle of a long turn
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Send an order, wait for its answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process that runs the artifact ended with status {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "bad_input" in answer:
-            raise InputError(answer["bad_input"])
-        return answer
+def _answer(worker: Child, order: Mapping[str, Any]) -> dict[str, Any]:
+    answer = worker.ask(order)
+    if answer is None:
+        raise RuntimeError(f"the process that runs the artifact ended with status {worker.status}")
+    return answer

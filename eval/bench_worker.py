@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process in which `mossquant.eval.bench` runs one artifact.
 
-It reads one JSON object a line and answers each with one: "open" loads, "turn" times a prefill and a decode, "memory"
-says how much was used. A user's mistake is answered as "bad_input"; the end of the input ends the process.
+It answers orders (`mossquant.targets.child`): "open" loads, "turn" times a prefill and a decode, "memory" says how much
+was used.
 """
 
-import json
-import os
-import signal
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from mossquant.checkpoint.locate import Located, locate
-from mossquant.errors import InputError
 from mossquant.eval.machine import peak_rss_mb
 from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance
 from mossquant.model.config import MossNetConfig
 from mossquant.runner import Runner
+from mossquant.targets.child import serve
 from mossquant.targets.target import target_of
 from mossquant.targets.trial import accept
 
@@ -32,26 +28,18 @@ _SEED = 0
 
 def main() -> None:
     """Answer orders until there are no more."""
-    # An interrupt from the terminal reaches this process too; the one that asks deals with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Answers have a file of their own, so that nothing that a runtime prints can come between them.
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        runner: Runner | None = None
-        for line in sys.stdin:
-            order = json.loads(line)
-            try:
-                if order["do"] == "open":
-                    runner, answer = _open(order)
-                elif order["do"] == "turn":
-                    assert runner is not None, "open comes first"
-                    answer = _turn(runner, prompt=order["prompt"], decode=order["decode"])
-                else:
-                    answer = {"peak_rss_mb": peak_rss_mb()}
-            except InputError as error:
-                answer = {"bad_input": str(error)}
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+    runners: list[Runner] = []
+
+    def answer(order: Mapping[str, Any]) -> dict[str, Any]:
+        if order["do"] == "open":
+            runner, opened = _open(order)
+            runners.append(runner)
+            return opened
+        if order["do"] == "turn":
+            return _turn(runners[0], prompt=order["prompt"], decode=order["decode"])
+        return {"peak_rss_mb": peak_rss_mb()}
+
+    serve(answer)
 
 
 def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:

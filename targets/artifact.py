@@ -160,11 +160,11 @@ def check_beside(program: Path, files: Mapping[str, str], metadata: ProgramMetad
 def _check_listed(program: Path, files: Mapping[str, str], model: Mapping[str, Any]) -> None:
     path = program.with_name(MANIFEST)
     manifest = read_artifact_manifest(path)
-    changed = [f"{name} is not listed there" for name in files if name not in manifest.files]
-    changed += [
-        f"{name} has another SHA-256"
+    listed = {name: record.sha256 for name, record in manifest.files.items()}
+    changed = [
+        f"{name} {'has another SHA-256' if name in listed else 'is not listed there'}"
         for name, sha256 in files.items()
-        if name in manifest.files and manifest.files[name].sha256 != sha256
+        if listed.get(name) != sha256
     ]
     if changed:
         raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)

@@ -128,8 +128,6 @@ def _named(target: str | Sequence[str]) -> list[str]:
         InputError: no target, one named twice, or unknown ones; the known ones are listed.
     """
     names, known = [target] if isinstance(target, str) else list(target), program_targets()
-    if not all(names):
-        raise InputError("a target's name is empty; give names with a comma between, e.g. onnx,executorch")
     if not names:
         raise InputError(f"no target was given; known targets: {', '.join(known)}")
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]

@@ -10,7 +10,7 @@ from mossquant.checkpoint.locate import Located
 from mossquant.model.config import MossNetConfig
 from mossquant.targets.metadata import ProgramMetadata
 
-__all__ = ["FileRow", "InfoReport", "SectionRow", "WeightsRow", "file_rows", "program_info"]
+__all__ = ["FileRow", "InfoReport", "WeightsRow", "file_rows", "program_info"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,6 @@ class FileRow:
 
 
 @dataclass(frozen=True)
-class SectionRow:
-    """A part of an artifact's program file and its bytes."""
-
-    name: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class InfoReport:
     """What `info` found.
 
@@ -74,7 +66,7 @@ class InfoReport:
         payload_bytes: the same in the checkpoint that an artifact was lowered from.
         rows: weights by role and format; empty for an artifact.
         files: every file with its hash.
-        sections: what the bytes of an artifact's program are for; empty for a checkpoint.
+        sections: what the bytes of an artifact's program are for, and how many; empty for a checkpoint.
         facts: what else the files say: (name, value).
         ledger: every tensor of a quantized checkpoint, as in `ledger.json`.
     """
@@ -90,7 +82,7 @@ class InfoReport:
     payload_bytes: int
     rows: tuple[WeightsRow, ...]
     files: tuple[FileRow, ...]
-    sections: tuple[SectionRow, ...]
+    sections: Mapping[str, int]
     facts: tuple[tuple[str, str], ...]
     ledger: tuple[Mapping[str, Any], ...]
 
@@ -102,7 +94,7 @@ class InfoReport:
     @property
     def program_bytes(self) -> int:
         """Bytes of an artifact's program: the sum of its sections."""
-        return sum(section.bytes for section in self.sections)
+        return sum(self.sections.values())
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes."""
@@ -119,7 +111,7 @@ class InfoReport:
             "bits_per_weight": self.bits_per_weight,
             "by_role": [asdict(row) for row in self.rows],
             "files": [asdict(row) for row in self.files],
-            "sections": [asdict(row) for row in self.sections],
+            "sections": [{"name": name, "bytes": size} for name, size in self.sections.items()],
             "facts": dict(self.facts),
             "ledger": [dict(entry) for entry in self.ledger],
         }
@@ -135,7 +127,6 @@ def program_info(
     metadata: ProgramMetadata,
     config: MossNetConfig,
     *,
-    activations: str,
     active_share: float,
     weight_bytes: int,
     files: Mapping[str, str],
@@ -148,7 +139,6 @@ def program_info(
         located: the program.
         metadata: what it says about itself.
         config: the model's shape.
-        activations: format of the inputs of its quantized linears.
         active_share: share of the parameters that a decode step reads.
         weight_bytes: stored for the weights in it.
         files: file name → SHA-256, in the program's folder.
@@ -168,10 +158,10 @@ def program_info(
         payload_bytes=metadata.payload_bytes,
         rows=(),
         files=file_rows(located.path.parent, files),
-        sections=tuple(SectionRow(name, size) for name, size in sections.items()),
+        sections=sections,
         facts=(
             ("made from", f"a {metadata.source_kind}: {_short_hashes(metadata.source_files)}"),
-            ("activations", activations),
+            ("activations", metadata.activations),
             ("state", metadata.state_format),
             *facts,
             ("tokenizer", _short_hashes({"tokenizer.json": tokenizer}) if tokenizer else "none"),

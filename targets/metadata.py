@@ -36,6 +36,9 @@ class ProgramMetadata(BaseModel):
         source_files: file name → SHA-256 of what was lowered.
         tokenizer_sha256: of the `tokenizer.json` that belongs to it, None where there is none.
         seen_text: SHA-256 of texts that the model was trained or calibrated on.
+        target: what it was lowered to.
+        runtime_minimum: oldest release of the runtime that it runs on.
+        activations: format of the inputs of quantized linears, "mixed" for several; "fp32" where nothing is quantized.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
@@ -52,6 +55,9 @@ class ProgramMetadata(BaseModel):
     source_files: dict[FileName, Sha256]
     tokenizer_sha256: Sha256 | None
     seen_text: list[Sha256]
+    target: str
+    runtime_minimum: str
+    activations: str
 
 
 def common_metadata(weights: Weights) -> dict[str, Any]:
@@ -74,8 +80,6 @@ def runner_info(
     metadata: ProgramMetadata,
     *,
     path: str,
-    kind: str,
-    activations: str,
     weight_bytes: int,
     file_bytes: int,
     files: Mapping[str, str],
@@ -84,9 +88,9 @@ def runner_info(
     """What a Runner of a program says about it; the other arguments are fields of `RunnerInfo`."""
     return RunnerInfo(
         path=path,
-        kind=kind,
+        kind=metadata.target,
         vocab_size=metadata.config["vocab_size"],
-        activations=activations,
+        activations=metadata.activations,
         state_format=metadata.state_format,
         weights=metadata.weights,
         weight_bytes=weight_bytes,

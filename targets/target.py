@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
@@ -24,17 +23,7 @@ from mossquant.targets.artifact import ProgramRecord
 from mossquant.targets.info_report import InfoReport
 from mossquant.targets.weights_report import WeightsReport
 
-__all__ = [
-    "Exported",
-    "Prepared",
-    "ProgramTarget",
-    "Target",
-    "active_share",
-    "get_target",
-    "program_targets",
-    "runtimes",
-    "target_of",
-]
+__all__ = ["Exported", "Prepared", "Target", "active_share", "get_target", "program_targets", "runtimes", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +49,19 @@ class Prepared:
     memory_bytes: int
 
 
-class Target(Protocol):
-    """One target. `name` is its name in the capabilities, `runtime` the package that runs what it lowers to."""
+class Target:
+    """One target. Its folder has a module for each of these, which is imported when asked for.
 
-    @property
-    def name(self) -> str: ...
+        export.prepare    runner.open_runner    open.open_to_run    info.info    read_back.read_back
 
-    @property
-    def runtime(self) -> str: ...
+    Args:
+        name: of its folder, and in the capabilities.
+        runtime: the package that runs what it lowers to.
+        computes_all: kinds of block ("ssm", "mlp") of which it computes every expert at every token.
+    """
+
+    def __init__(self, name: str, *, runtime: str, computes_all: Collection[str] = ()) -> None:
+        self.name, self.runtime, self._computes_all = name, runtime, computes_all
 
     def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
         """Check all that can be checked before lowering weights that the target can hold, and say what it needs.
@@ -75,68 +69,36 @@ class Target(Protocol):
         Raises:
             InputError: a package is missing, or the target does not have these activations.
         """
-        ...
-
-    def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:
-        """Open what it runs. Raises `InputError`: it cannot be opened, or not with these activations."""
-        ...
-
-    def warm(self, located: Located) -> None:
-        """Import the runtime, and do what only a first opening in this process does: what is timed comes after."""
-        ...
-
-    def info(self, located: Located) -> InfoReport:
-        """Say what is there, running nothing. Raises `InputError`: it is damaged, or not what its manifest says."""
-        ...
-
-    def read_back(self, weights: Weights, located: Located) -> WeightsReport:
-        """Compare every weight in a program with what it was lowered from.
-
-        Raises:
-            InputError: the program cannot be read, or is of a model of another shape.
-        """
-        ...
-
-    def active_share(self, config: MossNetConfig) -> float:
-        """Share of the parameters that a decode step reads."""
-        ...
-
-
-class ProgramTarget:
-    """A target that lowers to a program. Its folder has a module for each of these, which is imported when asked for.
-
-        export.prepare    runner.open_runner    open.open_to_run    info.info    read_back.read_back
-
-    Args:
-        name: of its folder, and in the capabilities.
-        runtime: the package that runs its programs.
-        computes_all: kinds of block ("ssm", "mlp") of which it computes every expert at every token.
-    """
-
-    def __init__(self, name: str, *, runtime: str, computes_all: Collection[str]) -> None:
-        self.name, self.runtime, self._computes_all = name, runtime, computes_all
-
-    def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
         prepared: Prepared = self._module("export").prepare(weights, activations=activations, progress=progress)
         return prepared
 
     def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:
+        """Open what it runs. Raises `InputError`: it cannot be opened, or not with these activations."""
         assert isinstance(source, Located), "weights are run by PyTorch"
         runner: Runner = self._module("runner").open_runner(source, threads=threads)
         return runner
 
     def warm(self, located: Located) -> None:
+        """Import the runtime, and do what only a first opening in this process does: what is timed comes after."""
         self._module("open").open_to_run(located.path)
 
     def info(self, located: Located) -> InfoReport:
+        """Say what is there, running nothing. Raises `InputError`: it is damaged, or not what its manifest says."""
         report: InfoReport = self._module("info").info(located)
         return report
 
     def read_back(self, weights: Weights, located: Located) -> WeightsReport:
+        """Compare every weight in a program with what it was lowered from.
+
+        Raises:
+            InputError: the program cannot be read, contradicts the manifest beside it, or is of a model of another
+                shape.
+        """
         report: WeightsReport = self._module("read_back").read_back(weights, located)
         return report
 
     def active_share(self, config: MossNetConfig) -> float:
+        """Share of the parameters that a decode step reads."""
         return active_share(config, computes_all=self._computes_all)
 
     def _module(self, name: str) -> ModuleType:

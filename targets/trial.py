@@ -3,7 +3,7 @@
 
 A damaged program can crash a runtime, and with it the process; a file can be made so that reading it takes all memory.
 One child process serves all programs that a process opens, of every target: it loads the libraries once, and for each
-program sets limits on address space and time, calls a function of the target, and answers with one line.
+program sets limits on address space and time, calls a function of the target, and answers (`mossquant.targets.child`).
 
     → {"function": "module:name", "path": …, "arguments": {…}, "seconds": …, "bytes": …}
     ← {}, {"refused": a whole message}, or {"failed": what went wrong}
@@ -13,21 +13,18 @@ child. After an error the state of its native code is unknown: if it ends later,
 again in a new child.
 """
 
-import atexit
-import json
-import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mossquant.errors import InputError
+from mossquant.targets.child import Child, serve
 
 __all__ = ["EXTRA_BYTES", "SECONDS", "accept", "passed", "start", "try_apart"]
 
@@ -78,9 +75,7 @@ def try_apart(
             child = _running(function)
             answer = child.ask(request)
     if answer is None:
-        answer = {"failed": _ended(child.status, seconds)}
-    if "refused" in answer:
-        raise InputError(answer["refused"])
+        answer = {"failed": _ended(child.status or 0, seconds)}
     if "failed" in answer:
         raise InputError(f"{path} cannot be run ({answer['failed']}); {_AGAIN}")
     _passed.add((function, sha256))
@@ -103,74 +98,16 @@ def accept(tried: Iterable[tuple[str, str]]) -> None:
     _passed.update((function, sha256) for function, sha256 in tried)
 
 
-class _Child:
-    """The child process.
-
-    Attributes:
-        had_errors: whether a program failed in it.
-        status: its exit status, once it ended.
-    """
-
-    def __init__(self, function: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mossquant.targets.trial", function],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self._ready = self.had_errors = False
-        self.status = 0
-        atexit.register(self.close)
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, str] | None:
-        """The answer to a request, None where the process ended over it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        answer: dict[str, str] | None = None
-        try:
-            if not self._ready and not self._process.stdout.readline():
-                raise RuntimeError("the process that tries programs does not start")
-            self._ready = True
-            with suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps(request) + "\n")
-                self._process.stdin.flush()
-            line = self._process.stdout.readline()
-            answer = json.loads(line) if line else None
-        except BaseException:
-            # Whoever is interrupted leaves an answer behind, which must not be taken for the next program's.
-            self.close()
-            raise
-        if answer is None:
-            self.status = self._process.wait()
-            self.close()
-        elif "failed" in answer:
-            self.had_errors = True
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        global _child
-        if _child is self:
-            _child = None
-        atexit.unregister(self.close)
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-
-
 _lock = threading.Lock()
-_child: _Child | None = None
+_child: Child | None = None
 _passed: set[tuple[str, str]] = set()
 
 
-def _running(function: str) -> _Child:
+def _running(function: str) -> Child:
+    """The child process, a new one where there is none; it loads what it needs to call this function first."""
     global _child
-    if _child is None:
-        _child = _Child(function)
+    if _child is None or _child.status is not None:
+        _child = Child("mossquant.targets.trial", function, quiet=True)
     return _child
 
 
@@ -182,28 +119,13 @@ def _ended(status: int, seconds: float) -> str:
     return f"the runtime ended with status {status}"
 
 
-def _serve(function: str) -> None:
-    """Answer requests until there are no more; the first of them will be for this function."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for whoever asked, and ends this process
-    # Answers have a file of their own, so that nothing that a runtime prints can come between them.
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        with suppress(ImportError, InputError):  # said where it is called
-            _resolved(function)
-        answers.write("ready\n")
-        answers.flush()
-        for line in sys.stdin:
-            answers.write(json.dumps(_answer(json.loads(line))) + "\n")
-            answers.flush()
-
-
 def _answer(request: Mapping[str, Any]) -> dict[str, str]:
     try:
         function = _resolved(request["function"])
         with _limited(request["seconds"], request["bytes"]):
             function(Path(request["path"]), **request["arguments"])
-    except InputError as error:
-        return {"refused": str(error)}
+    except InputError:
+        raise
     except BaseException as error:
         return {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     return {}
@@ -234,4 +156,4 @@ def _limited(seconds: float, extra_bytes: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    serve(_answer, lambda: _resolved(sys.argv[1]))

@@ -34,11 +34,7 @@ class WeightsReport:
 
     @classmethod
     def of(
-        cls,
-        path: str,
-        weights: Weights,
-        recorded: Mapping[str, str],
-        differences: Sequence[str],
+        cls, path: str, weights: Weights, recorded: Mapping[str, str], differences: Sequence[str]
     ) -> "WeightsReport":
         """A report of all tensors of `weights`; `recorded` is file name → SHA-256 of what was lowered, as it says."""
         count = sum(spec.count for spec in weights.specs.values())

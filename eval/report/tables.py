@@ -178,7 +178,7 @@ def info_tables(report: InfoReport) -> list[Table | str]:
         tables.append(grid(heads, rows, whole_names=True))
     if report.sections:
         sections = [
-            (row.name, f"{row.bytes:,}", f"{100 * row.bytes / report.program_bytes:.1f}") for row in report.sections
+            (name, f"{size:,}", f"{100 * size / report.program_bytes:.1f}") for name, size in report.sections.items()
         ]
         ratio = report.program_bytes / report.payload_bytes
         sections.append(("the program", f"{report.program_bytes:,}", "100.0"))

@@ -3,8 +3,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +16,13 @@ from mossquant.model.blocks import KINDS, blocks_of
 from mossquant.model.mixer import Mixer
 from mossquant.model.mlp import Mlp
 from mossquant.model.tensors import TensorSpec, Use, outside_blocks
+from mossquant.targets.executorch.delegate import Linear
+from mossquant.targets.executorch.matrices import runs_of
 
 __all__ = ["Expected", "Held", "expected_constants", "expected_linears"]
 
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) was computed where the program was made, to within a rounding or two of any other exp."""
-
-
-class Held(Protocol):
-    """An array with its scales, wherever it lies; `kind` is what may be exchanged for one another."""
-
-    @property
-    def bits(self) -> int | None: ...
-    @property
-    def rounds_input(self) -> bool: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def kind(self) -> tuple[object, ...]: ...
-    @property
-    def codes(self) -> NDArray[Any]: ...
-    @property
-    def scales(self) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)
@@ -64,13 +48,17 @@ class Expected:
     def kind(self) -> tuple[object, ...]:
         return (self.bits, self.group, self.rounds_input, self.codes.dtype, self.codes.shape)
 
-    def holds(self, array: Held) -> bool:
+    def holds(self, array: "Held") -> bool:
         """Whether an array is the same, bit for bit or up to the tolerance."""
         if self.kind != array.kind:
             return False
         if self.tolerance:
             return bool(np.allclose(array.codes, self.codes, self.tolerance, 0))
         return self.codes.tobytes() == array.codes.tobytes() and self.scales.tobytes() == array.scales.tobytes()
+
+
+Held = Expected | Linear
+"""An array with its scales, wherever it lies; `kind` is what may be exchanged for one another."""
 
 
 def expected_linears(weights: Weights, specs: Sequence[TensorSpec]) -> list[Expected]:
@@ -101,7 +89,7 @@ def _linears(weights: Weights, specs: Sequence[TensorSpec], *, before_sums: Sequ
         own = [spec for spec in specs if spec.role == role]
         summed = Use.SUMMED in own[0].use
         expected += before_sums if summed else []
-        for run in _runs(weights, [spec.name for spec in own], apart=summed):
+        for run in runs_of(weights, [spec.name for spec in own], apart=summed):
             expected.append(_matrix(weights, run, 1 if summed else 0))
     return expected
 
@@ -133,18 +121,6 @@ _BLOCKS: dict[type[Block], tuple[_Laid, _Laid]] = {
     Mlp: (_linears, lambda weights, specs: ()),
 }
 """Linears and constants of each kind of block, without the norm, in the order of the program."""
-
-
-def _runs(weights: Weights, names: Sequence[str], *, apart: bool) -> list[list[str]]:
-    """Experts of one format; weights with one scale a row cannot lie side by side."""
-
-    def storage(item: tuple[int, str]) -> tuple[str, int]:
-        number_format = weights.format(item[1])
-        if number_format is None:
-            return "kept", -1
-        return number_format.name, item[0] if apart and number_format.group_size is None else -1
-
-    return [[name for _, name in run] for _, run in groupby(enumerate(names), key=storage)]
 
 
 def _matrix(weights: Weights, names: Sequence[str], axis: int) -> Expected:

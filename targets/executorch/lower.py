@@ -17,6 +17,7 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import get_capabilities
+from mossquant.progress import Progress
 from mossquant.targets.executorch.blocks import Traced, repeated
 from mossquant.targets.executorch.matrices import XnnpackMatrices
 from mossquant.targets.executorch.packages import check_packages
@@ -30,14 +31,19 @@ CHUNK = get_capabilities("executorch").limits.max_chunk or 1
 """Most tokens of one call of prefill or score. Memory is planned for so many, so that it is a limit of the file."""
 
 _EXAMPLE = 16
+_STAGES = (
+    "reading tensors",
+    "tracing prefill and score",
+    "tracing decode",
+    "delegating to XNNPACK",
+    "planning memory",
+    "writing",
+    "written",
+)
 
 
 def lower(
-    weights: Weights,
-    specs: list[TensorSpec],
-    metadata: Mapping[str, Any],
-    path: Path,
-    on_stage: Callable[[str, int, int], None] | None = None,
+    weights: Weights, specs: list[TensorSpec], metadata: Mapping[str, Any], path: Path, on_stage: Progress | None = None
 ) -> None:
     """Write the program of a model.
 
@@ -48,7 +54,7 @@ def lower(
         path: file to write.
         on_stage: called when a stage begins with its name, how many are done and how many there are; and at the end.
     """
-    begins = _Stages(on_stage)
+    begins = partial(_begin, on_stage)
     check_packages()
     begins("reading tensors")
     model = Model(weights.config, specs, XnnpackMatrices(weights)).eval()
@@ -64,26 +70,10 @@ def lower(
         _write(programs, {METADATA: json.dumps(metadata, sort_keys=True)}, path, begins)
 
 
-class _Stages:
-    """Says which stage begins."""
-
-    names = (
-        "reading tensors",
-        "tracing prefill and score",
-        "tracing decode",
-        "delegating to XNNPACK",
-        "planning memory",
-        "writing",
-        "written",
-    )
-
-    def __init__(self, on_stage: Callable[[str, int, int], None] | None) -> None:
-        self._on_stage = on_stage
-
-    def __call__(self, name: str) -> None:
-        """A stage begins."""
-        if self._on_stage is not None:
-            self._on_stage(name, self.names.index(name), len(self.names) - 1)
+def _begin(on_stage: Progress | None, name: str) -> None:
+    """Say which stage begins."""
+    if on_stage is not None:
+        on_stage(name, _STAGES.index(name), len(_STAGES) - 1)
 
 
 def lower_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
@@ -91,14 +81,14 @@ def lower_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> N
     torch._dynamo.reset()
     with torch.no_grad():
         exported = _edge(torch.export.export(module.eval(), inputs, strict=False))
-        _write({"forward": exported}, {}, path, _Stages(None))
+        _write({"forward": exported}, {}, path, lambda name: None)
 
 
 def _write(
     programs: Mapping[str, torch.export.ExportedProgram],
     constants: Mapping[str, str],
     path: Path,
-    begins: _Stages,
+    begins: Callable[[str], None],
 ) -> None:
     """Delegate programs in the edge dialect, and write them."""
     begins("delegating to XNNPACK")

@@ -22,7 +22,7 @@ from mossquant.formats import QuantizedTensor
 from mossquant.formats.nibbles import pack_nibbles
 from mossquant.targets.executorch.packages import intx_tensor
 
-__all__ = ["XnnpackMatrices"]
+__all__ = ["XnnpackMatrices", "runs_of"]
 
 _CAT = 4
 """Tensors that XNNPACK puts side by side in one node."""
@@ -117,6 +117,18 @@ class _FloatTable(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
+def runs_of(weights: Weights, names: Sequence[str], *, apart: bool = False) -> list[list[str]]:
+    """Cut a list of experts into runs of one format; `apart`: those with one scale a row, each alone."""
+
+    def storage(item: tuple[int, str]) -> tuple[str, int]:
+        number_format = weights.format(item[1])
+        if number_format is None:
+            return "kept", -1
+        return number_format.name, item[0] if apart and number_format.group_size is None else -1
+
+    return [[name for _, name in run] for _, run in groupby(enumerate(names), key=storage)]
+
+
 class XnnpackMatrices:
     """Linears and tables of a model."""
 
@@ -126,7 +138,7 @@ class XnnpackMatrices:
     def stacked(self, names: Sequence[str]) -> nn.Module:
         """x [T, K] → [T, X · N]."""
         runs = []
-        for run in self._runs(names):
+        for run in runs_of(self._weights, names):
             weight = self._weight(run, 0)
             runs.append(_Linear(weight, self._weights.specs[run[0]].matrix_shape[1]))
         return runs[0] if len(runs) == 1 else _Runs(runs)
@@ -134,7 +146,7 @@ class XnnpackMatrices:
     def summed(self, names: Sequence[str]) -> nn.Module:
         """x [T, X, K] → [T, N]."""
         runs, counts, padding = [], [], []
-        for run in self._runs(names, apart=True):
+        for run in runs_of(self._weights, names, apart=True):
             weight, columns = self._weight(run, 1), self._weights.specs[run[0]].matrix_shape[1]
             runs.append(_Linear(weight, weight.shape[1]))
             counts.append(len(run))
@@ -151,23 +163,13 @@ class XnnpackMatrices:
         """A small tensor as fp32, in its shape in the checkpoint."""
         return value(self._weights, name)
 
-    def _runs(self, names: Sequence[str], *, apart: bool = False) -> list[list[str]]:
-        """Cut a list of experts into runs of one format; `apart`: those with one scale a row, each alone."""
-
-        def storage(item: tuple[int, str]) -> tuple[str, int]:
-            found = self._weights.format(item[1])
-            alone = apart and found is not None and found.group_size is None
-            return "kept" if found is None else found.name, item[0] if alone else -1
-
-        return [[name for _, name in run] for _, run in groupby(enumerate(names), key=storage)]
-
     def _weight(self, run: Sequence[str], axis: int) -> Tensor:
         """The matrices of a run, one after the other along an axis."""
-        found = self._weights.format(run[0])
-        if found is None:
-            return torch.cat([self._weights.specs[one].to_matrix(self._weights.kept(one)).float() for one in run], axis)
-        tensors = [self._weights.quantized(name) for name in run]
+        weights, number_format = self._weights, self._weights.format(run[0])
+        if number_format is None:
+            return torch.cat([weights.specs[name].to_matrix(weights.kept(name)).float() for name in run], axis)
+        tensors = [weights.quantized(name) for name in run]
         # Whole groups, and not the whole words in which a checkpoint stores rows.
-        columns = tensors[0].columns if found.group_size is None else tensors[0].padded_columns
+        columns = tensors[0].columns if number_format.group_size is None else tensors[0].padded_columns
         codes = torch.cat([tensor.codes[:, :columns] for tensor in tensors], axis)
-        return intx_tensor(codes.contiguous(), torch.cat([tensor.scales for tensor in tensors], axis), found)
+        return intx_tensor(codes.contiguous(), torch.cat([tensor.scales for tensor in tensors], axis), number_format)

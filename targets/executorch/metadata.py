@@ -13,9 +13,6 @@ class Metadata(ProgramMetadata):
     """What the program is.
 
     Attributes:
-        target: always "executorch".
-        runtime_minimum: oldest ExecuTorch that it was run with.
-        activations: format of the inputs of quantized linears: "fp32" where nothing is quantized, or "int8_row_asym".
         max_chunk: most tokens of one call of prefill or score.
     """
 

@@ -17,7 +17,7 @@ from mossquant.targets.metadata import parsed
 from mossquant.targets.program import METHODS
 from mossquant.targets.trial import EXTRA_BYTES, start, try_apart
 
-__all__ = ["Opened", "open_listed", "open_program", "open_to_run", "read_metadata", "weight_bytes"]
+__all__ = ["Opened", "open_program", "open_to_run", "read_metadata", "weight_bytes"]
 
 _READ = "mossquant.targets.executorch.program_file:read"
 _RUN = "mossquant.targets.executorch.first_run:run"
@@ -47,17 +47,18 @@ def read_metadata(file: ProgramFile) -> Metadata:
     return parsed(Metadata, json.dumps(file.metadata), file.path)
 
 
-def open_program(path: Path) -> Opened:
-    """Read a .pte of ours, whatever lies beside it; in the child process first, whose limits bound what it may take.
+def open_program(path: Path, *, sha256: str | None = None) -> Opened:
+    """Read a .pte of ours, in the child process first, whose limits bound what it may take; and what lies beside it.
+
+    Args:
+        path: the file.
+        sha256: its hash, if it was taken before.
 
     Raises:
-        InputError: no .pte of ours, or damaged; methods, inputs, outputs or a table that are not those of its config.
+        InputError: no .pte of ours, or damaged; methods, inputs, outputs or a table that are not those of its config;
+            it contradicts the manifest, or another tokenizer lies there.
     """
-    return _read(path, file_sha256(path))
-
-
-def _read(path: Path, sha256: str) -> Opened:
-    """See `open_program`; for whoever has the hash already, which takes a pass over the file."""
+    sha256 = sha256 or file_sha256(path)
     extra = _READING_BYTES + path.stat().st_size
     try_apart(path, sha256, _READ, seconds=_READING_SECONDS, extra_bytes=extra)
     file = ProgramFile(path)
@@ -65,17 +66,7 @@ def _read(path: Path, sha256: str) -> Opened:
     config = MossNetConfig.from_json(metadata.config, where=f"the metadata of {path}")
     opened = Opened(file, metadata, config, {path.name: sha256})
     _check_ports(opened)
-    return opened
-
-
-def open_listed(path: Path) -> Opened:
-    """Read and check a .pte of ours, and the manifest and tokenizer beside it.
-
-    Raises:
-        InputError: as `open_program`; it contradicts the manifest, or another tokenizer lies there.
-    """
-    opened = open_program(path)
-    check_beside(path, opened.hashes, opened.metadata)
+    check_beside(path, opened.hashes, metadata)
     return opened
 
 
@@ -83,13 +74,12 @@ def open_to_run(path: Path) -> Opened:
     """Read a .pte of ours and run it once in the child process; then it can be loaded here.
 
     Raises:
-        InputError: as `open_listed`; it cannot be loaded or run, or brought the child process down.
+        InputError: as `open_program`; it cannot be loaded or run, or brought the child process down.
     """
     sha256, extra = file_sha256(path), EXTRA_BYTES + 4 * path.stat().st_size
     start(_RUN, sha256)
     load_runtime()  # while the child process does so too
-    opened = _read(path, sha256)
-    check_beside(path, opened.hashes, opened.metadata)
+    opened = open_program(path, sha256=sha256)
     try_apart(path, sha256, _RUN, arguments={"methods": METHODS}, extra_bytes=extra)
     return opened
 

@@ -96,11 +96,11 @@ class ProgramFile:
         self._segments = [
             self._part(segment.number(0, "<u8"), segment.number(1, "<u8")) for segment in self._program.tables(4)
         ]
-        self._named = {entry.string(0): self._segment(entry.number(1)) for entry in self._program.tables(7)}
+        self._named = {entry.string(0): self._segments[entry.number(1)] for entry in self._program.tables(7)}
         constants = self._program.table(5)
         self._constants, self._constant_offsets = data[:0], np.empty(0, "<u8")
         if constants is not None and len(self._segments) > 0:
-            self._constants = self._segment(constants.number(0))
+            self._constants = self._segments[constants.number(0)]
             self._constant_offsets = constants.numbers(1, "<u8")
 
     @cached_property
@@ -144,7 +144,7 @@ class ProgramFile:
             }
             sections = {
                 "methods": self.program_bytes,
-                "delegates' graphs": sum(len(self._segment(index)) for index in payloads),
+                "delegates' graphs": sum(len(self._segments[index]) for index in payloads),
                 WEIGHTS: sum(len(data) for data in self._named.values()),
                 CONSTANTS: len(self._constants),
             }
@@ -178,8 +178,8 @@ class ProgramFile:
 
     def _constant(self, tensor: Table, index: int) -> NDArray[Any]:
         kind = _TYPES.get(tensor.number(0, "i1"))
-        if kind is None or index >= len(self._constant_offsets):
-            raise DamagedError("a constant has a type or place that mossquant does not write")
+        if kind is None:
+            raise DamagedError("a constant has a type that mossquant does not write")
         return array(self._constants, int(self._constant_offsets[index]), kind, tensor.numbers(2, "<i4"))
 
     def _delegate(self, delegate: Table) -> Delegate:
@@ -188,13 +188,8 @@ class ProgramFile:
             raise DamagedError("a delegate is not XNNPACK's")
         index = reference.number(1)
         if index not in self._delegates:  # methods share many
-            self._delegates[index] = read_delegate(self._segment(index), self._named)
+            self._delegates[index] = read_delegate(self._segments[index], self._named)
         return self._delegates[index]
-
-    def _segment(self, index: int) -> memoryview:
-        if index >= len(self._segments):
-            raise DamagedError("a segment is missing")
-        return self._segments[index]
 
     def _part(self, offset: int, size: int) -> memoryview:
         start = self._base + offset

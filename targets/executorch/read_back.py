@@ -33,7 +33,7 @@ def read_back(weights: Weights, located: Located) -> WeightsReport:
     """Compare every weight in a .pte with the weights that it was lowered from.
 
     Raises:
-        InputError: the program cannot be read, or is of a model of another shape.
+        InputError: the program cannot be read, contradicts the manifest beside it, or is of a model of another shape.
     """
     program = open_program(located.path)
     file, metadata, origin = program.file, program.metadata, weights.origin

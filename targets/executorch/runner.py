@@ -59,8 +59,6 @@ class ExecutorchRunner:
         self._info = runner_info(
             metadata,
             path=given or str(path),
-            kind="executorch",
-            activations=metadata.activations,
             weight_bytes=weight_bytes(opened),
             file_bytes=self._path.stat().st_size,
             files=opened.hashes,

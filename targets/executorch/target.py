@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ExecuTorch as a target: a .pte with its linears delegated to XNNPACK, which computes all experts of both kinds."""
 
-from mossquant.targets.target import ProgramTarget
+from mossquant.targets.target import Target
 
 __all__ = ["TARGET"]
 
-TARGET = ProgramTarget("executorch", runtime="executorch", computes_all=("ssm", "mlp"))
+TARGET = Target("executorch", runtime="executorch", computes_all=("ssm", "mlp"))

@@ -118,15 +118,6 @@ class FileGraph:
         """The nodes with this operator."""
         return [node for node in self._nodes if node.op_type == operator]
 
-    def initializer(self, name: str) -> onnx.TensorProto | None:
-        """The initializer that a node's input is, seen through Identity; None where it is none."""
-        for _ in range(_DEEPEST):
-            node = self._producer.get(name)
-            if name in self.stored or node is None or node.op_type != "Identity" or not node.input:
-                break
-            name = node.input[0]
-        return self.stored.get(name)
-
     def value(self, name: str) -> Array | None:
         """A value that depends on initializers alone; None where it is known at run time only.
 

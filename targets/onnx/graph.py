@@ -20,7 +20,9 @@ OPSETS = {"": 21, MICROSOFT: 1}
 IR_VERSION = 10
 
 Value = ir.Value
+Inputs = Sequence[Value | None]
 Attribute = int | float | str | Sequence[int] | ir.Graph | ir.TensorProtocol
+Attributes = Mapping[str, Attribute] | None
 _LAST = np.iinfo(np.int64).max
 
 
@@ -101,9 +103,9 @@ class Graph:
     def ops(
         self,
         kind: str,
-        inputs: Sequence[Value | None],
+        inputs: Inputs,
         outputs: int,
-        attributes: Mapping[str, Attribute] | None = None,
+        attributes: Attributes = None,
         *,
         domain: str = "",
         name: str = "",
@@ -116,13 +118,7 @@ class Graph:
         return tuple(node.outputs)
 
     def op(
-        self,
-        kind: str,
-        inputs: Sequence[Value | None],
-        attributes: Mapping[str, Attribute] | None = None,
-        *,
-        domain: str = "",
-        name: str = "",
+        self, kind: str, inputs: Inputs, attributes: Attributes = None, *, domain: str = "", name: str = ""
     ) -> Value:
         """Append a node with one output."""
         return self.ops(kind, inputs, 1, attributes, domain=domain, name=name)[0]

@@ -7,7 +7,7 @@ from mossquant.checkpoint.locate import Located
 from mossquant.targets.info_report import InfoReport, program_info
 from mossquant.targets.onnx.initializers import SCALE
 from mossquant.targets.onnx.metadata import Opened, initializers
-from mossquant.targets.onnx.open import open_listed
+from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.structure import data_bytes
 from mossquant.targets.onnx.target import TARGET
 
@@ -18,13 +18,12 @@ _CODES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 def info(located: Located) -> InfoReport:
     """Say what an .onnx is. Raises `InputError` where it is none of ours, or not what its manifest says."""
-    opened = open_listed(located.path)
+    opened = open_program(located.path)
     metadata = opened.metadata
     return program_info(
         located,
         metadata,
         opened.config,
-        activations=metadata.activations,
         active_share=TARGET.active_share(opened.config),
         weight_bytes=metadata.weight_bytes,
         files=opened.hashes,

@@ -58,7 +58,7 @@ class Initializers:
         self.weights = weights
         self.stored_bytes = 0
         self._progress, self._written = progress, 0
-        self._tables: dict[str, tuple[Value, Value]] = {}
+        self._matrices: dict[str, tuple[Value, Value]] = {}
 
     def runs(self, names: Sequence[str]) -> list[list[str]]:
         """Cut a list of tensors into runs that can share one node: same format or type, same activations."""
@@ -100,12 +100,7 @@ class Initializers:
             y = graph.op("FusedMatMul", [x, weight], {"transB": 1}, domain=MICROSOFT, name=name)
             return y if bias is None else graph.op("Add", [y, bias])
         codes, scales = self._matrix(graph, names, number_format, stack)
-        attributes = {
-            "K": columns,
-            "N": rows,
-            "bits": number_format.bits,
-            "block_size": number_format.activation_block,
-        }
+        attributes = {"K": columns, "N": rows, "bits": number_format.bits, "block_size": number_format.activation_block}
         if activation_of(self.weights, names[0]) == "int8_block":
             attributes["accuracy_level"] = 4
         inputs = [x, codes, scales] + ([None, None, bias] if bias is not None else [])
@@ -153,8 +148,8 @@ class Initializers:
     ) -> tuple[Value, Value]:
         """Codes [N, blocks, bytes] and fp32 scales [N, blocks] of a run. A tied table is stored once."""
         name = initializer_name(names)
-        if name in self._tables:
-            return self._tables[name]
+        if name in self._matrices:
+            return self._matrices[name]
         rows, columns = self.weights.specs[names[0]].matrix_shape
         blocks, experts = blocks_of(number_format, columns), len(names)
         axis: Literal[0, 1] = 0 if stack == "outputs" else 1
@@ -171,8 +166,7 @@ class Initializers:
             row_scales = self._scales(graph, names, number_format, stack, (N, beside, 1))
             spread = graph.op("Expand", [row_scales, graph.ints(N, beside, blocks)])
             scales = graph.reshape(spread, N, beside * blocks)
-        if self.weights.specs[names[0]].layer is None:
-            self._tables[name] = (codes, scales)
+        self._matrices[name] = (codes, scales)
         return codes, scales
 
     def _scales(
@@ -190,8 +184,8 @@ class Initializers:
     def _float(self, graph: Graph, names: Sequence[str], shape: tuple[int, int], stack: Stack) -> Value:
         """Kept tensors as an fp32 matrix, stored in their own type. A tied table is stored once."""
         name = initializer_name(names)
-        if name in self._tables:
-            return self._tables[name][0]
+        if name in self._matrices:
+            return self._matrices[name][0]
 
         def read() -> NDArray[np.generic]:
             parts = [self.weights.specs[member].to_matrix(self.weights.kept(member)) for member in names]
@@ -200,8 +194,7 @@ class Initializers:
 
         kind = DTYPES[self.weights.kept(names[0]).dtype]
         value = _as_float(graph, self._store(graph, name, kind, shape, read))
-        if self.weights.specs[names[0]].layer is None:
-            self._tables[name] = (value, value)
+        self._matrices[name] = (value, value)
         return value
 
     def _store(

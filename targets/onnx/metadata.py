@@ -47,9 +47,6 @@ class Metadata(ProgramMetadata):
     """What the program is.
 
     Attributes:
-        target: always "onnx".
-        runtime_minimum: oldest onnxruntime that runs it.
-        activations: format of the inputs of quantized linears: "fp32", "int8_block", or "mixed".
         weight_bytes: bytes of codes, padding, scales and kept tensors in this program.
         data: the external weights, None where all are inside.
     """

@@ -12,27 +12,17 @@ from mossquant.targets.onnx.metadata import Metadata, Opened, read_program
 from mossquant.targets.onnx.structure import check_structure, check_values
 from mossquant.targets.trial import EXTRA_BYTES, try_apart
 
-__all__ = ["open_listed", "open_program", "open_to_run"]
+__all__ = ["open_program", "open_to_run"]
 
 _RUN = "mossquant.targets.onnx.session:run"
 
 
 def open_program(path: Path) -> Opened:
-    """Read and check an .onnx of ours, whatever lies beside it.
-
-    Raises:
-        InputError: as `read_program`; a graph that does not hold what its config says.
-    """
-    opened = read_program(path)
-    check_structure(opened)
-    return opened
-
-
-def open_listed(path: Path) -> Opened:
     """Read and check an .onnx of ours, and the manifest, tokenizer and weights beside it.
 
     Raises:
-        InputError: as `open_program`; it contradicts the manifest, or other weights or another tokenizer lie there.
+        InputError: as `read_program`; it contradicts the manifest, or other weights or another tokenizer lie there; a
+            graph that does not hold what its config says.
     """
     opened = read_program(path)
     _check_files(opened)
@@ -44,10 +34,10 @@ def open_to_run(path: Path) -> Opened:
     """Read and check an .onnx of ours, its values too, and run it once in the child process; then it may be loaded.
 
     Raises:
-        InputError: as `open_listed`; values that are no numbers; onnxruntime is too old, or cannot load or run it, or
+        InputError: as `open_program`; values that are no numbers; onnxruntime is too old, or cannot load or run it, or
             brought the child process down.
     """
-    opened = open_listed(path)
+    opened = open_program(path)
     _check_runtime(path, opened.metadata)
     check_values(opened)
     states = state_specs(opened.config)

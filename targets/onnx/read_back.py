@@ -34,7 +34,7 @@ def read_back(weights: Weights, located: Located) -> WeightsReport:
     """Compare every weight in an .onnx with the weights that it was lowered from.
 
     Raises:
-        InputError: the program cannot be read, or is of a model of another shape.
+        InputError: the program cannot be read, contradicts the manifest beside it, or is of a model of another shape.
     """
     opened = open_program(located.path)
     if weights.config != opened.config:

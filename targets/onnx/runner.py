@@ -70,8 +70,6 @@ class OnnxRunner:
         self._info = runner_info(
             metadata,
             path=given or str(path),
-            kind="onnx",
-            activations=metadata.activations,
             weight_bytes=metadata.weight_bytes,
             file_bytes=opened.bytes,
             files=opened.hashes,

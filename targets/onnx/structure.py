@@ -240,10 +240,9 @@ def _matmuls(opened: Opened) -> Iterator[str]:
     for node in graph.nodes("MatMulNBits"):
         attributes: Mapping[str, int] = {attribute.name: attribute.i for attribute in node.attribute}
         columns, rows, bits, block = (attributes.get(name, 0) for name in ("K", "N", "bits", "block_size"))
-        codes = graph.initializer(node.input[1]) if len(node.input) > 2 else None
-        scales = None if codes is None else graph.value(node.input[2])
+        codes, scales = (graph.value(name) for name in node.input[1:3]) if len(node.input) > 2 else (None, None)
         blocks = -(-columns // block) if block > 0 else 0
-        sizes = [] if codes is None else list(codes.dims)
-        if sizes != [rows, blocks, block * bits // 8] or scales is None or scales.size != rows * blocks:
+        sizes = None if codes is None or scales is None else (codes.shape, scales.size)
+        if sizes != ((rows, blocks, block * bits // 8), rows * blocks):
             yield f"MatMulNBits {node.name[:80]} has other sizes than its weights"
         graph.forget()

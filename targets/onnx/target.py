@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX as a target: one graph for stock onnxruntime. All SSM experts lie in one matmul and are all read."""
 
-from mossquant.targets.target import ProgramTarget
+from mossquant.targets.target import Target
 
 __all__ = ["TARGET"]
 
-TARGET = ProgramTarget("onnx", runtime="onnxruntime", computes_all=("ssm",))
+TARGET = Target("onnx", runtime="onnxruntime", computes_all=("ssm",))

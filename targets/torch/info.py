@@ -68,7 +68,7 @@ def _report(
         payload_bytes=origin.payload_bytes,
         rows=_merged(rows),
         files=file_rows(located.path, origin.files),
-        sections=(),
+        sections={},
         facts=tuple(facts),
         ledger=ledger,
     )

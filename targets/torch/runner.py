@@ -131,25 +131,6 @@ class TorchRunner:
         checked_tokens(tokens, state, self._info.vocab_size)
         return self._run(tokens, state, logits, self._forward)
 
-    def run_with_taps(
-        self, tokens: Tokens, state: State, *, logits: LogitsWanted = "all"
-    ) -> tuple[Floats, State, dict[str, Floats]]:
-        """Like a call; also gives what the model's taps show.
-
-        Returns:
-            Logits, the state, and name → values [B, T, …]: router logits [B, T, X] under "layers.3.mlp.router" and
-            "layers.3.mixer.router", block outputs [B, T, D] under "layers.3".
-        """
-        checked_tokens(tokens, state, self._info.vocab_size)
-        seen: dict[str, list[Floats]] = {}
-
-        def tap(name: str, value: Tensor) -> None:
-            rows = value.reshape(state.batch, -1, value.shape[-1])
-            seen.setdefault(name, []).append(rows.cpu().numpy())
-
-        values, state = self._run(tokens, state, logits, replace(self._forward, tap=tap))
-        return values, state, {name: np.concatenate(parts, 1) for name, parts in seen.items()}
-
     def run_with_margins(
         self, tokens: Tokens, state: State, *, logits: LogitsWanted = "all"
     ) -> tuple[Floats, State, Floats]:

@@ -4,24 +4,17 @@
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.model.config import MossNetConfig
 from mossquant.plan.capabilities import Activations
 from mossquant.progress import Progress
 from mossquant.runner import Runner
-from mossquant.targets.info_report import InfoReport
-from mossquant.targets.target import Prepared, active_share
-from mossquant.targets.torch.info import info
+from mossquant.targets.target import Prepared, Target
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.targets.weights_report import WeightsReport
 
 __all__ = ["TARGET"]
 
 
-class _Torch:
-    """See `mossquant.targets.target.Target`."""
-
-    name, runtime = "torch", "torch"
-
+class _Torch(Target):
     def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
         raise InputError(f"{weights.origin.path} runs in PyTorch as it is; export it to another target")
 
@@ -31,14 +24,8 @@ class _Torch:
     def warm(self, located: Located) -> None:
         """PyTorch is imported with this module."""
 
-    def info(self, located: Located) -> InfoReport:
-        return info(located)
-
     def read_back(self, weights: Weights, located: Located) -> WeightsReport:
         raise InputError(f"{located.given} is no program; give one that was lowered from a checkpoint")
 
-    def active_share(self, config: MossNetConfig) -> float:
-        return active_share(config)
 
-
-TARGET = _Torch()
+TARGET = _Torch("torch", runtime="torch")

@@ -104,14 +104,3 @@ def test_some_commands(seed: int, samples: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", COMMANDS)
 def test_all_commands(seed: int, samples: Path, tmp_path: Path) -> None:
     _through_the_command_line(seed, samples, tmp_path)
-
-
-def test_a_seed_makes_the_same_case_again(samples: Path) -> None:
-    for seed in range(40):
-        one, other = make_case(seed, samples), make_case(seed, samples)
-        assert (one.name, one.damage) == (other.name, other.damage)
-
-
-def test_half_of_the_cases_are_mended(samples: Path) -> None:
-    cases = [make_case(seed, samples) for seed in ALL[::7]]
-    assert 0.4 < sum(case.mended for case in cases) / len(cases) < 0.6

@@ -30,6 +30,9 @@ METADATA = ProgramMetadata(
     source_files={},
     tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
     seen_text=[],
+    target="onnx",
+    runtime_minimum="1.23.2",
+    activations="fp32",
 )
 
 

@@ -26,7 +26,7 @@ def test_targets_that_cannot_be_lowered_to(checkpoint_folder: Path) -> None:
         (["torch"], "unknown target 'torch'; known targets: onnx, executorch"),
         (["onnx", "executorch", "onnx"], "target 'onnx' is named twice"),
         ([], "no target was given"),
-        (["onnx", ""], "a target's name is empty"),
+        (["onnx", ""], "unknown target ''; known targets: onnx, executorch"),
     ):
         with pytest.raises(InputError, match=message):
             export_needs(checkpoint_folder, target=names)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading back: it passes on what was exported, and names the first difference of what was changed."""
 
-import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from mossquant.checkpoint.weights import value
 from mossquant.errors import InputError
 from mossquant.model.mossnet import MossNet
 from mossquant.plan.capabilities import get_capabilities
-from mossquant.targets.executorch.delegate import Delegate, Linear, read_delegate
+from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.executorch.read_back import check_linears
 from mossquant.targets.export import export
@@ -190,20 +190,6 @@ def test_a_changed_decay_is_named(int4: Lowered, tmp_path: Path) -> None:
     assert what.startswith(f"{AT}.0.mixer.A_log: value [")
 
 
-@pytest.mark.parametrize(("role", "axis"), [("w1", 0), ("w2", 1)])
-def test_two_experts_exchanged_are_seen(int4: Lowered, source: Taken, tmp_path: Path, role: str, axis: int) -> None:
-    names = [f"{AT}.0.mlp.experts.{e}.{role}.weight" for e in range(4)]
-    codes, _ = _matrix(source, names, axis)
-    blocks = np.split(codes, 4, axis)
-    other = _packed(np.concatenate([blocks[1], blocks[0], *blocks[2:]], axis))
-
-    def exchange(part: bytearray) -> None:
-        part[:] = other
-
-    (what,) = _differences(int4, _changed(int4.program, tmp_path, _packed(codes), exchange))
-    assert what.startswith(f"{names[0]} … {names[-1]}: code [0, ")
-
-
 def _exchanged(program: Path, folder: Path, one: bytes, other: bytes) -> Path:
     data = bytearray(program.read_bytes())
     assert len(one) == len(other)
@@ -231,12 +217,14 @@ def test_whole_tensors_exchanged_are_seen(int4: Lowered, source: Taken, tmp_path
     assert second == f"{titles[1]}: {titles[0]} is in its place"
 
 
-def test_taps_exchanged_are_seen(int4: Lowered, tmp_path: Path) -> None:
-    taps = value(QuantizedCheckpoint.open(int4.checkpoint), f"{AT}.0.mixer.conv1d.weight").float().numpy()
-    one, other = (np.ascontiguousarray(taps.reshape(128, 4)[:, tap]).tobytes() for tap in (0, 3))
-    name = f"{AT}.0.mixer.conv1d.weight, tap"
-    found = _differences(int4, _exchanged(int4.program, tmp_path, one, other))
-    assert found == (f"{name} 0: {name} 3 is in its place", f"{name} 3: {name} 0 is in its place")
+def test_a_program_is_held_against_the_manifest_beside_it(int4: Lowered, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(int4.artifact, tmp_path / "artifact"))
+    norm = next(one for one in ProgramFile(int4.program).methods["decode"].constants if one.shape == (64,))
+    _changed(int4.program, folder, norm.tobytes(), _flip(5, 1))
+    with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.pte has another SHA-256"):
+        verify(int4.checkpoint, folder)
+    (folder / "manifest.json").unlink()
+    assert len(_differences(int4, folder)) == 1
 
 
 def test_every_array_matters(int4: Lowered, tmp_path: Path) -> None:
@@ -297,20 +285,6 @@ def test_what_the_lowering_lost_is_named(int4: Lowered, source: Taken) -> None:
     outside["score"] = replace(outside["score"], operators=("aten::mm.out",))
     with pytest.raises(RuntimeError, match=r"score: linears were left outside the delegate: aten::mm\.out"):
         check_linears(SimpleNamespace(methods=outside), source, specs)  # type: ignore[arg-type]
-
-
-def test_a_linear_that_does_not_round_its_input(int4: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The right codes behind other arithmetic."""
-
-    def plain(*args: object) -> Delegate:
-        found = read_delegate(*args)  # type: ignore[arg-type]
-        return replace(found, linears=tuple(replace(one, rounds_input=False) for one in found.linears))
-
-    monkeypatch.setattr("mossquant.targets.executorch.program_file.read_delegate", plain)
-    report = verify(int4.checkpoint, int4.artifact)
-    assert not report.passed
-    assert re.search(r"in the file as 4-bit \[\d+, \d+\](?!,)", report.summary)
-    assert any("its input not rounded is in the file and belongs to no tensor" in line for line in report.differences)
 
 
 def test_an_artifact_of_another_recipe(workshop: Workshop) -> None:

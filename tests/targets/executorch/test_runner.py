@@ -35,10 +35,6 @@ def test_info(int4: Lowered) -> None:
     assert info.model_sha256 == int4.reference().info.model_sha256
 
 
-def test_a_file_and_its_folder_are_the_same(int4: Lowered) -> None:
-    assert ExecutorchRunner(int4.program).info.files == int4.runner.info.files
-
-
 def test_threads_belong_to_the_process(int4: Lowered) -> None:
     """Runners that were opened with other numbers of threads go on, with the same numbers, whoever is called."""
     tokens = int4.tokens(1, 9)
@@ -76,26 +72,6 @@ def test_one_stream_at_a_time(int4: Lowered) -> None:
     arrays = runner.read(runner.initial_state(1))
     with pytest.raises(InputError, match=message):
         runner.write({name: np.concatenate([array, array]) for name, array in arrays.items()})
-
-
-def test_a_program_that_is_not_the_one_in_its_manifest(int4: Lowered, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(int4.artifact, tmp_path / "artifact"))
-    data = bytearray((folder / "model.pte").read_bytes())
-    router = _router_bytes(int4)
-    data[data.find(router)] ^= 1
-    (folder / "model.pte").write_bytes(data)
-    with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.pte has another SHA-256"):
-        ExecutorchRunner(folder)
-    (folder / "model.pte").rename(folder / "other.pte")
-    with pytest.raises(InputError, match=r"other\.pte is not listed there"):
-        ExecutorchRunner(folder / "other.pte")
-    (folder / "other.pte").rename(tmp_path / "alone.pte")
-    ExecutorchRunner(tmp_path / "alone.pte")
-
-
-def _router_bytes(lowered: Lowered) -> bytes:
-    method = ProgramFile(lowered.program).methods["decode"]
-    return next(one for part in method.delegates for one in part.linears if one.bits is None).codes.tobytes()
 
 
 def test_metadata_of_a_model_of_another_shape(folder: Path) -> None:

@@ -13,12 +13,19 @@ from mossquant.checkpoint.inputs import activation_model
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.formats.activations import int8_block
 from mossquant.model.forward import Activation
+from mossquant.plan.capabilities import Activations
 from mossquant.targets.torch.runner import TorchRunner
 
 BATCH, TIME = 3, 24
 FP32_CASES = [(model, recipe) for model in MODELS for recipe in (None, "int4")]
 FP32_CASES += [("wide", "int8"), ("wide", "g128"), ("wide", "mixed"), ("experts", "mixed")]
-INT8_CASES = [*((model, "int4") for model in MODELS), ("wide", "int8"), ("wide", "g128"), ("pruned", "int8")]
+INT8 = [*((model, "int4") for model in MODELS), ("wide", "int8"), ("wide", "g128"), ("pruned", "int8")]
+INT8_CASES = [
+    *((model, recipe, None, "int8_block") for model, recipe in INT8),
+    *((model, "mixed", None, "mixed") for model in ("wide", "experts")),
+    ("wide", "mixed", "int8", "int8_block"),  # asked for where the plan says fp32
+]
+"""Model, recipe, activations asked for and got; "mixed" differs from expert to expert."""
 
 
 def _largest(lowered: Lowered, reference: TorchRunner) -> float:
@@ -48,24 +55,11 @@ def test_fp32_activations(workshop: Workshop, model: str, recipe: str | None) ->
     assert _largest(lowered, lowered.reference(activations="fp32")) <= ONNX_FP32
 
 
-@pytest.mark.parametrize(("model", "recipe"), INT8_CASES)
-def test_int8_activations(workshop: Workshop, model: str, recipe: str) -> None:
-    lowered = workshop(model, recipe)
-    assert lowered.runner.info.activations == "int8_block"
+@pytest.mark.parametrize(("model", "recipe", "asked", "got"), INT8_CASES)
+def test_int8_activations(workshop: Workshop, model: str, recipe: str, asked: Activations | None, got: str) -> None:
+    lowered = workshop(model, recipe, asked)
+    assert lowered.runner.info.activations == got
     assert _median(lowered, lowered.reference()) <= ONNX_INT8_MEDIAN
-
-
-@pytest.mark.parametrize("model", ["wide", "experts"])
-def test_formats_and_activations_may_differ_from_expert_to_expert(workshop: Workshop, model: str) -> None:
-    lowered = workshop(model, "mixed")
-    assert lowered.runner.info.activations == "mixed"
-    assert _median(lowered, lowered.reference()) <= ONNX_INT8_MEDIAN
-
-
-def test_int8_may_be_asked_for_where_the_plan_says_fp32(workshop: Workshop) -> None:
-    lowered = workshop("wide", "mixed", "int8")
-    assert lowered.runner.info.activations == "int8_block"
-    assert _median(lowered, lowered.reference(activations="int8_block")) <= ONNX_INT8_MEDIAN
 
 
 def _blocks_of_16(source: QuantizedCheckpoint) -> Activation:
@@ -100,14 +94,6 @@ def test_planted_faults_are_seen(workshop: Workshop, recipe: str) -> None:
     faults |= {f"{site} in fp32": _one_site_in_fp32(source, site) for site in sites}
     for name, fault in faults.items():
         assert _median(lowered, exact, exact.with_activation(fault, name=name)) > 20 * ONNX_INT8_MEDIAN, name
-
-
-def test_a_state_that_is_not_carried_is_seen(workshop: Workshop) -> None:
-    lowered = workshop("wide", "int4")
-    tokens, runner = lowered.tokens(1, 2 * TIME), lowered.runner
-    whole, _ = runner(tokens, runner.initial_state(1), logits="all")
-    second, _ = runner(tokens[:, TIME:], runner.initial_state(1), logits="all")
-    assert np.median(relative(second, whole[:, TIME:])) > 20 * ONNX_INT8_MEDIAN
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,10 @@ import onnxruntime as ort
 import pytest
 from lowered import MODELS, Lowered, Workshop
 
-from mossquant.model.mossnet import state_specs
 from mossquant.targets.onnx.graph import Graph
 from mossquant.targets.onnx.metadata import initializers
 from mossquant.targets.onnx.mixer import softplus
 
-# What onnxruntime 1.27, the newest in phone packages, has; `test_versions` runs them there.
-STANDARD = {
-    "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Gather", "Gemm", "Identity", "If", "Log",
-    "Max", "Min", "Mul", "Neg", "NonZero", "Pad", "Pow", "ReduceMax", "ReduceMean", "ReduceProd", "ReduceSum",
-    "Reshape", "Scan", "ScatterElements", "ScatterND", "Shape", "Slice", "Softmax", "Split", "Sqrt", "Sub", "Sum",
-    "TopK", "Transpose", "Unsqueeze",
-}  # fmt: skip
-MICROSOFT = {"FusedMatMul", "GatherBlockQuantized", "MatMulNBits", "QuickGelu"}
 EVERY = [(model, recipe) for model in MODELS for recipe in (None, "int4")] + [("wide", "int8"), ("wide", "mixed")]
 
 
@@ -42,23 +34,6 @@ def test_valid_and_of_old_operators(workshop: Workshop, model: str, recipe: str 
     onnx.checker.check_model(proto, full_check=True)
     assert {one.domain: one.version for one in proto.opset_import} == {"": 21, "com.microsoft": 1}
     assert proto.ir_version == 10
-    assert {node.op_type for node in _nodes(proto.graph) if node.domain == ""} <= STANDARD
-    assert {node.op_type for node in _nodes(proto.graph) if node.domain == "com.microsoft"} <= MICROSOFT
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_inputs_and_outputs(workshop: Workshop, model: str) -> None:
-    config = MODELS[model]
-    graph = workshop(model, "int4").proto().graph
-    shapes = {
-        port.name: [size.dim_param or size.dim_value for size in port.type.tensor_type.shape.dim]
-        for port in (*graph.input, *graph.output)
-    }
-    expected: dict[str, list[str | int]] = {"tokens": ["B", "T"], "first_logit": [1]}
-    expected["logits"] = ["B", "positions", config.vocab_size]
-    for spec in state_specs(config):
-        expected[spec.name] = expected[f"{spec.name}.out"] = ["B", *spec.shape]
-    assert shapes == expected
 
 
 @pytest.mark.parametrize(("model", "recipe"), EVERY)
@@ -119,10 +94,11 @@ def test_a_step_runs_the_chosen_mlp_experts_and_no_other(workshop: Workshop, tmp
     lowered = workshop(model, "int4")
     config, reference = lowered.config, lowered.reference()
     tokens, state = lowered.tokens(1, 6), reference.initial_state(1)
-    seen = set()
+    seen, taps = set(), dict[str, np.ndarray]()
+    reference._forward = replace(reference._forward, tap=lambda name, value: taps.update({name: value.numpy()}))
     for time in range(tokens.shape[1]):
         now, arrays = tokens[:, time : time + 1], reference.read(state)
-        _, state, taps = reference.run_with_taps(now, state)
+        _, state = reference(now, state)
         expected = []
         for layer in range(config.num_hidden_layers):
             chosen = _chosen(taps, layer, config.mlp_experts(layer), config.mlp_chosen(layer))
@@ -138,7 +114,7 @@ def test_a_step_runs_the_chosen_mlp_experts_and_no_other(workshop: Workshop, tmp
 def _chosen(taps: dict[str, np.ndarray], layer: int, experts: int, chosen: int) -> list[int]:
     if experts < 2:
         return list(range(experts))
-    return sorted(np.argsort(taps[f"layers.{layer}.mlp.router"][0, 0])[::-1][:chosen].tolist())
+    return sorted(np.argsort(taps[f"layers.{layer}.mlp.router"].reshape(-1))[::-1][:chosen].tolist())
 
 
 def test_softplus_is_exact_at_both_ends() -> None:

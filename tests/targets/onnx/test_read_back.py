@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hardening.seals import reseal
 from lowered import MODELS, Lowered, Workshop
 from lowered import read_back as verify
 from onnx import helper, numpy_helper
@@ -116,7 +117,24 @@ def test_a_changed_byte_of_external_weights(
     content = bytearray(data.read_bytes())
     content[0] ^= 1
     data.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.onnx\.data is not the file that model\.onnx was written with"):
+        verify(checkpoint, artifact.folder)
+    reseal(artifact.folder)
+    (artifact.folder / "manifest.json").unlink()  # it repeats what the program says of its weights
     assert "value [0, 0] is" in verify(checkpoint, artifact.folder).summary
+
+
+def test_a_program_is_held_against_the_manifest_beside_it(workshop: Workshop, tmp_path: Path) -> None:
+    """Also where what was changed is no weight."""
+    lowered = workshop("experts", "int4")
+    folder = Path(shutil.copytree(lowered.artifact, tmp_path / "artifact"))
+    proto = lowered.proto()
+    proto.doc_string = "another"
+    onnx.save(proto, folder / "model.onnx")
+    with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.onnx has another SHA-256"):
+        verify(lowered.checkpoint, folder)
+    (folder / "manifest.json").unlink()
+    assert verify(lowered.checkpoint, folder).passed
 
 
 def test_what_is_wired_wrongly(workshop: Workshop, tmp_path: Path) -> None:
@@ -199,5 +217,6 @@ def test_weights_from_a_file_of_another(workshop: Workshop, tmp_path: Path, monk
             entry.value = "../secret" if entry.key == "location" else entry.value
     onnx.save(proto, artifact.program("onnx"))
     shutil.copy(artifact.folder / "model.onnx.data", tmp_path / "secret")
+    (artifact.folder / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"does not lie where it says"):
         verify(checkpoint, artifact.folder)

@@ -50,10 +50,6 @@ def test_info(lowered: Lowered) -> None:
     assert info.config["model_type"] == "mossnet"
 
 
-def test_a_file_and_its_folder_are_the_same(lowered: Lowered) -> None:
-    assert OnnxRunner(lowered.program, threads=1).info.files == lowered.runner.info.files
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 def test_pieces_give_what_one_run_gives(lowered: Lowered, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     runner, tokens = lowered.runner, lowered.tokens(batch, 23)
@@ -110,20 +106,6 @@ def test_a_graph_that_runs_on_some_lengths_alone(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(runner._session, "run_with_iobinding", fails)
     with pytest.raises(InputError, match=r"the program cannot be run \(a size does not fit\)"):
         runner(np.zeros((1, 3), np.int64), runner.initial_state())
-
-
-def test_a_program_that_is_not_the_one_in_its_manifest(lowered: Lowered, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(lowered.artifact, tmp_path / "artifact"))
-    data = bytearray((folder / "model.onnx").read_bytes())
-    data[len(data) // 2] ^= 1
-    (folder / "model.onnx").write_bytes(data)
-    with pytest.raises(InputError, match=r"is not what its manifest\.json says: model\.onnx has another SHA-256"):
-        OnnxRunner(folder)
-    (folder / "model.onnx").rename(folder / "other.onnx")
-    with pytest.raises(InputError, match=r"other\.onnx is not listed there"):
-        OnnxRunner(folder / "other.onnx")
-    (folder / "other.onnx").rename(tmp_path / "alone.onnx")
-    OnnxRunner(tmp_path / "alone.onnx")
 
 
 def test_external_weights_compute_the_same(lowered: Lowered, external: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference Runner keeps the protocol's promises, on every kind of model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,32 +62,13 @@ def test_a_long_prefill_in_pieces_equals_one_piece(
         np.testing.assert_allclose(runner.read(cut_after)[name], value, rtol=0, atol=1e-6)
 
 
-def test_prefill_then_steps_equals_one_prefill(folder: Path) -> None:
-    runner, tokens = TorchRunner.open(folder, dtype=torch.float64), _tokens(3, 12)
-    whole, _ = runner(tokens, runner.initial_state(3), logits="all")
-    _, state = runner(tokens[:, :7], runner.initial_state(3))
-    for at in range(7, 12):
-        step, state = runner(tokens[:, at : at + 1], state)
-        np.testing.assert_allclose(step[:, 0], whole[:, at], rtol=0, atol=FORMS_FLOAT64)
-
-
-def test_taps_show_routers_and_blocks(folder: Path) -> None:
-    runner, tokens = TorchRunner.open(folder), _tokens(2, 5)
-    plain, _ = runner(tokens, runner.initial_state(2), logits="all")
-    logits, _, taps = runner.run_with_taps(tokens, runner.initial_state(2))
-    assert np.array_equal(logits, plain)
-    assert {name: value.shape for name, value in taps.items()} == {
-        **{f"layers.{i}.{part}.router": (2, 5, 4) for i in range(2) for part in ("mixer", "mlp")},
-        **{f"layers.{i}": (2, 5, SMALL.hidden_size) for i in range(2)},
-    }
-
-
 def test_margins_are_the_smallest_over_the_routers(folder: Path) -> None:
     runner, tokens = TorchRunner.open(folder), _tokens(2, 5)
-    _, _, taps = runner.run_with_taps(tokens, runner.initial_state(2))
+    taps: dict[str, NDArray[np.float32]] = {}
+    runner._forward = replace(runner._forward, tap=lambda name, value: taps.update({name: value.numpy()}))
     _, _, margins = runner.run_with_margins(tokens, runner.initial_state(2))
     ordered = [-np.sort(-value, -1) for name, value in taps.items() if name.endswith("router")]
-    expected = np.min([value[..., 1] - value[..., 2] for value in ordered], 0)
+    expected = np.min([value[..., 1] - value[..., 2] for value in ordered], 0).reshape(2, 5)
     assert margins.shape == (2, 5)
     np.testing.assert_allclose(margins, expected, rtol=0, atol=1e-6)
 
