@@ -94,19 +94,6 @@ def test_force_replaces_what_is_there(checkpoint_folder: Path, quantized_folder:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_report_replaces_a_json_file_only(checkpoint_folder: Path, tmp_path: Path) -> None:
-    for name, data, replaced in (
-        ("report.json", b'{"mine": 1}', True),
-        ("notes", b"notes", False),
-        ("new", None, True),
-    ):
-        if data is not None:
-            (tmp_path / name).write_bytes(data)
-        found = command("info", checkpoint_folder, "--json", tmp_path / name)
-        assert (found.status == 0) == replaced, found
-        assert ((tmp_path / name).read_bytes() != data) == replaced
-
-
 def test_a_dry_run_says_what_an_export_takes_and_an_export_what_it_leaves_out(
     quantized_folder: Path, artifact_folder: Path, pte_folder: Path, tmp_path: Path
 ) -> None:
@@ -196,27 +183,6 @@ def test_after_two_dashes_there_are_no_options(checkpoint_folder: Path) -> None:
     assert found.out == same.out
 
 
-def test_sampling_is_repeatable_and_cold_sampling_is_greedy(checkpoint_folder: Path) -> None:
-    def text(*options: object) -> str:
-        found = command("generate", checkpoint_folder, "The ", "--max-tokens", 24, *options)
-        assert (found.status, found.err) == (0, "")
-        return found.out
-
-    assert text("--temperature", 1, "--seed", 3) == text("--temperature", 1, "--seed", 3)
-    assert text("--temperature", 1, "--seed", 3) != text("--temperature", 1, "--seed", 4)
-    assert text() == text("--temperature", 1e-300) == text("--temperature", 1, "--top-p", 1e-9)
-
-
-def test_any_bytes_are_fine_for_a_byte_level_model(checkpoint_folder: Path, tmp_path: Path) -> None:
-    data = bytes(range(256)) * 4
-    (tmp_path / "bytes").write_bytes(data)
-    assert command("perplexity", checkpoint_folder, "--text", tmp_path / "bytes").status == 0
-    given = command("generate", checkpoint_folder, "--prompt-file", tmp_path / "bytes", "--max-tokens", 4)
-    piped = command("generate", checkpoint_folder, "-", "--max-tokens", 4, stdin=data)
-    assert given.status == piped.status == 0
-    assert given.out == piped.out
-
-
 def test_a_table_in_a_pipe_keeps_every_line_whole(quantized_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     path = (
@@ -287,21 +253,6 @@ def test_a_reader_that_goes_away(checkpoint_folder: Path, quantized_folder: Path
         assert streamed(*words, stdout=gone()) == Outcome(status, "", complaint)
     assert json.loads((tmp_path / "info.json").read_text())["version"] == 1
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-@pytest.mark.parametrize("width", ["²", "9" * 5000, "0", "", "-1"])
-def test_a_width_that_is_none(width: str, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("COLUMNS", "LINES"):
-        monkeypatch.setenv(name, width)
-        shown = command("info", checkpoint_folder)
-        assert (shown.status, shown.err) == (0, "")
-
-
-def test_a_gate_names_per_cent(checkpoint_folder: Path, quantized_folder: Path, text: Path) -> None:
-    words = ["--quiet", "compare", checkpoint_folder, quantized_folder, "--text", text, "--max-ppl-increase"]
-    for gate in ("-99", "-99%"):
-        found = command(*words, gate)
-        assert (found.status, found.err) == (1, "gate failed: perplexity rose by more than -99%\n")
 
 
 def test_a_full_disk_under_stdout(checkpoint_folder: Path) -> None:
