@@ -22,7 +22,6 @@ __all__ = [
     "command",
     "forked",
     "making",
-    "measuring",
     "process",
     "reading",
     "refused",
@@ -168,13 +167,6 @@ def making(model: Path, out: Path) -> Iterator[list[object]]:
     yield ["quantize", model, "-o", out]
     yield ["quantize", model, "--dry-run"]
     yield ["import", model, "-o", out]
-
-
-def measuring(model: Path, artifact: Path, quantized: Path, text: object) -> Iterator[list[object]]:
-    """Every verb that measures on a text."""
-    yield ["perplexity", model, "--text", text]
-    yield ["compare", model, quantized, "--text", text]
-    yield ["verify", quantized, artifact, "--text", text]
 
 
 def writing(model: Path, text: Path, out: object) -> Iterator[list[object]]:

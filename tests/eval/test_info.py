@@ -9,7 +9,6 @@ from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.errors import InputError
 from mossquant.eval.info import InfoReport, info
 from mossquant.files.outputs import file_sha256, json_bytes
 from mossquant.model.mossnet import parameter_count
@@ -86,8 +85,3 @@ def test_external_weights_are_counted(paths: dict[str, Path], tmp_path: Path, mo
     assert len(files) == len(report.files) == 2
     assert report.program_bytes == sum(path.stat().st_size for path in files)
     assert all(section.bytes >= 0 for section in report.sections)
-
-
-def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        info(tmp_path / "nothing")

@@ -96,12 +96,3 @@ def test_a_checkpoint_and_what_was_lowered_from_it_are_one_model(folders: dict[s
     (same / "training.json").write_text('{"version": 1, "text": []}')
     write_model(other, random_model(BYTES, seed=1))
     assert open_runner(same).info.model_sha256 == found["checkpoint"] != open_runner(other).info.model_sha256
-
-
-def test_nothing_that_runs(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "none", "does not exist"), (tmp_path, "holds neither")):
-        with pytest.raises(InputError, match=message):
-            open_model(path)
-    (tmp_path / "broken.onnx").write_bytes(b"not a program")
-    with pytest.raises(InputError, match=r"broken\.onnx"):
-        open_model(tmp_path / "broken.onnx")

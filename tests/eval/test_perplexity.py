@@ -3,18 +3,16 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bounds import CUT_NATS
-from small import SMALL, random_model, write_model
 
 from mossquant.errors import InputError
 from mossquant.eval.perplexity import perplexity
-from mossquant.files.outputs import json_bytes, write_json
+from mossquant.files.outputs import json_bytes
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import Text
 
@@ -65,15 +63,6 @@ def test_bytes_that_are_not_utf8_are_fine_for_a_byte_level_model(byte_model: Pat
     assert perplexity(byte_model, text=path).tokens == 511
 
 
-def test_text_that_was_seen_is_refused_or_marked(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", random_model(replace(SMALL, vocab_size=256)))
-    text = Text.of("training text", b"what it was trained on " * 30)
-    write_json(folder / "training.json", {"version": 1, "text": [{"sha256": text.sha256}]})
-    with pytest.raises(InputError, match=r"training text was used to train or calibrate .*--allow-seen"):
-        perplexity(folder, text=text)
-    assert perplexity(folder, text=text, allow_seen=True).seen
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -91,9 +80,3 @@ def test_bad_input_is_one_line(byte_model: Path, options: dict[str, object], mes
     with pytest.raises(InputError, match=message) as caught:
         perplexity(byte_model, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
-
-
-def test_a_model_without_tokenizer_says_so(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", random_model(SMALL))
-    with pytest.raises(InputError, match=r"no tokenizer\.json"):
-        perplexity(folder, text=Text.of("some", b"abcdef"))

@@ -176,17 +176,3 @@ def test_a_state_of_another_model_is_refused(
             message = str(caught.value)
             assert f"{path} is the state of another model: {saver}, SHA-256 {source.info.model_sha256[:12]}" in message
             assert f"{runner.info.path} is {name}, {runner.info.model_sha256[:12]}" in message
-
-
-def test_options_are_checked_before_anything_is_read(opened: Opener, tmp_path: Path) -> None:
-    runner = opened("original")
-    with pytest.raises(InputError, match="max_tokens is 0, needs 1 or more, or 0 with a state to save"):
-        continue_text(runner, BYTES, "x", max_tokens=0)
-    with pytest.raises(InputError, match="is not a file"):
-        continue_text(runner, BYTES, "x", load_state=tmp_path / "none")
-    (tmp_path / "state").write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
-        continue_text(runner, BYTES, "x", save_state=tmp_path / "state", on_text=pytest.fail)
-    with pytest.raises(InputError, match="is not a state, so it is not replaced"):
-        continue_text(runner, BYTES, "x", save_state=tmp_path / "state", force=True, on_text=pytest.fail)
-    assert (tmp_path / "state").read_text() == "mine"
