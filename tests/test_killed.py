@@ -90,11 +90,11 @@ def test_killed_while_it_replaces(source: Path, quantized: Path, tmp_path: Path)
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "other", out)
         status = forked("export", quantized, "-o", out, "--force", before=die_at(operation, out.parent))
-        found = digests(out) if out.exists() else {}
-        assert found in (before, whole, {}), f"operation {operation} left a part"
-        seen.append(found)
+        stored = digests(out) if out.exists() else {}
+        assert stored in (before, whole, {}), f"operation {operation} left a part"
+        seen.append(stored)
         if not os.WIFSIGNALED(status):
             break
     assert seen.count({}) == 1, "between two renamings, and no longer"
-    assert found == whole
+    assert stored == whole
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -139,7 +139,7 @@ def test_every_step_on_a_checkpoint_of_350_mb(tmp_path: Path) -> None:
     measured = tmp_path / "measured.json"
     words = ["--preset", "8x200m", "--gigabytes", "0.35", "--folder", tmp_path / "files", "--json", measured]
     subprocess.run([sys.executable, "-P", ROOT / "bench" / "large.py", *words], check=True)
-    found = json.loads(measured.read_text())
-    assert len(found["steps"]) == 12
-    for step in found["steps"]:
-        assert step["peak_bytes"] <= found["bound_bytes"], step
+    report = json.loads(measured.read_text())
+    assert len(report["steps"]) == 12
+    for step in report["steps"]:
+        assert step["peak_bytes"] <= report["bound_bytes"], step

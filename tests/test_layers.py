@@ -34,8 +34,8 @@ SOURCES = {".py", ".cc", ".h", ".inc"}
 
 
 def files(*suffixes: str) -> list[Path]:
-    found = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in suffixes]
-    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in suffixes]
+    return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
 
 
 def package_of(module: str) -> str:
@@ -136,10 +136,10 @@ def unpicklings(where: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("check", [wrong_arrows, unpicklings], ids=lambda check: check.__name__)
 def test_every_file(check: type) -> None:
-    found = files(".py")
-    assert len(found) > 50, "the sources are not where they are looked for"
+    paths = files(".py")
+    assert len(paths) > 50, "the sources are not where they are looked for"
     assert not sorted(path for path in ROOT.glob("*.py")), "no Python at the top level"
-    assert [line for path in found for line in check(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))] == []
+    assert [line for path in paths for line in check(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))] == []
 
 
 def test_every_file_opens_with_its_licence() -> None:

@@ -51,9 +51,9 @@ def test_perplexity_and_comparison(
 
 def test_generation(pte_folder: Path) -> None:
     runner, tokenizer = open_runner(pte_folder, threads=1), Tokenizer.byte_level()
-    found = continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12)
-    assert len(found.tokens) == 12
-    assert continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12).tokens == found.tokens
+    generation = continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12)
+    assert len(generation.tokens) == 12
+    assert continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12).tokens == generation.tokens
 
 
 def test_verification_of_the_weights_of_both_targets(
@@ -61,7 +61,7 @@ def test_verification_of_the_weights_of_both_targets(
 ) -> None:
     report = verify(quantized_folder, [pte_folder, artifact_folder], weights_only=True)
     assert report.failures() == []
-    assert [one.weights.weights for one in report.artifacts] == [report.artifacts[0].weights.weights] * 2
+    assert [artifact.weights.weights for artifact in report.artifacts] == [report.artifacts[0].weights.weights] * 2
     assert not verify(checkpoint_folder, [pte_folder], weights_only=True).passed
 
 

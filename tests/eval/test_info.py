@@ -19,12 +19,12 @@ from mossquant.targets.export import export
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint, its int4 form and the .onnx of both."""
     above = tmp_path_factory.mktemp("info")
-    found = {"checkpoint": write_model(above / "model", random_model(SMALL)), "int4": above / "int4"}
-    quantize(found["checkpoint"], found["int4"], recipe="int4")
+    folders = {"checkpoint": write_model(above / "model", random_model(SMALL)), "int4": above / "int4"}
+    quantize(folders["checkpoint"], folders["int4"], recipe="int4")
     for name in ("checkpoint", "int4"):
-        found[f"{name} onnx"] = above / f"{name}-onnx"
-        export(found[name], found[f"{name} onnx"])
-    return found
+        folders[f"{name} onnx"] = above / f"{name}-onnx"
+        export(folders[name], folders[f"{name} onnx"])
+    return folders
 
 
 def _json(report: InfoReport) -> dict[str, object]:

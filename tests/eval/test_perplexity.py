@@ -51,10 +51,10 @@ def test_only_so_many_tokens(byte_model: Path, text_file: Path) -> None:
 
 
 def test_threads_change_rounding_only(byte_model: Path, text_file: Path) -> None:
-    one = perplexity(byte_model, text=text_file, tokens=600, threads=1)
-    two = perplexity(byte_model, text=text_file, tokens=600, threads=2)
+    single = perplexity(byte_model, text=text_file, tokens=600, threads=1)
+    double = perplexity(byte_model, text=text_file, tokens=600, threads=2)
     torch.set_num_threads(1)
-    assert two.nats_per_token == pytest.approx(one.nats_per_token, abs=CUT_NATS)
+    assert double.nats_per_token == pytest.approx(single.nats_per_token, abs=CUT_NATS)
 
 
 def test_bytes_that_are_not_utf8_are_fine_for_a_byte_level_model(byte_model: Path, tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_the_wrong_kind(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("path", "message"),
     [
         ("", "an empty path was given"),
         ("nowhere", "does not exist"),
@@ -330,15 +330,15 @@ def test_the_wrong_kind(
     ],
 )
 def test_paths_of_nothing(
-    given: str, message: str, checkpoint_folder: Path, text: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    path: str, message: str, checkpoint_folder: Path, text: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     (place / "loop").symlink_to("loop")
     for words in (
-        ["info", given],
-        ["quantize", given, "-o", place / "out"],
-        ["compare", checkpoint_folder, given, "--text", text],
-        ["verify", checkpoint_folder, given],
+        ["info", path],
+        ["quantize", path, "-o", place / "out"],
+        ["compare", checkpoint_folder, path, "--text", text],
+        ["verify", checkpoint_folder, path],
     ):
         assert message in refused(place, *words), words
 
@@ -411,8 +411,8 @@ def test_names_that_the_runtimes_cannot_take(
 ) -> None:
     """Names of bytes that are no UTF-8."""
     for folder, words in ((checkpoint_folder, ["-o", place / "out"]), (artifact_folder, [])):
-        given = shutil.copytree(folder, tmp_path / f"{folder.name}\udcff")
-        message = refused(place, "quantize" if words else "info", given, *words)
+        copy = shutil.copytree(folder, tmp_path / f"{folder.name}\udcff")
+        message = refused(place, "quantize" if words else "info", copy, *words)
         assert "is not a name in UTF-8, which the runtimes need; rename it" in message
     state = tmp_path / "\udcff"
     state.write_bytes((2).to_bytes(8, "little") + b"{}")

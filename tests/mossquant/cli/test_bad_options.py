@@ -140,9 +140,9 @@ def test_text_that_the_model_has_seen(checkpoint_folder: Path, text: Path, tmp_p
         message = refused(place, *words, "--text", text)
         assert "was used to train or calibrate" in message
         assert "--allow-seen" in message
-    found = command("perplexity", model, "--text", text, "--allow-seen")
-    assert found.status == 0
-    assert "trained or calibrated on it" in found.out
+    outcome = command("perplexity", model, "--text", text, "--allow-seen")
+    assert outcome.status == 0
+    assert "trained or calibrated on it" in outcome.out
 
 
 def test_an_output_may_have_the_name_of_a_recipe(
@@ -194,16 +194,16 @@ def test_an_error_of_our_own(checkpoint_folder: Path, monkeypatch: pytest.Monkey
         raise RuntimeError("two\nlines \x1b[31m")
 
     monkeypatch.setattr("mossquant.eval.info.info", broken)
-    found = command("info", checkpoint_folder)
-    assert (found.status, found.out) == (70, "")
-    assert found.err.startswith(
+    outcome = command("info", checkpoint_folder)
+    assert (outcome.status, outcome.out) == (70, "")
+    assert outcome.err.startswith(
         r"mossquant: an error that we did not foresee (RuntimeError: two lines \x1b[31m); please"
     )
-    assert found.err.count("\n") == 1
+    assert outcome.err.count("\n") == 1
     shown = command("info", checkpoint_folder, "--debug")
     assert shown.status == 70
     assert "Traceback (most recent call last)" in shown.err
-    assert shown.err.endswith(found.err)
+    assert shown.err.endswith(outcome.err)
 
 
 @pytest.mark.parametrize(
@@ -230,9 +230,9 @@ def test_an_interrupt_or_an_error_leaves_nothing(
 
     monkeypatch.setattr(inside, stop)
     words = next(words for words in writing(checkpoint_folder, text, place / "out") if words[0] == verb)
-    found = command("--quiet", *words)
-    assert found.status == status
-    assert found.err == "mossquant: stopped\n" if status == 130 else found.err.count("\n") == 1
-    assert found.out == ""
+    outcome = command("--quiet", *words)
+    assert outcome.status == status
+    assert outcome.err == "mossquant: stopped\n" if status == 130 else outcome.err.count("\n") == 1
+    assert outcome.out == ""
     # Training goes on from its work folder.
     assert [path.name for path in place.iterdir()] == (["out.training"] if verb == "train" else [])

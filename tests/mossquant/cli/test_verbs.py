@@ -25,12 +25,12 @@ def test_compare_writes_the_agreed_json_and_its_gate_decides(work: Path, tmp_pat
     report = tmp_path / "report.json"
     passed = command("compare", "tiny", work / "onnx", *TOKENS, "--max-ppl-increase", "50%", "--json", report)
     assert passed.status == 0, passed.err
-    found = json.loads(report.read_text())
-    assert found["version"] == 1
-    assert {"sha256", "tokens"} <= found["text"].keys()
-    assert {"path", "perplexity", "bytes"} <= found["baseline"].keys()
+    values = json.loads(report.read_text())
+    assert values["version"] == 1
+    assert {"sha256", "tokens"} <= values["text"].keys()
+    assert {"path", "perplexity", "bytes"} <= values["baseline"].keys()
     agreed = {"path", "kind", "perplexity", "ppl_increase_pct", "ppl_increase_ci95", "kl_mean", "top1_agreement"}
-    assert agreed | {"bytes", "bits_per_weight"} <= found["candidates"][0].keys()
+    assert agreed | {"bytes", "bits_per_weight"} <= values["candidates"][0].keys()
     failed = command("compare", "tiny", work / "onnx", *TOKENS, "--max-ppl-increase", "-50%")
     assert failed.status == 1
     assert "gate" in failed.err
