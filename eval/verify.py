@@ -7,6 +7,7 @@ way. `mossquant.eval.parity` then runs both side by side; an artifact whose weig
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,11 @@ def verify(
     """
     if not artifacts:
         raise InputError("no artifact was given; name at least one to hold against the checkpoint")
-    stages, done = len(artifacts) * (1 if weights_only else 1 + len(STAGES)), 0
+    stages, done = len(artifacts) * (1 if weights_only else 1 + len(STAGES)), count(1)
 
     def stage_done(stage: str) -> None:
-        nonlocal done
-        done += 1
         if progress is not None:
-            progress(stage, done, stages)
+            progress(stage, next(done), stages)
 
     weights = open_weights(quantized, verb="verify", check_codes=True)
     verdicts = []

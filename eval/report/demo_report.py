@@ -150,9 +150,7 @@ def _with_margin(candidate: Candidate) -> str:
 def _command() -> str:
     """How this command is called: by its name, or by its path where the name is not found (`make demo`)."""
     called = Path(sys.argv[0])
-    if shutil.which("mossquant") or called.name != "mossquant":
-        return "mossquant"
-    return str(called)
+    return "mossquant" if shutil.which("mossquant") or called.name != "mossquant" else str(called)
 
 
 def _row(model: str, form: str, candidate: Candidate, timed: Mapping[str, Timing]) -> DemoRow:

@@ -8,12 +8,10 @@ import pytest
 
 from mossquant.errors import InputError
 from mossquant.eval.compare import compare
-from mossquant.eval.generate import continue_text
 from mossquant.eval.info import info
 from mossquant.eval.open import open_model, open_runner
 from mossquant.eval.perplexity import perplexity
 from mossquant.eval.verify import verify
-from mossquant.text.text import Tokenizer
 
 
 def test_it_opens_with_its_tokenizer(pte_folder: Path, quantized_folder: Path) -> None:
@@ -49,13 +47,6 @@ def test_perplexity_and_comparison(
     assert 0 < pte.kl_mean < 3 * onnx.kl_mean
 
 
-def test_generation(pte_folder: Path) -> None:
-    runner, tokenizer = open_runner(pte_folder, threads=1), Tokenizer.byte_level()
-    generation = continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12)
-    assert len(generation.tokens) == 12
-    assert continue_text(runner, tokenizer, "The quick brown fox", max_tokens=12).tokens == generation.tokens
-
-
 def test_verification_of_the_weights_of_both_targets(
     pte_folder: Path, artifact_folder: Path, quantized_folder: Path, checkpoint_folder: Path
 ) -> None:
@@ -73,13 +64,3 @@ def test_info_accounts_for_every_byte(pte_folder: Path, quantized_folder: Path) 
     assert report.payload_bytes == info(quantized_folder).payload_bytes
     assert report.active_parameters == report.parameters
     assert dict(report.facts)["methods"].startswith("decode, prefill, score")
-
-
-def test_info_and_verify_refuse_methods_that_do_not_fit(
-    pte_folder: Path, quantized_folder: Path, tmp_path: Path
-) -> None:
-    data = (pte_folder / "model.pte").read_bytes()
-    (tmp_path / "model.pte").write_bytes(data.replace(b"decode\0", b"decodf\0"))
-    for look in (info, open_runner, lambda path: verify(quantized_folder, [path], weights_only=True)):
-        with pytest.raises(InputError, match=r"do not fit its metadata: decode is missing; decodf is unexpected"):
-            look(tmp_path / "model.pte")

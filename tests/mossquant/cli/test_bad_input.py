@@ -212,10 +212,6 @@ BAD_ARTIFACTS: dict[str, tuple[Break, str]] = {
         metadata(data={"name": "../x", "sha256": "0" * 64, "bytes": 3}),
         "its metadata cannot be read (data.name",
     ),
-    "a folder for a program": (
-        lambda folder: ((folder / "model.onnx").unlink(), (folder / "model.onnx").mkdir()),
-        "model.onnx is not a file",
-    ),
 }
 # What only running it, or holding it against its manifest, brings out: `verify` says what differs instead.
 CHANGED_ARTIFACTS: dict[str, tuple[Break, str]] = {
