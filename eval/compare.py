@@ -22,14 +22,14 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.open import open_model
-from mossquant.eval.passage import Passage, held_out_passage
+from mossquant.eval.passage import held_out_passage
 from mossquant.eval.scores import Scores, score
 from mossquant.eval.windows import RESAMPLES, WINDOW, Interval, Windows
 from mossquant.progress import Progress
 from mossquant.runner import RunnerInfo
 from mossquant.text.text import Text
 
-__all__ = ["Baseline", "Candidate", "ComparisonReport", "PairedDifference", "compare", "paired_difference", "report_of"]
+__all__ = ["Baseline", "Candidate", "ComparisonReport", "PairedDifference", "compare", "paired_difference"]
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,10 @@ class ComparisonReport:
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes."""
         gate = {"max_ppl_increase_pct": self.max_ppl_increase_pct, "failed": self.gate_failed}
+        counts = {"tokens": self.tokens, "streams": self.streams, "seen_by": list(self.seen_by)}
         return {
             "version": 1,
-            "text": {
-                "name": self.text,
-                "sha256": self.text_sha256,
-                "tokens": self.tokens,
-                "streams": self.streams,
-                "seen_by": list(self.seen_by),
-            },
+            "text": {"name": self.text, "sha256": self.text_sha256, **counts},
             "baseline": asdict(self.baseline),
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "interval": {"level": 0.95, "method": "paired bootstrap", "window_tokens": WINDOW, "resamples": RESAMPLES},
@@ -164,8 +159,7 @@ class PairedDifference:
 def paired_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> PairedDifference:
     """Compare two candidates by a quantity a token, e.g. their KL to the original: a, b [S, T] on the same tokens."""
     if a.shape != b.shape or a.ndim != 2:
-        shapes = f"values of shapes {list(a.shape)} and {list(b.shape)}"
-        raise InputError(f"{shapes} cannot be paired; measure both on the same streams")
+        raise InputError(f"values of shapes {a.shape} and {b.shape} cannot be paired; measure both on the same streams")
     difference = a - b
     return PairedDifference(float(difference.mean()), Windows(*difference.shape).interval(difference))
 
@@ -213,34 +207,20 @@ def compare(
         wanted = activations if kind == "quantized checkpoint" else None
         opened.append(open_model(source, activations=wanted, threads=own_threads))
     passage = held_out_passage(opened, text=text, tokens=tokens, streams_wanted=streams, allow_seen=allow_seen)
-    runners = [model.runner for model in opened]
-    scores = score(runners, passage.tokens, at_once=at_once, progress=progress)
-    return report_of([runner.info for runner in runners], scores, passage, max_ppl_increase=max_ppl_increase)
-
-
-def report_of(
-    infos: Sequence[RunnerInfo], scores: Sequence[Scores], passage: Passage, *, max_ppl_increase: float | None = None
-) -> ComparisonReport:
-    """The report of what `score` found on a passage, the original first."""
+    scores = score([model.runner for model in opened], passage.tokens, at_once=at_once, progress=progress)
+    info, *infos = (model.runner.info for model in opened)
+    ppl = math.exp(scores[0].nll.mean())
     windows = Windows(*scores[0].nll.shape)
-    base = infos[0]
     return ComparisonReport(
         text=passage.name,
         text_sha256=passage.sha256,
         tokens=passage.predicted,
-        streams=passage.tokens.shape[0],
+        streams=streams,
         seen_by=passage.seen_by,
-        baseline=Baseline(
-            base.path,
-            base.kind,
-            base.weights,
-            math.exp(scores[0].nll.mean()),
-            base.weight_bytes,
-            base.bits_per_weight,
-        ),
+        baseline=Baseline(info.path, info.kind, info.weights, ppl, info.weight_bytes, info.bits_per_weight),
         candidates=tuple(
             _candidate(info, own, scores[0], windows, max_ppl_increase)
-            for info, own in zip(infos[1:], scores[1:], strict=True)
+            for info, own in zip(infos, scores[1:], strict=True)
         ),
         max_ppl_increase_pct=max_ppl_increase,
         scores=tuple(scores),

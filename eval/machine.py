@@ -5,14 +5,13 @@ import os
 import platform
 import resource
 import sys
-import time
+import timeit
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mossquant.errors import InputError
 from mossquant.targets.target import runtimes
 
 __all__ = ["copy_bandwidth", "cpu_count", "machine", "peak_rss_mb", "shared_out"]
@@ -33,20 +32,18 @@ def shared_out(threads: int | None, models: int) -> tuple[int, int]:
     Models side by side keep the cores busier than the threads of one, which wait for one another at every operator.
 
     Args:
-        threads: in all; None: as many as this process may use CPUs.
+        threads: in all; None: as many as this process may use CPUs. Less than one is left to `open_model` to refuse.
         models: how many there are.
     """
     whole = cpu_count() if threads is None else threads
-    if whole < 1:
-        raise InputError(f"{whole} threads were asked for; give one or more")
-    at_once = min(whole, models)
+    at_once = max(1, min(whole, models))
     return at_once, whole // at_once
 
 
 def machine() -> dict[str, Any]:
     """CPU model, logical cores, system, and versions of Python and the runtimes."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "usable_cores": cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -62,11 +59,7 @@ def copy_bandwidth(threads: int) -> float:
     try:
         source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
         target = torch.zeros_like(source)
-        best = float("inf")
-        for _ in range(_COPIES):
-            start = time.perf_counter()
-            target.copy_(source)
-            best = min(best, time.perf_counter() - start)
+        best = min(timeit.repeat(lambda: target.copy_(source), number=1, repeat=_COPIES))
     finally:
         torch.set_num_threads(before)
     return 2 * _COPY_BYTES / best / 1e9
@@ -77,22 +70,16 @@ def peak_rss_mb() -> float:
 
     On Linux it is VmHWM of /proc/self/status, because ru_maxrss of a new process begins with its parent's.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
+    if highest := _line_of("/proc/self/status", "VmHWM"):
+        return int(highest.split()[0]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _line_of(path: str, name: str) -> str:
+    """What the first line `name: …` of a file of the system says; nothing where there is none."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def _version(package: str) -> str | None:

@@ -10,8 +10,9 @@ falls as the artifact did, and then agrees with it to `EXPLAINED_KL`; an error o
 router nearly chose otherwise, rounding decides as well; such positions are known from the reference alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +39,7 @@ EXPLAINED_AT_MOST = 600
 """Positions that are repeated; where more differ, rounding is not what is wrong, and the rest counts as unexplained."""
 
 
-@dataclass(frozen=True)
-class OneStep:
+class OneStep(NamedTuple):
     """One value a position [n].
 
     Attributes:
@@ -64,14 +64,47 @@ def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positi
         tokens: the text.
         positions: wanted; `compared_positions` says how many it becomes.
     """
-    count, steps = _lanes_and_steps(len(tokens), positions)
+    together = min(STATES_AT_ONCE, artifact.info.max_batch or STATES_AT_ONCE)
+    rounding = _Rounding(reference)
+    parts = []
+    walk = _walk(reference, tokens, *_lanes_and_steps(len(tokens), positions))
+    for _, alike in groupby(walk, key=_Position.sizes):  # a state that grows: one length at a time
+        while batch := list(islice(alike, together)):
+            parts.append(_step(artifact, batch, rounding))
+    return OneStep(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def compared_positions(length: int, positions: int) -> int:
+    """How many positions are compared in a text of that length: those asked for, made up to whole lanes, or, where the
+    text has hardly as many, all that fit into its lanes."""
+    lanes, steps = _lanes_and_steps(length, positions)
+    return lanes * steps
+
+
+def _lanes_and_steps(length: int, positions: int) -> tuple[int, int]:
+    lanes = min(LANES, positions, length // 2)
+    return lanes, min(-(-positions // lanes), length // lanes)
+
+
+class _Position(NamedTuple):
+    """What the reference did at one position; every array has a batch axis of 1."""
+
+    before: Arrays
+    token: Tokens
+    logits: Floats
+    after: Arrays
+    margin: Floats
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Of the state arrays before the step."""
+        return [value.shape for value in self.before.values()]
+
+
+def _walk(reference: TorchRunner, tokens: Tokens, count: int, steps: int) -> Iterator[_Position]:
+    """Advance the reference along `count` lanes of tokens [T], and stop in each at `steps` places."""
     lanes = streams(tokens, count)
     stride = lanes.shape[1] // steps
     state = reference.initial_state(count)
-    pending: list[_Position] = []
-    parts: list[OneStep] = []
-    together = min(STATES_AT_ONCE, artifact.info.max_batch or STATES_AT_ONCE)
-    rounding = _Rounding(reference)
     for at in range(0, steps * stride, stride):
         if stride > 1:
             _, state = reference(lanes[:, at : at + stride - 1], state)
@@ -80,46 +113,9 @@ def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positi
         here = lanes[:, at + stride - 1 : at + stride]
         logits, state, margins = reference.run_with_margins(here, state)
         after = reference.read(state)
-        if pending and _sizes(pending[0].before) != _sizes(before):  # a state that grows: one length at a time
-            parts.append(_step(artifact, pending, rounding))
-            pending.clear()
         for lane in range(count):
             row = slice(lane, lane + 1)
-            pending.append(_Position(_rows(before, row), here[row], logits[row], _rows(after, row), margins[row, 0]))
-        while len(pending) >= together:
-            parts.append(_step(artifact, pending[:together], rounding))
-            del pending[:together]
-    if pending:
-        parts.append(_step(artifact, pending, rounding))
-    return OneStep(
-        np.concatenate([part.kl for part in parts]),
-        np.concatenate([part.margin for part in parts]),
-        np.concatenate([part.state_error for part in parts]),
-        np.concatenate([part.unexplained for part in parts]),
-    )
-
-
-def compared_positions(length: int, positions: int) -> int:
-    """How many positions are compared in a text of that length: those asked for, made up to whole lanes, or, where the
-    text has hardly as many, all that fit into its lanes."""
-    count, steps = _lanes_and_steps(length, positions)
-    return count * steps
-
-
-def _lanes_and_steps(length: int, positions: int) -> tuple[int, int]:
-    count = min(LANES, positions, length // 2)
-    return count, min(-(-positions // count), length // count)
-
-
-@dataclass(frozen=True)
-class _Position:
-    """What the reference did at one position; every array has a batch axis of 1."""
-
-    before: Arrays
-    token: Tokens
-    logits: Floats
-    after: Arrays
-    margin: Floats
+            yield _Position(_rows(before, row), here[row], logits[row], _rows(after, row), margins[row, 0])
 
 
 class _Rounding:
@@ -147,31 +143,23 @@ def _rows(arrays: Arrays, rows: slice) -> Arrays:
     return {name: value[rows] for name, value in arrays.items()}
 
 
-def _sizes(arrays: Arrays) -> list[tuple[int, ...]]:
-    return [value.shape[1:] for value in arrays.values()]
-
-
 def _stack(parts: Sequence[Arrays]) -> dict[str, NDArray[np.float32]]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _step(artifact: Runner, positions: Sequence[_Position], rounding: _Rounding) -> OneStep:
-    state = artifact.write(_stack([position.before for position in positions]))
-    logits, state = artifact(np.concatenate([position.token for position in positions]), state, logits="last")
-    original = Predictions(np.concatenate([position.logits for position in positions]))
-    kl = divergence.kl(original, Predictions(logits))[:, 0]
-    after, expected = artifact.read(state), _stack([position.after for position in positions])
+    before, token, expected_logits, after, margin = zip(*positions, strict=True)
+    logits, state = artifact(np.concatenate(token), artifact.write(_stack(before)), logits="last")
+    kl = divergence.kl(Predictions(np.concatenate(expected_logits)), Predictions(logits))[:, 0]
+    stepped = artifact.read(state)
     error = np.zeros(len(positions))
-    for name, value in expected.items():
+    for name, value in _stack(after).items():
         axes = tuple(range(1, value.ndim))
         largest = np.maximum(np.abs(value).max(axes, initial=0), np.finfo(np.float32).tiny)
-        error = np.maximum(error, np.abs(after[name] - value).max(axes, initial=0) / largest)
-    margin = np.concatenate([position.margin for position in positions]).astype(np.float64)
+        error = np.maximum(error, np.abs(stepped[name] - value).max(axes, initial=0) / largest)
     # Written so that a KL that is not a number is unexplained too.
-    unexplained = np.array(
-        [
-            not kl[i] <= EXPLAINED_KL and not rounding.explains(position, logits[i, 0])
-            for i, position in enumerate(positions)
-        ]
-    )
-    return OneStep(kl, margin, error, unexplained)
+    unexplained = [
+        not own_kl <= EXPLAINED_KL and not rounding.explains(position, own_logits[0])
+        for position, own_kl, own_logits in zip(positions, kl, logits, strict=True)
+    ]
+    return OneStep(kl, np.concatenate(margin).astype(np.float64), error, np.array(unexplained))

@@ -24,7 +24,7 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.noise import with_noise
-from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
+from mossquant.eval.one_step import EXPLAINED_KL, OneStep, compared_positions, one_step
 from mossquant.eval.open import open_model
 from mossquant.eval.parity_measures import continuation, forms, growth
 from mossquant.eval.passage import held_out_passage
@@ -76,16 +76,12 @@ class Check:
 
     name: str
     value: float
-    bound: float | None
+    bound: float | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the value is a number within its bound."""
         return self.bound is None or (math.isfinite(self.value) and self.value <= self.bound)
-
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `--json`."""
-        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class ParityReport:
             "text": {"sha256": self.text_sha256, "tokens": self.stream},
             "positions": self.positions,
             "passed": self.passed,
-            "checks": [check.to_json() for check in self.checks],
+            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
         }
 
 
@@ -138,7 +134,7 @@ def parity(
     stream: int = 20_000,
     threads: int | None = None,
     allow_seen: bool = False,
-    on_stage: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> ParityReport:
     """Hold an artifact against the checkpoint that it was lowered from.
 
@@ -163,10 +159,9 @@ def parity(
     program = open_model(artifact, threads=own_threads)
     plain = open_model(weights, threads=own_threads)
     formats = program.runner.info.activations
-    # An artifact with several formats has those of the plan.
-    wanted = "planned" if formats == "mixed" else formats
-    # In float64, so that what is left between the two is the artifact's own rounding.
-    modelled = TorchRunner.open(weights, activations=wanted, dtype=torch.float64, threads=own_threads)
+    # An artifact with several formats has those of the plan. In float64, so that what is left is its own rounding.
+    planned = "planned" if formats == "mixed" else formats
+    reference = TorchRunner.open(weights, activations=planned, dtype=torch.float64, threads=own_threads)
     passage = held_out_passage([plain, program], text=text, tokens=stream + 1, allow_seen=allow_seen, allow_fewer=True)
     if passage.predicted < positions:
         raise InputError(
@@ -174,7 +169,7 @@ def parity(
             "text, or fewer with --positions"
         )
     checks = parity_of(
-        modelled,
+        reference,
         program.runner,
         passage.tokens[0],
         positions=positions,
@@ -201,7 +196,7 @@ def parity_of(
     positions: int,
     unquantized_activations: Runner | None,
     at_once: int = 1,
-    on_stage: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Check, ...]:
     """The checks of two Runners on tokens [T].
 
@@ -214,52 +209,47 @@ def parity_of(
         at_once: Runners that work at the same time.
         on_stage: is given each of `STAGES` when it is done.
     """
-    tell = on_stage or (lambda stage: None)
-    checks = _one_step_checks(reference, artifact, tokens, positions, exact=unquantized_activations is None)
-    tell(STAGES[0])
+    exact = unquantized_activations is None
+    checks = _one_step_checks(one_step(reference, artifact, tokens, positions=positions), exact=exact)
+    on_stage(STAGES[0])
     free, bound = _free_run_checks(reference, artifact, tokens, unquantized_activations, at_once=at_once)
     checks += free
-    tell(STAGES[1])
+    on_stage(STAGES[1])
     for name, kl in forms(artifact, tokens[:FORM_TOKENS]).items():
         checks.append(Check(f"{name} against one call: mean KL over {len(kl)} tokens", float(kl.mean()), bound))
-    tell(STAGES[2])
+    on_stage(STAGES[2])
     starts = np.linspace(0, max(0, len(tokens) - PROMPT_TOKENS), PROMPTS).astype(int)
     prompts = np.stack([tokens[start : start + PROMPT_TOKENS] for start in starts])
     expected = continuation(reference, prompts, steps=CONTINUED)
     continued = np.concatenate([continuation(artifact, prompt[None], steps=CONTINUED) for prompt in prompts])
-    limit = 0.0 if unquantized_activations is None else None
-    share = float((continued != expected).mean())
-    checks.append(Check(f"greedy continuation of {CONTINUED} tokens: share that differs", share, limit))
-    tell(STAGES[3])
-    return tuple(checks)
+    name, share = (
+        f"greedy continuation of {CONTINUED} tokens: share that differs",
+        float((continued != expected).mean()),
+    )
+    on_stage(STAGES[3])
+    return (*checks, Check(name, share, 0.0 if exact else None))
 
 
-def _one_step_checks(
-    reference: TorchRunner, artifact: Runner, tokens: Tokens, positions: int, *, exact: bool
-) -> list[Check]:
-    steps = one_step(reference, artifact, tokens, positions=positions)
+def _one_step_checks(steps: OneStep, *, exact: bool) -> list[Check]:
     tied = steps.margin < ROUTER_TIE
-    counted = ~tied if not tied.all() else tied
-    kl, large = steps.kl[counted], steps.kl[counted] > ONE_STEP_LARGE_KL
+    counted = tied if tied.all() else ~tied
+    kl, state_error = steps.kl[counted], steps.state_error[counted]
     checks = [Check("one step: median KL", float(np.median(kl)), ONE_STEP_MEDIAN_KL)]
     if not exact:
-        different, unexplained = kl > EXPLAINED_KL, steps.unexplained[counted]
+        large, unexplained = kl > ONE_STEP_LARGE_KL, steps.unexplained[counted]
         checks += [
-            Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float(different.mean()), None),
+            Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float((kl > EXPLAINED_KL).mean())),
             Check("one step: … that rounding does not explain", float(unexplained.mean()), ONE_STEP_UNEXPLAINED_SHARE),
-            Check(f"one step: share of positions with KL above {ONE_STEP_LARGE_KL:g}", float(large.mean()), None),
+            Check(f"one step: share of positions with KL above {ONE_STEP_LARGE_KL:g}", float(large.mean())),
             *_interval(f"one step: share above {ONE_STEP_LARGE_KL:g}", share_interval(int(large.sum()), len(large))),
         ]
+    state = "one step: median relative difference of the state"
     return [
         *checks,
         Check("one step: largest KL", float(kl.max()), ONE_STEP_MAX_KL_FP32 if exact else None),
-        Check(
-            "one step: median relative difference of the state",
-            float(np.median(steps.state_error[counted])),
-            ONE_STEP_MEDIAN_STATE,
-        ),
+        Check(state, float(np.median(state_error)), ONE_STEP_MEDIAN_STATE),
         Check("one step: share of positions with a router near a tie", float(tied.mean()), ROUTER_TIE_SHARE),
-        Check("one step: largest KL at such a position", float(steps.kl[tied].max(initial=0.0)), None),
+        Check("one step: largest KL at such a position", float(steps.kl[tied].max(initial=0.0))),
     ]
 
 
@@ -276,19 +266,19 @@ def _free_run_checks(
     checks = [Check("free run: difference of perplexity, %", rise, most)]
     if unquantized is None or not noisy_run:
         return [*checks, Check("free run: mean KL", mean, FREE_KL_FP32)], FREE_KL_FP32
-    windows = Windows(*run.kl.shape)
     cost, rounding = score([unquantized, reference], tokens[None], at_once=at_once)[1].kl, noisy_run[0].kl
-    bound = max(FREE_KL_SHARE_OF_COST * float(cost.mean()), FREE_KL_OF_ROUNDING * float(rounding.mean()))
+    mean_cost, mean_rounding = float(cost.mean()), float(rounding.mean())
+    bound = max(FREE_KL_SHARE_OF_COST * mean_cost, FREE_KL_OF_ROUNDING * mean_rounding)
+    windows = Windows(*run.kl.shape)
     checks += [
         Check("free run: mean KL", mean, bound),
-        Check("free run: mean KL of the reference to itself with other rounding", float(rounding.mean()), None),
-        Check("what quantized activations themselves cost: mean KL", float(cost.mean()), None),
+        Check("free run: mean KL of the reference to itself with other rounding", mean_rounding),
+        Check("what quantized activations themselves cost: mean KL", mean_cost),
         *_interval("what quantized activations cost", windows.interval(cost)),
     ]
-    if cost.mean() > 0:  # a model may be one that no activation changes
-        share = mean / float(cost.mean())
+    if mean_cost > 0:  # a model may be one that no activation changes
         checks += [
-            Check("free run: mean KL as a share of that cost", share, None),
+            Check("free run: mean KL as a share of that cost", mean / mean_cost),
             *_interval("free run: share of that cost", windows.ratio_interval(run.kl, cost)),
         ]
     for name, values, limit in (
@@ -296,10 +286,10 @@ def _free_run_checks(
         ("free run: growth beyond that of other rounding", run.kl - rounding, 0.0),
     ):
         slope = growth(values[0], skip=SETTLING)
-        if slope.interval is None:
-            checks.append(Check(f"{name}: not measured, tokens are too few", float(values.size), None))
+        if slope is None:
+            checks.append(Check(f"{name}: not measured, tokens are too few", float(values.size)))
         else:
-            checks += [Check(name, slope.per_10k, None), *_interval(name, slope.interval, low_at_most=limit)]
+            checks += [Check(name, slope[0]), *_interval(name, slope[1], low_at_most=limit)]
     return checks, bound
 
 
@@ -307,7 +297,5 @@ def _interval(name: str, interval: Interval | None, *, low_at_most: float | None
     """The interval of a figure; nothing where there is none."""
     if interval is None:
         return []
-    return [
-        Check(f"{name}: 95 % interval from", interval.low, low_at_most),
-        Check(f"{name}: 95 % interval to", interval.high, None),
-    ]
+    low, high = interval
+    return [Check(f"{name}: 95 % interval from", low, low_at_most), Check(f"{name}: 95 % interval to", high)]

@@ -6,8 +6,6 @@ Forms: the artifact reads the same tokens in one call, token by token, and in un
 Continuation: prompts are continued greedily.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,37 +15,27 @@ from mossquant.eval.scores import advance
 from mossquant.eval.windows import RESAMPLES, WINDOW, Interval
 from mossquant.runner import Runner, Tokens
 
-__all__ = ["Slope", "continuation", "forms", "growth"]
+__all__ = ["continuation", "forms", "growth"]
 
-_SPLIT = (1, 7, 64)
-"""Lengths of the first calls of a split prefill; the rest is one more."""
+_SPLIT = (0, 1, 8, 72)
+"""Where the calls of a split prefill begin."""
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class Slope:
-    """Change of a quantity along the text, per 10,000 tokens, with its interval (None for fewer than three windows)."""
-
-    per_10k: float
-    interval: Interval | None
-
-    @property
-    def grows(self) -> bool:
-        """Whether the quantity grows beyond what the choice of text explains."""
-        return self.interval is not None and self.interval.low > 0
-
-
-def growth(values: NDArray[np.float64], *, skip: int) -> Slope:
+def growth(values: NDArray[np.float64], *, skip: int) -> tuple[float, Interval] | None:
     """Least squares slope of values [T] over position, of means of windows, bootstrapped over windows.
 
     Args:
         values: one value a position.
         skip: positions left out at the beginning, where two runs from one state have not yet drifted apart.
+
+    Returns:
+        The change per 10,000 tokens, with its 95 % interval; None for fewer than three windows.
     """
     kept = values[skip:]
     windows = len(kept) // WINDOW
     if windows < 3:
-        return Slope(0.0, None)
+        return None
     means = kept[: windows * WINDOW].reshape(windows, WINDOW).mean(1)
     position = np.arange(windows) * WINDOW / 10_000
     draws = np.random.default_rng(_SEED).integers(0, windows, (RESAMPLES, windows))
@@ -57,15 +45,13 @@ def growth(values: NDArray[np.float64], *, skip: int) -> Slope:
     slopes = (x_centred * y).sum(1)[spread > 0] / spread[spread > 0]
     centred = position - position.mean()
     low, high = np.percentile(slopes, (2.5, 97.5))
-    return Slope(float(centred @ means / np.square(centred).sum()), Interval(float(low), float(high)))
+    return float(centred @ means / np.square(centred).sum()), Interval(float(low), float(high))
 
 
 def forms(runner: Runner, tokens: Tokens) -> dict[str, NDArray[np.float64]]:
     """Read tokens [T] in one call, token by token and in uneven calls: KL(one call ‖ other form) at every position."""
     length = len(tokens)
-    edges = np.cumsum([0, *(piece for piece in _SPLIT if piece < length)])
-    edges = edges[edges < length]
-    plans = {"token by token": np.arange(length), "split": edges}
+    plans = {"token by token": list(range(length)), "split": [start for start in _SPLIT if start < length]}
     whole, _ = advance(runner, tokens[None], runner.initial_state(1), logits="all")
     original = Predictions(whole[0])
     divergences = {}

@@ -74,18 +74,12 @@ def held_out_passage(
         raise InputError(f"{streams_wanted} streams were asked for; give one or more")
     if tokens is not None and tokens < 2 * streams_wanted:
         raise InputError(f"{tokens} tokens are too few for {streams_wanted} streams of two or more; give more tokens")
-    tokenizer = models[0].tokenizer
-    vocab_size = models[0].runner.info.vocab_size
-    others = [
-        f"{model.path} (vocabulary {model.runner.info.vocab_size})"
-        for model in models[1:]
-        if (model.tokenizer.sha256, model.runner.info.vocab_size) != (tokenizer.sha256, vocab_size)
-    ]
+    kinds = [(model.tokenizer.sha256, model.runner.info.vocab_size) for model in models]
+    first, *others = [f"{model.path} (vocabulary {model.runner.info.vocab_size})" for model in models]
+    others = [other for other, kind in zip(others, kinds[1:], strict=True) if kind != kinds[0]]
     if others:
-        first = f"{models[0].path} (vocabulary {vocab_size})"
-        raise InputError.listing(
-            f"another tokenizer or vocabulary than {first}", others, "Compare models that share a tokenizer."
-        )
+        what = f"another tokenizer or vocabulary than {first}"
+        raise InputError.listing(what, others, "Compare models that share a tokenizer.")
     source = _text(models[0], text)
     seen_by = tuple(model.path for model in models if source.sha256 in model.runner.info.seen_text)
     if seen_by and not allow_seen:
@@ -93,7 +87,7 @@ def held_out_passage(
             f"{source.name} was used to train or calibrate {', '.join(seen_by)}, so that a figure on it would flatter; "
             "give another --text, or --allow-seen to measure all the same"
         )
-    ids, lengths = tokenizer.encode_with_lengths(source.data)
+    ids, lengths = models[0].tokenizer.encode_with_lengths(source.data)
     if tokens is not None and len(ids) < tokens and not allow_fewer:
         raise InputError(f"{source.name} has {len(ids)} tokens, {tokens} were asked for; give a longer text or fewer")
     ids, lengths = ids[:tokens], lengths[:tokens]

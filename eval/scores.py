@@ -8,8 +8,9 @@ the Runners can take, and change results by rounding only.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,12 +99,7 @@ def _timed_advance(runner: Runner, tokens: Tokens, state: State) -> tuple[Floats
 
 
 def _keep(
-    pool: ThreadPoolExecutor,
-    scores: Sequence[Scores],
-    logits: Sequence[Floats],
-    targets: Tokens,
-    part: slice,
-    span: slice,
+    pool: Executor, scores: Sequence[Scores], logits: Sequence[Floats], targets: Tokens, part: slice, span: slice
 ) -> None:
     """What remains of one piece: logits [B, T, V] of every Runner and the tokens that came [B, T]."""
     batch, time_steps, vocab_size = logits[0].shape
@@ -120,7 +116,7 @@ def _keep(
             candidate_scores.kl[place] = divergence.kl(original, candidate)
             candidate_scores.agree[place] = divergence.agreement(original, candidate)
 
-    blocks = [(row, at) for row in range(batch) for at in range(0, time_steps, step)]
+    blocks = product(range(batch), range(0, time_steps, step))
     for kept in [pool.submit(keep_block, *block) for block in blocks]:
         kept.result()
 
@@ -131,10 +127,8 @@ def _check_losses(runners: Sequence[Runner], scores: Sequence[Scores], part: sli
         if not np.isfinite(lost).all():
             raise InputError(not_finite(runner, span.start))
         if lost.mean() > MOST_NATS:
-            raise InputError(
-                f"{runner.info.path} loses {lost.mean():.0f} nats a token at token {span.start} of a stream, which no "
-                "model does; its weights are damaged"
-            )
+            loss = f"{lost.mean():.0f} nats a token at token {span.start} of a stream"
+            raise InputError(f"{runner.info.path} loses {loss}, which no model does; its weights are damaged")
 
 
 def not_finite(runner: Runner, token: int) -> str:
@@ -147,9 +141,9 @@ def not_finite(runner: Runner, token: int) -> str:
 
 def advance(runner: Runner, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
     """One call of a Runner, in as many pieces as its `max_chunk` asks for."""
-    limit = runner.info.max_chunk or tokens.shape[1]
+    limit = max(1, runner.info.max_chunk or tokens.shape[1])
     parts: list[Floats] = []
-    for start in range(0, max(1, tokens.shape[1]), max(1, limit)):
+    for start in range(0, max(1, tokens.shape[1]), limit):
         part, state = runner(tokens[:, start : start + limit], state, logits=logits)
         parts = [*parts, part] if logits == "all" else [part]
     return (parts[0] if len(parts) == 1 else np.concatenate(parts, 1)), state

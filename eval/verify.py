@@ -7,6 +7,7 @@ way. `mossquant.eval.parity` then runs both side by side; an artifact whose weig
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.eval.parity import STAGES, ParityReport, parity
+from mossquant.eval.parity import STAGES, Check, ParityReport, parity
 from mossquant.progress import Progress
 from mossquant.targets.target import target_of
 from mossquant.targets.weights_report import WeightsReport
@@ -42,6 +43,21 @@ class ArtifactVerdict:
         """Whether the weights are the checkpoint's and every check of the run passed."""
         return self.weights.passed and (self.parity is None or self.parity.passed)
 
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What was measured on the run."""
+        return () if self.parity is None else self.parity.checks
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `--json`."""
+        return {
+            "path": self.path,
+            "passed": self.passed,
+            "weights": self.weights.to_json(),
+            "graph_compared": self.parity is not None,
+            "parity": None if self.parity is None else self.parity.to_json(),
+        }
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -61,46 +77,17 @@ class VerifyReport:
         for artifact in self.artifacts:
             if not artifact.weights.passed:
                 lines.append(f"{artifact.path}: {artifact.weights.summary}")
-            for check in artifact.parity.checks if artifact.parity is not None else ():
-                if not check.passed:
-                    lines.append(
-                        f"{artifact.path}: {check.name}: {check.value:.3g}, at most {check.bound:.3g} is allowed"
-                    )
+            lines += [
+                f"{artifact.path}: {check.name}: {check.value:.3g}, at most {check.bound:.3g} is allowed"
+                for check in artifact.checks
+                if not check.passed
+            ]
         return lines
-
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """(artifact, check, found, at most, verdict) of everything measured; no verdict where nothing is asked."""
-        rows = []
-        for artifact in self.artifacts:
-            weights = artifact.weights
-            equal = "all equal" if weights.passed else f"{len(weights.differences)} differences"
-            rows.append((artifact.path, f"weights of {weights.tensors} tensors", equal, "", _verdict(weights.passed)))
-            if artifact.parity is None:
-                rows.append((artifact.path, "graph", "not compared: nothing was run", "", ""))
-            for check in artifact.parity.checks if artifact.parity is not None else ():
-                bound, verdict = "", ""
-                if check.bound is not None:
-                    bound, verdict = f"{check.bound:.3g}", _verdict(check.passed)
-                rows.append((artifact.path, check.name, f"{check.value:.3g}", bound, verdict))
-        return rows
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes."""
-        return {
-            "version": 1,
-            "quantized": self.quantized,
-            "passed": self.passed,
-            "artifacts": [
-                {
-                    "path": artifact.path,
-                    "passed": artifact.passed,
-                    "weights": artifact.weights.to_json(),
-                    "graph_compared": artifact.parity is not None,
-                    "parity": None if artifact.parity is None else artifact.parity.to_json(),
-                }
-                for artifact in self.artifacts
-            ],
-        }
+        artifacts = [artifact.to_json() for artifact in self.artifacts]
+        return {"version": 1, "quantized": self.quantized, "passed": self.passed, "artifacts": artifacts}
 
 
 def verify(
@@ -133,13 +120,11 @@ def verify(
     """
     if not artifacts:
         raise InputError("no artifact was given; name at least one to hold against the checkpoint")
-    stages, done = len(artifacts) * (1 if weights_only else 1 + len(STAGES)), 0
+    stages, done = len(artifacts) * (1 if weights_only else 1 + len(STAGES)), count(1)
 
     def stage_done(stage: str) -> None:
-        nonlocal done
-        done += 1
         if progress is not None:
-            progress(stage, done, stages)
+            progress(stage, next(done), stages)
 
     weights = open_weights(quantized, verb="verify", check_codes=True)
     verdicts = []
@@ -161,7 +146,3 @@ def verify(
             )
         verdicts.append(ArtifactVerdict(str(path), read_back, report))
     return VerifyReport(weights.origin.path, tuple(verdicts))
-
-
-def _verdict(passed: bool) -> str:
-    return "ok" if passed else "FAILED"

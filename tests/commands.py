@@ -22,7 +22,6 @@ __all__ = [
     "command",
     "forked",
     "making",
-    "measuring",
     "process",
     "reading",
     "refused",
@@ -63,23 +62,23 @@ def refused(folder: Path, *words: object, stdin: bytes = b"") -> str:
     Returns what it says.
     """
     before = tree(folder)
-    found = command(*words, stdin=stdin)
-    assert found.status == 2, found
-    assert found.out == ""
-    assert found.err.startswith("mossquant: "), found.err
-    assert found.err.endswith("\n"), found.err
-    assert found.err.count("\n") == 1, found.err
-    assert found.err.removesuffix("\n").isprintable(), found.err
-    assert "Traceback" not in found.err
-    assert "did not foresee" not in found.err
+    outcome = command(*words, stdin=stdin)
+    assert outcome.status == 2, outcome
+    assert outcome.out == ""
+    assert outcome.err.startswith("mossquant: "), outcome.err
+    assert outcome.err.endswith("\n"), outcome.err
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.removesuffix("\n").isprintable(), outcome.err
+    assert "Traceback" not in outcome.err
+    assert "did not foresee" not in outcome.err
     assert tree(folder) == before, "something was left behind"
-    return found.err
+    return outcome.err
 
 
 def process(*words: object) -> Outcome:
     """Run a command as a user does, in a process of its own."""
-    found = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, check=False)
-    return Outcome(found.returncode, found.stdout.decode(), found.stderr.decode())
+    ran = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, check=False)
+    return Outcome(ran.returncode, ran.stdout.decode(), ran.stderr.decode())
 
 
 def forked(*words: object, before: Callable[[], object], killed_after: float | None = None) -> int:
@@ -145,11 +144,11 @@ def streamed(*words: object, stdout: int = -1, before: Callable[[], object] = la
 
 def tree(folder: Path) -> list[tuple[str, int, int]]:
     """Everything in a folder, hidden files too: name, kind and size."""
-    found = []
+    entries = []
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
-        found.append((str(path.relative_to(folder)), status.st_mode, 0 if path.is_dir() else status.st_size))
-    return found
+        entries.append((str(path.relative_to(folder)), status.st_mode, 0 if path.is_dir() else status.st_size))
+    return entries
 
 
 def reading(model: Path, good: Path, text: Path, out: Path) -> Iterator[list[object]]:
@@ -168,13 +167,6 @@ def making(model: Path, out: Path) -> Iterator[list[object]]:
     yield ["quantize", model, "-o", out]
     yield ["quantize", model, "--dry-run"]
     yield ["import", model, "-o", out]
-
-
-def measuring(model: Path, artifact: Path, quantized: Path, text: object) -> Iterator[list[object]]:
-    """Every verb that measures on a text."""
-    yield ["perplexity", model, "--text", text]
-    yield ["compare", model, quantized, "--text", text]
-    yield ["verify", quantized, artifact, "--text", text]
 
 
 def writing(model: Path, text: Path, out: object) -> Iterator[list[object]]:

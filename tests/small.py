@@ -77,10 +77,10 @@ def write_model(folder: Path, model: MossNet, *, dtype: torch.dtype = torch.floa
     return folder
 
 
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest absolute difference of two tensors of one shape; NaN where either has one."""
-    assert one.shape == other.shape
-    return float((one.detach().double() - other.detach().double()).abs().max())
+    assert a.shape == b.shape
+    return float((a.detach().double() - b.detach().double()).abs().max())
 
 
 def input_format(weights: Weights, name: str) -> tuple[str, int] | None:

@@ -125,30 +125,6 @@ def limit(size: int) -> None:
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export"])
-def test_a_disk_that_fills_up_is_one_line(
-    verb: str, checkpoint_folder: Path, quantized_folder: Path, place: Path
-) -> None:
-    code = (
-        "import sys; import mossquant.checkpoint.tensorfiles as files; import mossquant.targets.onnx.save as save; "
-        "files.ONE_FILE_BYTES = files.SHARD_BYTES = save.EXTERNAL_ABOVE = 10_000; "
-        "from mossquant.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
-    source = checkpoint_folder if verb == "quantize" else quantized_folder
-    found = subprocess.run(
-        [sys.executable, "-P", "-c", code, "--quiet", verb, source, "-o", place / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: limit(12_000),
-    )
-    assert found.returncode == 2, found
-    assert found.stdout == ""
-    assert "File too large; free space or choose another path" in found.stderr
-    assert found.stderr.count("\n") == 1
-    assert list(place.iterdir()) == []
-
-
-@pytest.mark.parametrize("verb", ["quantize", "export"])
 def test_too_little_memory_is_said_before_work(
     verb: str, checkpoint_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +139,7 @@ def test_every_step_on_a_checkpoint_of_350_mb(tmp_path: Path) -> None:
     measured = tmp_path / "measured.json"
     words = ["--preset", "8x200m", "--gigabytes", "0.35", "--folder", tmp_path / "files", "--json", measured]
     subprocess.run([sys.executable, "-P", ROOT / "bench" / "large.py", *words], check=True)
-    found = json.loads(measured.read_text())
-    assert len(found["steps"]) == 12
-    for step in found["steps"]:
-        assert step["peak_bytes"] <= found["bound_bytes"], step
+    report = json.loads(measured.read_text())
+    assert len(report["steps"]) == 12
+    for step in report["steps"]:
+        assert step["peak_bytes"] <= report["bound_bytes"], step

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from mossquant.eval.bench import BenchReport, Timing
 from mossquant.eval.compare import Candidate, ComparisonReport
 from mossquant.eval.generate import Generation
+from mossquant.eval.report.grid import DASH, grid, left, right
+from mossquant.eval.report.tables import scaled, scientific
 from mossquant.formats.dtypes import SHORT_NAMES
 
-__all__ = ["DemoReport", "DemoRow"]
+__all__ = ["DemoReport", "DemoRow", "demo_table"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,6 @@ class DemoReport:
         int4, smallest = self.checkpoints["int4"], self.artifacts["int4"]
         program, command = smallest["onnx"], _command()
         programs = [path for of_model in self.artifacts.values() for path in of_model.values()]
-        paths = [*self.checkpoints.values(), *programs, self.picture]
         return [
             "",
             f"The int4 .onnx continues {self.prompt!r}:",
@@ -92,7 +95,7 @@ class DemoReport:
             *(f"    {line}" for line in (self.prompt + self.generation.text).splitlines()),
             "",
             "Written:",
-            *(f"    {path}" for path in paths),
+            *(f"    {path}" for path in [*self.checkpoints.values(), *programs, self.picture]),
             "",
             "Try next:",
             f'    {command} generate {program} "def main(" --temperature 0.8 --max-tokens 64',
@@ -112,12 +115,42 @@ class DemoReport:
         }
 
 
+def demo_table(report: DemoReport) -> Table:
+    """What the demo ends with: the original, int8 and int4, as checkpoint, .onnx and .pte."""
+    rows = [
+        (
+            row.model,
+            row.form,
+            f"{row.perplexity:.3f}",
+            DASH if row.candidate is None else _with_margin(row.candidate),
+            f"{row.file_bytes / 1e6:.2f}",
+            f"{row.bits_per_weight:.2f}",
+            f"{row.timing.prefill_tok_s.median:.0f}/{row.timing.decode_tok_s.median:.0f}",
+        )
+        for row in report.rows()
+    ]
+    machine = report.bench.machine
+    caption = (
+        f"{report.comparison.tokens:,} held-out tokens in one stream. KL to the original in nats a token, ± half of "
+        "its 95 % interval; bits a weight; tokens/s of prefill/decode "
+        f"on {report.bench.threads} of {machine['cores']} cores, {machine['cpu']}. "
+        "Checkpoints run in PyTorch with fp32 activations, quantized programs with int8 ones."
+    )
+    return grid([*left("", ""), *right("perplexity", "KL", "MB", "bits", "tokens/s")], rows, caption=caption)
+
+
+def _with_margin(candidate: Candidate) -> str:
+    """Mean ± half of its interval: 1.31±0.07e-3."""
+    if candidate.kl_ci95 is None or candidate.kl_mean <= 0:
+        return scientific(candidate.kl_mean)
+    (mean, margin), exponent = scaled(candidate.kl_mean, (candidate.kl_ci95.high - candidate.kl_ci95.low) / 2)
+    return f"{mean:.2f}±{margin:.2f}e{exponent}"
+
+
 def _command() -> str:
     """How this command is called: by its name, or by its path where the name is not found (`make demo`)."""
     called = Path(sys.argv[0])
-    if shutil.which("mossquant") or called.name != "mossquant":
-        return "mossquant"
-    return str(called)
+    return "mossquant" if shutil.which("mossquant") or called.name != "mossquant" else str(called)
 
 
 def _row(model: str, form: str, candidate: Candidate, timed: Mapping[str, Timing]) -> DemoRow:

@@ -12,11 +12,13 @@ from rich.text import Text
 
 from mossquant.errors import printable
 
-__all__ = ["Head", "grid", "left", "right", "spaced"]
+__all__ = ["DASH", "Head", "grid", "left", "right", "spaced"]
 
 Head = tuple[str, Literal["left", "right"]]
 """Name and alignment of a column. What is on the right are figures: they are never broken."""
 
+DASH = "—"
+"""Where there is no value."""
 _LEAST_WIDTH = 12
 """Of a column whose lines may be broken."""
 
@@ -77,6 +79,6 @@ def grid(
     return table
 
 
-def spaced(tables: Sequence[Table]) -> list[Table | str]:
+def spaced(*tables: Table) -> list[Table | str]:
     """Tables with an empty line between them, one after the other to be printed."""
     return [part for table in tables for part in (table, "")][:-1]

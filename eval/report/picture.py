@@ -7,8 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from mossquant.eval.report.demo_report import DemoReport
-from mossquant.eval.report.tables import demo_table
+from mossquant.eval.report.demo_report import DemoReport, demo_table
 from mossquant.files.outputs import new_file
 
 __all__ = ["write_picture"]

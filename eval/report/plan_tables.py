@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 
 from mossquant.calibration.quantize import disk_bytes, memory_bytes
-from mossquant.eval.report.grid import grid, left, right, spaced
+from mossquant.eval.report.grid import DASH, grid, left, right, spaced
 from mossquant.model.config import PRESETS
 from mossquant.model.mossnet import tensor_specs
 from mossquant.plan.entries import TensorEntry
@@ -15,8 +15,6 @@ from mossquant.plan.plan import Plan, make_plan
 from mossquant.plan.recipe import Recipe, Rule, recipes
 
 __all__ = ["plan_tables", "recipe_tables"]
-
-_DASH = "—"
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
@@ -30,7 +28,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         (
             role,
             storage if of[0].format is not None else f"kept in {storage}",
-            of[0].solver or _DASH,
+            of[0].solver or DASH,
             str(len(of)),
             f"{sum(entry.predicted_bytes for entry in of):,}",
             _largest_error(of),
@@ -41,38 +39,39 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         (row.storage, str(row.tensors), f"{row.weights:,}", f"{row.bytes:,}", f"{row.bits_per_weight:.3f}")
         for row in plan.summary()
     ]
-    weights = sum(entry.count for entry in plan.tensors)
-    tensors = str(len(plan.tensors))
-    summary.append(("all", tensors, f"{weights:,}", f"{plan.predicted_bytes:,}", f"{plan.bits_per_weight:.3f}"))
+    tensors, weights = str(len(plan.tensors)), f"{sum(entry.count for entry in plan.tensors):,}"
+    summary.append(("all", tensors, weights, f"{plan.predicted_bytes:,}", f"{plan.bits_per_weight:.3f}"))
     caption = (
         f"From {plan.stored_bytes:,} bytes. Needs {disk_bytes(plan) / 1e6:.1f} MB of disk and about "
         f"{memory_bytes(plan) / 1e6:.0f} MB of memory beside Python's own."
     )
-    by_role = ["tensors", "bytes", "largest\nerror"]
-    by_format = ["tensors", "weights", "bytes", "bits a\nweight"]
+    by_role = [*left("role", "becomes", "solver"), *right("tensors", "bytes", "largest\nerror")]
+    by_format = [*left("format"), *right("tensors", "weights", "bytes", "bits a\nweight")]
+    because = [(why, ", ".join(names)) for why, names in reasons.items()]
     return spaced(
-        [
-            grid([*left("role", "becomes", "solver"), *right(*by_role)], rows, whole_names=True),
-            grid(left("because", "these are stored so"), [(why, ", ".join(names)) for why, names in reasons.items()]),
-            grid([*left("format"), *right(*by_format)], summary, caption=caption, whole_names=True),
-        ]
+        grid(by_role, rows, whole_names=True),
+        grid(left("because", "these are stored so"), because),
+        grid(by_format, summary, caption=caption, whole_names=True),
     )
 
 
 def recipe_tables() -> list[Table | str]:
     """The recipes that ship with the package: their rules, and what they cost on the smallest preset."""
-    return spaced(list(map(_recipe_table, recipes())))
+    return spaced(*map(_recipe_table, recipes()))
 
 
 def _recipe_table(recipe: Recipe) -> Table:
-    rows: list[tuple[str, str, str, str]] = []
+    rows = []
     for weight in recipe.weights:
-        solver = weight.solver or recipe.solver
-        becomes = f"kept in {weight.keep}" if weight.format is None else f"{weight.format}, {solver}"
+        quantized = f"{weight.format}, {weight.solver or recipe.solver}"
+        becomes = f"kept in {weight.keep}" if weight.format is None else quantized
         rows.append(("weights", _which(weight), becomes, weight.why or ""))
     rows += [("activations", _which(rule), rule.format, "") for rule in recipe.activations]
     rows += [("state", _which(rule), rule.format, "") for rule in recipe.state]
-    caption = f"Recipe {recipe.name}: {_cost(recipe)}; runs on {', '.join(recipe.targets)}."
+    name, config = next(iter(PRESETS.items()))
+    plan = make_plan(config, {spec.name: torch.bfloat16 for spec in tensor_specs(config)}, recipe)
+    cost = f"{plan.bits_per_weight:.2f} bits a weight on {name}"
+    caption = f"Recipe {recipe.name}: {cost}; runs on {', '.join(recipe.targets)}."
     return grid(left("what", "which", "becomes", "because"), rows, caption=caption)
 
 
@@ -80,14 +79,7 @@ def _which(rule: Rule) -> str:
     return rule.pattern + (", where there is one" if rule.optional else "")
 
 
-def _cost(recipe: Recipe) -> str:
-    name, config = next(iter(PRESETS.items()))
-    plan = make_plan(config, {spec.name: torch.bfloat16 for spec in tensor_specs(config)}, recipe)
-    return f"{plan.bits_per_weight:.2f} bits a weight on {name}"
-
-
 def _largest_error(entries: Iterable[TensorEntry]) -> str:
-    errors = [
-        entry.relative_error for entry in entries if entry.format is not None and entry.relative_error is not None
-    ]
-    return f"{max(errors):.4f}" if errors else _DASH
+    quantized = [entry for entry in entries if entry.format is not None]
+    errors = [entry.relative_error for entry in quantized if entry.relative_error is not None]
+    return f"{max(errors):.4f}" if errors else DASH

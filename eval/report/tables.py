@@ -2,43 +2,27 @@
 """Reports as tables for a terminal; no arithmetic but rounding. A dash stands where there is no value."""
 
 import math
-from collections.abc import Sequence
 
 from rich.table import Table
 
 from mossquant.eval.bench import BenchReport, Speed
 from mossquant.eval.compare import Candidate, ComparisonReport
 from mossquant.eval.perplexity import PerplexityReport
-from mossquant.eval.report.demo_report import DemoReport
-from mossquant.eval.report.grid import grid, left, right, spaced
-from mossquant.eval.report.plan_tables import plan_tables, recipe_tables
+from mossquant.eval.report.grid import DASH, grid, left, right, spaced
 from mossquant.eval.verify import VerifyReport
-from mossquant.eval.windows import Interval
 from mossquant.targets.export import Needs
 from mossquant.targets.info_report import InfoReport
 
-__all__ = [
-    "bench_table",
-    "comparison_table",
-    "demo_table",
-    "info_tables",
-    "needs_table",
-    "parity_table",
-    "perplexity_table",
-    "plan_tables",
-    "recipe_tables",
-]
-
-_DASH = "—"
 _HASH_SHOWN = 16
 
 
 def perplexity_table(report: PerplexityReport) -> Table:
     """One model on one text."""
-    error = _DASH if report.standard_error is None else f"± {report.standard_error:.4f} (standard error)"
+    seen = "; the model was trained or calibrated on it" if report.seen else ""
+    error = DASH if report.standard_error is None else f"± {report.standard_error:.4f} (standard error)"
     rows = [
         ("model", f"{report.path} ({_kind(report.kind, report.activations)})"),
-        ("text", f"{report.text}, SHA-256 {report.text_sha256[:_HASH_SHOWN]}{_seen(report.seen)}"),
+        ("text", f"{report.text}, SHA-256 {report.text_sha256[:_HASH_SHOWN]}{seen}"),
         ("tokens predicted", f"{report.tokens:,} in {_streams(report.streams)}, {report.text_bytes:,} bytes"),
         ("nats a token", f"{report.nats_per_token:.4f} {error}"),
         ("perplexity", f"{report.perplexity:.4f}"),
@@ -51,18 +35,19 @@ def comparison_table(report: ComparisonReport) -> Table:
     """The original and every candidate; intervals stand below what they belong to."""
     base = report.baseline
     size = _size(base.bytes, base.bits_per_weight)
-    rows = [[f"{base.path}\noriginal, {base.weights}", f"{base.perplexity:.3f}", _DASH, _DASH, _DASH, size]]
+    rows = [(f"{base.path}\noriginal, {base.weights}", f"{base.perplexity:.3f}", DASH, DASH, DASH, size)]
     for candidate in report.candidates:
-        failed = "\nabove the gate" if candidate.gate_failed else ""
+        interval, failed = candidate.ppl_increase_ci95, "\nabove the gate" if candidate.gate_failed else ""
+        between = "" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
         rows.append(
-            [
+            (
                 f"{candidate.path}\n{_kind(candidate.kind, candidate.activations)}",
                 f"{candidate.perplexity:.3f}",
-                f"{candidate.ppl_increase_pct:+.2f}\n{_range(candidate.ppl_increase_ci95)}{failed}",
+                f"{candidate.ppl_increase_pct:+.2f}\n{between}{failed}",
                 _divergence(candidate),
                 f"{100 * candidate.top1_agreement:.1f}",
                 _size(candidate.bytes, candidate.bits_per_weight),
-            ]
+            )
         )
     seen = "; seen by " + ", ".join(report.seen_by) if report.seen_by else ""
     caption = f"{report.text}, {report.tokens:,} tokens in {_streams(report.streams)}{seen}; intervals are 95 %"
@@ -74,7 +59,7 @@ def needs_table(needs: Needs) -> Table:
     """What an export takes, target by target."""
     rows = [(name, _megabytes(disk), _megabytes(memory)) for name, (disk, memory) in needs.targets.items()]
     rows += [
-        ("tokenizer and manifest", _megabytes(needs.beside_bytes), _DASH),
+        ("tokenizer and manifest", _megabytes(needs.beside_bytes), DASH),
         ("all", _megabytes(needs.disk_bytes), _megabytes(needs.memory_bytes)),
     ]
     heads = [*left(""), *right("disk, MB,\nat most", "memory, MB,\nat most")]
@@ -84,13 +69,19 @@ def needs_table(needs: Needs) -> Table:
 
 def parity_table(report: VerifyReport) -> Table:
     """Every check of every artifact, below its path."""
-    rows: list[Sequence[str]] = []
-    shown = None
-    for artifact, name, value, bound, verdict in report.rows():
-        if artifact != shown:
-            rows.append((artifact, "", "", ""))
-            shown = artifact
-        rows.append((f"  {name}", value, bound, verdict))
+    rows = []
+    for artifact in report.artifacts:
+        weights = artifact.weights
+        equal = "all equal" if weights.passed else f"{len(weights.differences)} differences"
+        rows += [
+            (artifact.path, "", "", ""),
+            (f"  weights of {weights.tensors} tensors", equal, "", _verdict(weights.passed)),
+        ]
+        if artifact.parity is None:
+            rows.append(("  graph", "not compared: nothing was run", "", ""))
+        for check in artifact.checks:
+            bound, verdict = ("", "") if check.bound is None else (f"{check.bound:.3g}", _verdict(check.passed))
+            rows.append((f"  {check.name}", f"{check.value:.3g}", bound, verdict))
     verdicts = [row[3] for row in rows if row[3]]
     caption = f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
     return grid([*left("check"), *right("found", "at most"), *left("")], rows, caption=caption)
@@ -118,42 +109,14 @@ def bench_table(report: BenchReport) -> Table:
     return grid([*left(""), *columns], rows, caption=caption)
 
 
-def demo_table(report: DemoReport) -> Table:
-    """What the demo ends with: the original, int8 and int4, as checkpoint, .onnx and .pte."""
-    rows: list[Sequence[str]] = []
-    for row in report.rows():
-        timing = row.timing
-        rows.append(
-            [
-                row.model,
-                row.form,
-                f"{row.perplexity:.3f}",
-                _DASH if row.candidate is None else _with_margin(row.candidate),
-                f"{row.file_bytes / 1e6:.2f}",
-                f"{row.bits_per_weight:.2f}",
-                f"{timing.prefill_tok_s.median:.0f}/{timing.decode_tok_s.median:.0f}",
-            ]
-        )
-    machine = report.bench.machine
-    caption = (
-        f"{report.comparison.tokens:,} held-out tokens in one stream. KL to the original in nats a token, ± half of "
-        "its 95 % interval; bits a weight; tokens/s of prefill/decode "
-        f"on {report.bench.threads} of {machine['cores']} cores, {machine['cpu']}. "
-        "Checkpoints run in PyTorch with fp32 activations, quantized programs with int8 ones."
-    )
-    return grid([*left("", ""), *right("perplexity", "KL", "MB", "bits", "tokens/s")], rows, caption=caption)
-
-
 def info_tables(report: InfoReport) -> list[Table | str]:
     """What is at a path: facts, weights by role, sections of a program, files."""
-    config = report.config
-    sizes = f"{config.num_hidden_layers} blocks, width {config.hidden_size}, d_inner {config.d_inner}"
+    config, whole = report.config, report.program_bytes
+    widths = f"width {config.hidden_size}, d_inner {config.d_inner}, state {config.state_size}"
+    ranks = f"dt_rank {config.time_step_rank}, vocabulary {config.vocab_size}"
     facts = [
         ("what", f"{report.path} ({report.kind}, {report.weights})"),
-        (
-            "shape",
-            f"{sizes}, state {config.state_size}, dt_rank {config.time_step_rank}, vocabulary {config.vocab_size}",
-        ),
+        ("shape", f"{config.num_hidden_layers} blocks, {widths}, {ranks}"),
         ("SSM experts", f"{_count(config.num_ssm_experts)}, {config.num_ssm_experts_per_tok} a token"),
         ("MLP experts", f"{_count(config.num_mlp_experts)}, {config.num_mlp_experts_per_tok} a token"),
         ("parameters", f"{report.parameters:,}, of which {report.active_parameters:,} for one token"),
@@ -164,29 +127,22 @@ def info_tables(report: InfoReport) -> list[Table | str]:
     if report.rows:
         rows = [
             (
-                row.role,
-                row.storage,
-                str(row.tensors),
-                f"{row.weights:,}",
-                f"{row.bytes:,}",
-                f"{row.bits_per_weight:.2f}",
-                _DASH if row.relative_error is None else f"{row.relative_error:.4f}",
+                *(row.role, row.storage, str(row.tensors), f"{row.weights:,}", f"{row.bytes:,}"),
+                *(f"{row.bits_per_weight:.2f}", DASH if row.relative_error is None else f"{row.relative_error:.4f}"),
             )
             for row in report.rows
         ]
         heads = [*left("role", "stored as"), *right("tensors", "weights", "bytes", "bits a\nweight", "largest\nerror")]
         tables.append(grid(heads, rows, whole_names=True))
     if report.sections:
-        sections = [
-            (name, f"{size:,}", f"{100 * size / report.program_bytes:.1f}") for name, size in report.sections.items()
-        ]
-        ratio = report.program_bytes / report.payload_bytes
-        sections.append(("the program", f"{report.program_bytes:,}", "100.0"))
-        caption = f"{ratio:.4f} × the {report.payload_bytes:,} bytes that the checkpoint stores for the weights"
+        sections = [(name, f"{size:,}", f"{100 * size / whole:.1f}") for name, size in report.sections.items()]
+        sections.append(("the program", f"{whole:,}", "100.0"))
+        stored = f"the {report.payload_bytes:,} bytes that the checkpoint stores for the weights"
+        caption = f"{whole / report.payload_bytes:.4f} × {stored}"
         tables.append(grid([*left("bytes for"), *right("bytes", "%")], sections, caption=caption))
     files = [(row.name, f"{row.bytes:,}", row.sha256[:_HASH_SHOWN]) for row in report.files]
     tables.append(grid([*left("file"), *right("bytes"), *left("SHA-256 begins")], files))
-    return spaced(tables)
+    return spaced(*tables)
 
 
 def scientific(value: float) -> str:
@@ -201,19 +157,11 @@ def _divergence(candidate: Candidate) -> str:
     """Mean; below it its interval, both with the mean's exponent; below that the median."""
     if candidate.kl_ci95 is None or candidate.kl_mean <= 0:
         return scientific(candidate.kl_mean)
-    (mean, low, high), exponent = _scaled(candidate.kl_mean, candidate.kl_ci95.low, candidate.kl_ci95.high)
+    (mean, low, high), exponent = scaled(candidate.kl_mean, candidate.kl_ci95.low, candidate.kl_ci95.high)
     return f"{mean:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}\nmedian {scientific(candidate.kl_median)}"
 
 
-def _with_margin(candidate: Candidate) -> str:
-    """Mean ± half of its interval: 1.31±0.07e-3."""
-    if candidate.kl_ci95 is None or candidate.kl_mean <= 0:
-        return scientific(candidate.kl_mean)
-    (mean, margin), exponent = _scaled(candidate.kl_mean, (candidate.kl_ci95.high - candidate.kl_ci95.low) / 2)
-    return f"{mean:.2f}±{margin:.2f}e{exponent}"
-
-
-def _scaled(first: float, *others: float) -> tuple[list[float], int]:
+def scaled(first: float, *others: float) -> tuple[list[float], int]:
     """Numbers over the power of ten of the first, and its exponent."""
     exponent = math.floor(math.log10(first))
     return [value / 10.0**exponent for value in (first, *others)], exponent
@@ -223,8 +171,8 @@ def _kind(kind: str, activations: str) -> str:
     return f"{kind}, {activations} activations"
 
 
-def _range(interval: Interval | None) -> str:
-    return "" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
+def _verdict(passed: bool) -> str:
+    return "ok" if passed else "FAILED"
 
 
 def _speed(speed: Speed) -> str:
@@ -241,10 +189,6 @@ def _size(count: int, bits_per_weight: float) -> str:
 
 def _streams(count: int) -> str:
     return "one stream" if count == 1 else f"{count} streams"
-
-
-def _seen(seen: bool) -> str:
-    return "; the model was trained or calibrated on it" if seen else ""
 
 
 def _count(experts: int | tuple[int, ...]) -> str:

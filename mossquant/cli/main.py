@@ -38,8 +38,10 @@ app = typer.Typer(
 _QUIET, _DEBUG = "--quiet", "--debug"
 _BAD_INPUT, _UNFORESEEN, _STOPPED = 2, 70, 130
 # Errors of the system that are the user's to mend, not ours: a full disk, a file-size limit, a forbidden folder.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENAMETOOLONG)
+_OF_THE_SYSTEM = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENAMETOOLONG),
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -76,46 +78,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ended.exit_code
     except ReaderGone:
         return 0
-    except InputError as error:
-        return _refuse(str(error))
-    except typer.exceptions.TyperException as error:
-        return _refuse(_usage(error))
-    except OSError as error:
-        name = error.filename
-        if name and os.access(name, os.F_OK) and not os.access(name, os.R_OK):
-            return _refuse(f"{name} cannot be read ({error.strerror}); give something that you may read")
-        if error.errno in _FULL + _FORBIDDEN:
-            return _refuse(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another path")
-        return _unforeseen(error, debug)
     except KeyboardInterrupt:
         terminal.complain("stopped")
         return _STOPPED
-    except Exception as error:  # the one place where anything may be caught: it becomes status 70
-        return _unforeseen(error, debug)
+    except Exception as error:  # the one place where anything may be caught: what nobody is to mend is status 70
+        message = _to_mend(error)
+        if message is not None:
+            terminal.complain(message)
+            return _BAD_INPUT
+        if debug:
+            traceback.print_exception(error)
+        terminal.complain(
+            f"an error that we did not foresee ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            "please report it, with the output of the same command and --debug"
+        )
+        return _UNFORESEEN
     return 0
 
 
-def _usage(error: typer.exceptions.TyperException) -> str:
-    context: Any = getattr(error, "ctx", None)
-    command = "mossquant" if context is None else context.command_path
-    said = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
-    return f"{said}; see {command} --help"
-
-
-def _refuse(message: str) -> int:
-    terminal.complain(message)
-    return _BAD_INPUT
-
-
-def _unforeseen(error: Exception, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    name = type(error).__name__
-    terminal.complain(
-        f"an error that we did not foresee ({name}: {' '.join(str(error).split())[:200]}); "
-        "please report it, with the output of the same command and --debug"
-    )
-    return _UNFORESEEN
+def _to_mend(error: Exception) -> str | None:
+    """What to tell the user about an error that is the user's to mend; None for one of ours."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, typer.exceptions.TyperException):
+        context: Any = getattr(error, "ctx", None)
+        command = "mossquant" if context is None else context.command_path
+        said = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
+        return f"{said}; see {command} --help"
+    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+        name = error.filename
+        if name and os.access(name, os.F_OK) and not os.access(name, os.R_OK):
+            return f"{name} cannot be read ({error.strerror}); give something that you may read"
+        return f"{name or 'the output'}: {error.strerror}; free space or choose another path"
+    return None
 
 
 def run() -> None:

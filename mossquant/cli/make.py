@@ -6,58 +6,47 @@ from typing import Annotated, Literal
 
 import typer
 
-from mossquant.cli.options import (
-    MOST_SEED,
-    NO_OUTPUT,
-    Force,
-    Json,
-    Output,
-    Recipe,
-    Threads,
-    Tokens,
-    check_json,
-    write_json_report,
-)
+from mossquant.cli import options
 from mossquant.cli.terminal import command_line, terminal
 from mossquant.errors import InputError
 
 __all__ = ["demo", "export", "import_", "quantize", "recipes", "train"]
 
 
-def demo(output: Output = Path("demo"), tokens: Tokens = 65536, threads: Threads = None, json: Json = None) -> None:
+def demo(
+    output: options.Output = Path("demo"),
+    tokens: options.Tokens = 65536,
+    threads: options.Threads = None,
+    json: options.Json = None,
+) -> None:
     """The main job on the bundled model: quantize, lower, run what came out, and compare it with the original.
 
     Example: mossquant demo -o demo
     """
     from mossquant.eval.report.demo import demo as run
-    from mossquant.eval.report.tables import demo_table
+    from mossquant.eval.report.demo_report import demo_table
 
-    check_json(json, output=output)
+    options.check_json(json, output=output)
     with terminal.bar() as shown:
         report = run(output, tokens=tokens or 65536, threads=threads, said=terminal.say, progress=shown)
-    terminal.show(demo_table(report), *report.closing())
-    write_json_report(json, report)
+    options.finish(json, report, demo_table(report), *report.closing())
 
 
 def train(
-    output: Output,
-    text: Annotated[list[str], typer.Option("--text", help="text file, or python-stdlib; may be repeated")],
-    preset: Annotated[str, typer.Option("--preset", help="tiny, 8x30m, 8x200m or 8x1.5b")] = "tiny",
-    tokenizer: Annotated[Literal["bpe", "bytes"], typer.Option("--tokenizer", help="bpe, or bytes")] = "bpe",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps")] = 5000,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="windows a step; half of them carry state")] = 16,
-    window: Annotated[int, typer.Option("--window", min=2, help="tokens a window")] = 256,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="peak learning rate")] = 3e-3,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=MOST_SEED, help="initial weights and order of the text")
-    ] = 0,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="cpu or cuda")] = "cpu",
-    dtype: Annotated[
-        Literal["bfloat16", "float32", "float16"], typer.Option("--dtype", help="stored type")
-    ] = "bfloat16",
-    work: Annotated[Path | None, typer.Option("--work", help="work folder; OUTPUT.training if not given")] = None,
-    threads: Threads = None,
-    force: Force = False,
+    output: options.Output,
+    text: Annotated[list[str], typer.Option(help="text file, or python-stdlib; may be repeated")],
+    preset: Annotated[str, typer.Option(help="tiny, 8x30m, 8x200m or 8x1.5b")] = "tiny",
+    tokenizer: Annotated[Literal["bpe", "bytes"], typer.Option(help="bpe, or bytes")] = "bpe",
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 5000,
+    batch: Annotated[int, typer.Option(min=1, help="windows a step; half of them carry state")] = 16,
+    window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 3e-3,
+    seed: Annotated[int, typer.Option(min=0, max=options.MOST_SEED, help="initial weights and order of the text")] = 0,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[options.Dtype, typer.Option(help="stored type")] = "bfloat16",
+    work: Annotated[Path | None, typer.Option(help="work folder; OUTPUT.training if not given")] = None,
+    threads: options.Threads = None,
+    force: options.Force = False,
 ) -> None:
     """Train a MossNet from text. A killed run goes on from its last snapshot when the same command is given again.
 
@@ -96,13 +85,10 @@ def train(
 
 def import_(
     source: Annotated[str, typer.Argument(metavar="FOLDER", help="the Mamba, or a MossNet to add a tokenizer to")],
-    output: Output,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="a tokenizer.json to take along")] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float32", "float16"] | None,
-        typer.Option("--dtype", help="stored type; as it is if not given"),
-    ] = None,
-    force: Force = False,
+    output: options.Output,
+    tokenizer: Annotated[Path | None, typer.Option(help="a tokenizer.json to take along")] = None,
+    dtype: Annotated[options.Dtype | None, typer.Option(help="stored type; as it is if not given")] = None,
+    force: options.Force = False,
 ) -> None:
     """Bring in a Mamba checkpoint: a Hugging Face folder (MambaForCausalLM) or the original state-spaces layout.
 
@@ -119,31 +105,31 @@ def import_(
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
-    recipe: Recipe = "int4",
+    output: options.MaybeOutput = None,
+    recipe: options.Recipe = "int4",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan, bytes, disk and memory; write nothing")
     ] = False,
-    force: Force = False,
-    json: Json = None,
+    force: options.Force = False,
+    json: options.Json = None,
 ) -> None:
     """Run a recipe on a checkpoint: every tensor to int8 or int4, or kept with a reason in the ledger.
 
     Example: mossquant quantize tiny -r int4 -o tiny-int4
     """
     from mossquant.calibration.quantize import quantize as run
-    from mossquant.eval.report.tables import plan_tables
+    from mossquant.eval.report.plan_tables import plan_tables
     from mossquant.plan.recipe import recipe_files
 
-    check_json(json, model, *recipe_files(recipe), output=output)
+    options.check_json(json, model, *recipe_files(recipe), output=output)
     if output is None and not dry_run:
-        raise InputError(NO_OUTPUT)
+        raise InputError(options.NO_OUTPUT)
     with terminal.bar("quantizing") as shown:
         plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
-    terminal.show(*plan_tables(plan))
-    if output is not None and not dry_run:
-        terminal.show(f"{output}: lower it with: {command_line('export', output, '-o', f'{output}-onnx')}")
-    write_json_report(json, plan)
+    results = plan_tables(plan)
+    if not dry_run:
+        results.append(f"{output}: lower it with: {command_line('export', str(output), '-o', f'{output}-onnx')}")
+    options.finish(json, plan, *results)
 
 
 def recipes() -> None:
@@ -151,21 +137,20 @@ def recipes() -> None:
 
     Example: mossquant recipes
     """
-    from mossquant.eval.report.tables import recipe_tables
+    from mossquant.eval.report.plan_tables import recipe_tables
 
     terminal.show(*recipe_tables())
 
 
 def export(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, quantized or not, or tiny")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
-    target: Annotated[str, typer.Option("--target", help="onnx, executorch, or both with a comma between")] = "onnx",
+    output: options.MaybeOutput = None,
+    target: Annotated[str, typer.Option(help="onnx, executorch, or both with a comma between")] = "onnx",
     activations: Annotated[
-        Literal["int8", "fp32"] | None,
-        typer.Option("--activations", help="inputs of the linears; as planned if not given"),
+        Literal["int8", "fp32"] | None, typer.Option(help="inputs of the linears; as planned if not given")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Lower a checkpoint, quantized or not, to an artifact: programs, tokenizer and manifest.
 
@@ -180,7 +165,7 @@ def export(
         terminal.show(needs_table(export_needs(model, target=targets, activations=activations)))
         return
     if output is None:
-        raise InputError(NO_OUTPUT)
+        raise InputError(options.NO_OUTPUT)
     with terminal.bar("lowering") as shown:
         artifact = run(model, output, target=targets, activations=activations, force=force, progress=shown)
     for note in artifact.notes:

@@ -5,19 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mossquant.cli.options import (
-    MOST_TOKENS,
-    AllowSeen,
-    Json,
-    Model,
-    RunActivations,
-    Streams,
-    TextOption,
-    Threads,
-    Tokens,
-    check_json,
-    write_json_report,
-)
+from mossquant.cli import options
 from mossquant.cli.terminal import terminal
 from mossquant.errors import InputError
 
@@ -25,10 +13,9 @@ __all__ = ["bench", "compare", "info", "perplexity", "verify"]
 
 _GATE_FAILED = 1
 """Exit status: accuracy or parity."""
-_MOST_REPEATS = 10_000
 
 
-def info(path: Model, json: Json = None) -> None:
+def info(path: options.Model, json: options.Json = None) -> None:
     """What a checkpoint, quantized checkpoint or artifact is: shapes, experts, bytes by format, ledger, hashes.
 
     Example: mossquant info tiny
@@ -36,21 +23,20 @@ def info(path: Model, json: Json = None) -> None:
     from mossquant.eval.info import info as run
     from mossquant.eval.report.tables import info_tables
 
-    check_json(json, path)
+    options.check_json(json, path)
     report = run(path)
-    terminal.show(*info_tables(report))
-    write_json_report(json, report)
+    options.finish(json, report, *info_tables(report))
 
 
 def perplexity(
-    model: Model,
-    text: TextOption = None,
-    tokens: Tokens = None,
-    streams: Streams = 1,
-    activations: RunActivations = None,
-    threads: Threads = None,
-    allow_seen: AllowSeen = False,
-    json: Json = None,
+    model: options.Model,
+    text: options.Text = None,
+    tokens: options.Tokens = None,
+    streams: options.Streams = 1,
+    activations: options.RunActivations = None,
+    threads: options.Threads = None,
+    allow_seen: options.AllowSeen = False,
+    json: options.Json = None,
 ) -> None:
     """Measure one model or artifact: nats a token, perplexity, bits a byte.
 
@@ -59,7 +45,7 @@ def perplexity(
     from mossquant.eval.perplexity import perplexity as run
     from mossquant.eval.report.tables import perplexity_table
 
-    check_json(json, model, text)
+    options.check_json(json, model, text)
     with terminal.bar("measuring") as shown:
         report = run(
             model,
@@ -71,8 +57,7 @@ def perplexity(
             allow_seen=allow_seen,
             progress=shown,
         )
-    terminal.show(perplexity_table(report))
-    write_json_report(json, report)
+    options.finish(json, report, perplexity_table(report))
 
 
 def compare(
@@ -80,16 +65,14 @@ def compare(
     candidates: Annotated[
         list[str], typer.Argument(metavar="CANDIDATE", help="checkpoints and artifacts to compare with it")
     ],
-    text: TextOption = None,
-    tokens: Tokens = None,
-    streams: Streams = 1,
-    max_ppl_increase: Annotated[
-        str | None, typer.Option("--max-ppl-increase", help="gate: exit status 1 above it, e.g. 1%")
-    ] = None,
-    activations: RunActivations = None,
-    threads: Threads = None,
-    allow_seen: AllowSeen = False,
-    json: Json = None,
+    text: options.Text = None,
+    tokens: options.Tokens = None,
+    streams: options.Streams = 1,
+    max_ppl_increase: Annotated[str | None, typer.Option(help="gate: exit status 1 above it, e.g. 1%")] = None,
+    activations: options.RunActivations = None,
+    threads: options.Threads = None,
+    allow_seen: options.AllowSeen = False,
+    json: options.Json = None,
 ) -> None:
     """Measure candidates against the original on the same tokens: perplexity, KL, top-1 agreement, bytes.
 
@@ -98,7 +81,7 @@ def compare(
     from mossquant.eval.compare import compare as run
     from mossquant.eval.report.tables import comparison_table
 
-    check_json(json, base, *candidates, text)
+    options.check_json(json, base, *candidates, text)
     gate = None if max_ppl_increase is None else _percent(max_ppl_increase)
     with terminal.bar("measuring") as shown:
         report = run(
@@ -113,8 +96,7 @@ def compare(
             allow_seen=allow_seen,
             progress=shown,
         )
-    terminal.show(comparison_table(report))
-    write_json_report(json, report)
+    options.finish(json, report, comparison_table(report))
     if report.gate_failed:
         terminal.warn(f"gate failed: perplexity rose by more than {str(max_ppl_increase).removesuffix('%')}%")
         raise typer.Exit(_GATE_FAILED)
@@ -124,11 +106,11 @@ def verify(
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="the checkpoint that it was lowered from")],
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx, a .pte, or the folder of one")],
     weights_only: Annotated[bool, typer.Option("--weights-only", help="read back the weights and stop")] = False,
-    text: TextOption = None,
-    positions: Annotated[int, typer.Option("--positions", min=1, help="single steps that are compared")] = 2000,
-    stream: Annotated[int, typer.Option("--stream", min=128, help="tokens run freely and compared")] = 20000,
-    threads: Threads = None,
-    json: Json = None,
+    text: options.Text = None,
+    positions: Annotated[int, typer.Option(min=1, help="single steps that are compared")] = 2000,
+    stream: Annotated[int, typer.Option(min=128, help="tokens run freely and compared")] = 20000,
+    threads: options.Threads = None,
+    json: options.Json = None,
 ) -> None:
     """Hold an artifact against its quantized checkpoint: every weight read back from the file, then run side by side.
 
@@ -137,7 +119,7 @@ def verify(
     from mossquant.eval.report.tables import parity_table
     from mossquant.eval.verify import verify as run
 
-    check_json(json, quantized, *artifacts, text)
+    options.check_json(json, quantized, *artifacts, text)
     with terminal.bar("comparing") as shown:
         report = run(
             quantized,
@@ -149,8 +131,7 @@ def verify(
             threads=threads,
             progress=shown,
         )
-    terminal.show(parity_table(report))
-    write_json_report(json, report)
+    options.finish(json, report, parity_table(report))
     if not report.passed:
         for line in report.failures():
             terminal.warn(line)
@@ -159,11 +140,11 @@ def verify(
 
 def bench(
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="what to time")],
-    threads: Threads = None,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, max=MOST_TOKENS, help="tokens of the prefill")] = 512,
-    decode: Annotated[int, typer.Option("--decode", min=1, max=MOST_TOKENS, help="steps of the decode")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, max=_MOST_REPEATS, help="turns that count")] = 5,
-    json: Json = None,
+    threads: options.Threads = None,
+    prompt: Annotated[int, typer.Option(min=1, max=options.MOST_TOKENS, help="tokens of the prefill")] = 512,
+    decode: Annotated[int, typer.Option(min=1, max=options.MOST_TOKENS, help="steps of the decode")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="turns that count")] = 5,
+    json: options.Json = None,
 ) -> None:
     """Time models and artifacts in turn: prefill and decode tokens a second, load time, memory.
 
@@ -172,11 +153,10 @@ def bench(
     from mossquant.eval.bench import bench as run
     from mossquant.eval.report.tables import bench_table
 
-    check_json(json, *paths)
+    options.check_json(json, *paths)
     with terminal.bar("timing") as shown:
         report = run(paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, progress=shown)
-    terminal.show(bench_table(report))
-    write_json_report(json, report)
+    options.finish(json, report, bench_table(report))
 
 
 def _percent(text: str) -> float:

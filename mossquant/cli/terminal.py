@@ -7,7 +7,6 @@ verb goes on: what it writes is whole, and its exit status is its own.
 """
 
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -134,9 +133,6 @@ class _Plain(Console):
     """A console for plain text."""
 
     def __init__(self, *, stderr: bool) -> None:
-        for name in ("COLUMNS", "LINES"):  # what the library takes for a number, and may not be one: "²"
-            if not re.fullmatch("[0-9]{1,5}", os.environ.get(name, "1")):
-                del os.environ[name]
         stream = sys.stderr if stderr else sys.stdout
         known = "COLUMNS" in os.environ or (stream is not None and stream.isatty())
         width = None if known else _PIPED_WIDTH

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons: the numbers against their definitions, the JSON's shape, the gate, the pairing."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from small import SMALL, random_model, write_model
 
 from mossquant.errors import InputError
 from mossquant.eval.compare import compare, paired_difference
-from mossquant.files.outputs import json_bytes
 from mossquant.targets.torch.runner import TorchRunner
 
 
@@ -46,27 +44,6 @@ def test_the_numbers_are_what_their_definitions_say(byte_model: Path, other_byte
     assert candidate.ppl_increase_ci95.low <= candidate.ppl_increase_pct <= candidate.ppl_increase_ci95.high
 
 
-def test_json_has_the_published_keys(byte_model: Path, other_byte_model: Path, text_file: Path) -> None:
-    report = json.loads(json_bytes(compare(byte_model, [other_byte_model], text=text_file, tokens=700).to_json()))
-    assert report["version"] == 1
-    assert {"sha256", "tokens"} <= report["text"].keys()
-    assert {"path", "perplexity", "bytes"} <= report["baseline"].keys()
-    candidate = report["candidates"][0]
-    assert candidate.keys() >= {
-        "path",
-        "kind",
-        "perplexity",
-        "ppl_increase_pct",
-        "ppl_increase_ci95",
-        "kl_mean",
-        "top1_agreement",
-        "bytes",
-        "bits_per_weight",
-    }
-    assert len(candidate["ppl_increase_ci95"]) == 2
-    assert candidate["bits_per_weight"] == 16
-
-
 def test_a_short_text_has_no_interval(byte_model: Path, text_file: Path) -> None:
     report = compare(byte_model, [byte_model], text=text_file, tokens=50)
     assert report.to_json()["candidates"][0]["ppl_increase_ci95"] is None
@@ -94,20 +71,8 @@ def test_two_candidates_are_paired() -> None:
         paired_difference(text, text[:, :-1])
 
 
-def test_models_that_cannot_be_compared(byte_model: Path, text_file: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", random_model(replace(SMALL, vocab_size=300)))
-    with pytest.raises(InputError, match=r"no tokenizer\.json"):
-        compare(byte_model, [other], text=text_file)
+def test_models_that_cannot_be_compared(byte_model: Path, text_file: Path) -> None:
     with pytest.raises(InputError, match="no candidate"):
         compare(byte_model, [], text=text_file)
     with pytest.raises(InputError, match="not a number of per cent"):
         compare(byte_model, [byte_model], text=text_file, max_ppl_increase=float("nan"))
-
-
-def test_another_tokenizer_is_named(byte_model: Path, text_file: Path, tmp_path: Path) -> None:
-    from mossquant.checkpoint.locate import BUNDLED, asset_folder
-
-    folder = write_model(tmp_path / "bpe", random_model(replace(SMALL, vocab_size=4096)))
-    (folder / "tokenizer.json").write_bytes((asset_folder(BUNDLED) / "tokenizer.json").read_bytes())
-    with pytest.raises(InputError, match=r"another tokenizer or vocabulary than .*bpe \(vocabulary 4096\)"):
-        compare(byte_model, [folder], text=text_file)

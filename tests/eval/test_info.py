@@ -9,7 +9,6 @@ from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
-from mossquant.errors import InputError
 from mossquant.eval.info import InfoReport, info
 from mossquant.files.outputs import file_sha256, json_bytes
 from mossquant.model.mossnet import parameter_count
@@ -20,12 +19,12 @@ from mossquant.targets.export import export
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint, its int4 form and the .onnx of both."""
     above = tmp_path_factory.mktemp("info")
-    found = {"checkpoint": write_model(above / "model", random_model(SMALL)), "int4": above / "int4"}
-    quantize(found["checkpoint"], found["int4"], recipe="int4")
+    folders = {"checkpoint": write_model(above / "model", random_model(SMALL)), "int4": above / "int4"}
+    quantize(folders["checkpoint"], folders["int4"], recipe="int4")
     for name in ("checkpoint", "int4"):
-        found[f"{name} onnx"] = above / f"{name}-onnx"
-        export(found[name], found[f"{name} onnx"])
-    return found
+        folders[f"{name} onnx"] = above / f"{name}-onnx"
+        export(folders[name], folders[f"{name} onnx"])
+    return folders
 
 
 def _json(report: InfoReport) -> dict[str, object]:
@@ -86,8 +85,3 @@ def test_external_weights_are_counted(paths: dict[str, Path], tmp_path: Path, mo
     assert len(files) == len(report.files) == 2
     assert report.program_bytes == sum(path.stat().st_size for path in files)
     assert all(size >= 0 for size in report.sections.values())
-
-
-def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        info(tmp_path / "nothing")

@@ -23,15 +23,15 @@ def _tokens(streams: int, length: int) -> NDArray[np.int64]:
 
 def test_nll_is_that_of_the_whole_stream_in_one_float64_pass(byte_model: Path) -> None:
     tokens = _tokens(2, 90)
-    found = score([open_runner(byte_model)], tokens)[0]
+    losses = score([open_runner(byte_model)], tokens)[0]
     exact = TorchRunner.open(byte_model, dtype=torch.float64, scan="sequential")
     logits, _ = exact(tokens[:, :-1], exact.initial_state(2), logits="all")
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(np.take_along_axis(p, tokens[:, 1:, None], -1)[..., 0])
-    assert found.nll.shape == (2, 89)
-    np.testing.assert_allclose(found.nll, expected, rtol=0, atol=CUT_NATS)
-    assert not found.kl.any()
-    assert found.agree.all()
+    assert losses.nll.shape == (2, 89)
+    np.testing.assert_allclose(losses.nll, expected, rtol=0, atol=CUT_NATS)
+    assert not losses.kl.any()
+    assert losses.agree.all()
 
 
 def test_a_stream_does_not_see_the_others(byte_model: Path) -> None:

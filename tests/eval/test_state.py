@@ -30,7 +30,7 @@ RUNTIMES: dict[str, tuple[str, str | None]] = {
 
 INT4 = [name for name in RUNTIMES if name.startswith("int4")]
 SAME_ARITHMETIC = [("original", "original .onnx"), ("int4, planned", "int4 .onnx")]
-SAME_MODEL = SAME_ARITHMETIC + [(one, other) for one in INT4 for other in INT4 if one < other]
+SAME_MODEL = SAME_ARITHMETIC + [(saver, reader) for saver in INT4 for reader in INT4 if saver < reader]
 BYTES = Tokenizer.byte_level()
 PROMPT = "The quick brown fox – größer als zuvor – jumps over the lazy dog. "
 
@@ -48,13 +48,13 @@ def original_artifact(checkpoint_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def opened(request: pytest.FixtureRequest) -> Opener:
     """Opens a runtime by its name, once."""
-    found: dict[str, Runner] = {}
+    runners: dict[str, Runner] = {}
 
     def get(name: str) -> Runner:
-        if name not in found:
+        if name not in runners:
             fixture, activations = RUNTIMES[name]
-            found[name] = open_runner(request.getfixturevalue(fixture), activations=activations, threads=1)
-        return found[name]
+            runners[name] = open_runner(request.getfixturevalue(fixture), activations=activations, threads=1)
+        return runners[name]
 
     return get
 
@@ -78,22 +78,22 @@ def test_bit_for_bit_on_the_same_runtime(opened: Opener, name: str, first: int, 
     restored = load_state(tmp_path / "state", runner)
     np.testing.assert_array_equal(restored.logits, at.logits)
     expected, state = runner(more, at.state, logits="all")
-    found, other = runner(more, restored.state, logits="all")
-    np.testing.assert_array_equal(found, expected)
+    continued, other = runner(more, restored.state, logits="all")
+    np.testing.assert_array_equal(continued, expected)
     for token in tokens_of(8, seed=2)[0]:
         expected, state = runner(np.array([[token]]), state)
-        found, other = runner(np.array([[token]]), other)
-        np.testing.assert_array_equal(found, expected)
+        continued, other = runner(np.array([[token]]), other)
+        np.testing.assert_array_equal(continued, expected)
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_generation_in_two_parts_is_the_whole(opened: Opener, name: str, tmp_path: Path) -> None:
     runner = opened(name)
     whole = continue_text(runner, BYTES, PROMPT, max_tokens=24, save_state=tmp_path / "whole")
-    one = continue_text(runner, BYTES, PROMPT, max_tokens=10, save_state=tmp_path / "part")
-    two = continue_text(runner, BYTES, max_tokens=14, load_state=tmp_path / "part", save_state=tmp_path / "end")
-    assert one.tokens + two.tokens == whole.tokens
-    assert two.prompt_tokens == 0
+    first = continue_text(runner, BYTES, PROMPT, max_tokens=10, save_state=tmp_path / "part")
+    second = continue_text(runner, BYTES, max_tokens=14, load_state=tmp_path / "part", save_state=tmp_path / "end")
+    assert first.tokens + second.tokens == whole.tokens
+    assert second.prompt_tokens == 0
     assert (tmp_path / "end").read_bytes() == (tmp_path / "whole").read_bytes()
     assert load_state(tmp_path / "end", runner).tokens == len(PROMPT.encode()) + 24
 
@@ -103,10 +103,10 @@ def test_a_prompt_after_a_saved_prompt_is_the_second_of_two_calls(opened: Opener
     runner, path = opened(name), tmp_path / "state"
     silent = continue_text(runner, BYTES, PROMPT, max_tokens=0, save_state=path)
     assert (silent.text, silent.tokens, silent.reason) == ("", (), "max_tokens")
-    found = continue_text(runner, BYTES, "And then ", max_tokens=12, load_state=path, save_state=path, force=True)
+    generation = continue_text(runner, BYTES, "And then ", max_tokens=12, load_state=path, save_state=path, force=True)
     at = read(runner, BYTES.encode(PROMPT)[None])
     logits, state = runner(BYTES.encode("And then ")[None], at.state)
-    for token in found.tokens:
+    for token in generation.tokens:
         assert token == np.argmax(logits[0, -1])
         logits, state = runner(np.array([[token]]), state)
     after = load_state(path, runner)
@@ -118,16 +118,16 @@ def test_a_stop_string_has_been_read_when_the_state_is_saved(opened: Opener, tmp
     runner = opened("original")
     whole = continue_text(runner, BYTES, PROMPT, max_tokens=12)
     stop = BYTES.decode(whole.tokens[4:6])
-    found = continue_text(runner, BYTES, PROMPT, max_tokens=12, stop=[stop], save_state=tmp_path / "state")
-    assert found.reason == "stop"
-    rest = continue_text(runner, BYTES, max_tokens=12 - len(found.tokens), load_state=tmp_path / "state")
-    assert found.tokens + rest.tokens == whole.tokens
+    generation = continue_text(runner, BYTES, PROMPT, max_tokens=12, stop=[stop], save_state=tmp_path / "state")
+    assert generation.reason == "stop"
+    rest = continue_text(runner, BYTES, max_tokens=12 - len(generation.tokens), load_state=tmp_path / "state")
+    assert generation.tokens + rest.tokens == whole.tokens
 
 
-@pytest.mark.parametrize(("one", "other"), SAME_MODEL + [(other, one) for one, other in SAME_MODEL])
-def test_another_runtime_of_the_same_model_goes_on(opened: Opener, one: str, other: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("saver", "reader"), SAME_MODEL + [(reader, saver) for saver, reader in SAME_MODEL])
+def test_another_runtime_of_the_same_model_goes_on(opened: Opener, saver: str, reader: str, tmp_path: Path) -> None:
     """What arrives is what was saved; what follows is what the other makes of the text itself, up to arithmetic."""
-    source, target, tokens, more = opened(one), opened(other), tokens_of(80), tokens_of(40, seed=1)
+    source, target, tokens, more = opened(saver), opened(reader), tokens_of(80), tokens_of(40, seed=1)
     assert source.info.model_sha256 == target.info.model_sha256
     at = read(source, tokens)
     save_state(tmp_path / "state", source, at)
@@ -135,11 +135,11 @@ def test_another_runtime_of_the_same_model_goes_on(opened: Opener, one: str, oth
     np.testing.assert_array_equal(restored.logits, at.logits)
     for name, array in target.read(restored.state).items():
         np.testing.assert_array_equal(array, source.read(at.state)[name])
-    found = target(more, restored.state, logits="all")[0]
+    continued = target(more, restored.state, logits="all")[0]
     expected = target(more, read(target, tokens).state, logits="all")[0]
     forgotten = target(more, target.initial_state(1), logits="all")[0]
-    assert apart(found, expected) <= FORGOTTEN * apart(forgotten, expected)
-    if (one, other) in SAME_ARITHMETIC or (other, one) in SAME_ARITHMETIC:
+    assert apart(continued, expected) <= FORGOTTEN * apart(forgotten, expected)
+    if (saver, reader) in SAME_ARITHMETIC or (reader, saver) in SAME_ARITHMETIC:
         here, there = single_steps(source, target, at.state, more)
         assert apart(there, here) <= ONNX_INT8_MEDIAN * np.abs(here).max()
 
@@ -154,9 +154,9 @@ def single_steps(source: Runner, target: Runner, state: State, tokens: NDArray[n
     return np.concatenate(here, 1), np.concatenate(there, 1)
 
 
-def apart(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+def apart(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     """The median over positions of the largest difference."""
-    return float(np.median(np.abs(one - other).max(-1)))
+    return float(np.median(np.abs(a - b).max(-1)))
 
 
 def test_a_state_of_another_model_is_refused(
@@ -176,17 +176,3 @@ def test_a_state_of_another_model_is_refused(
             message = str(caught.value)
             assert f"{path} is the state of another model: {saver}, SHA-256 {source.info.model_sha256[:12]}" in message
             assert f"{runner.info.path} is {name}, {runner.info.model_sha256[:12]}" in message
-
-
-def test_options_are_checked_before_anything_is_read(opened: Opener, tmp_path: Path) -> None:
-    runner = opened("original")
-    with pytest.raises(InputError, match="max_tokens is 0, needs 1 or more, or 0 with a state to save"):
-        continue_text(runner, BYTES, "x", max_tokens=0)
-    with pytest.raises(InputError, match="is not a file"):
-        continue_text(runner, BYTES, "x", load_state=tmp_path / "none")
-    (tmp_path / "state").write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
-        continue_text(runner, BYTES, "x", save_state=tmp_path / "state", on_text=pytest.fail)
-    with pytest.raises(InputError, match="is not a state, so it is not replaced"):
-        continue_text(runner, BYTES, "x", save_state=tmp_path / "state", force=True, on_text=pytest.fail)
-    assert (tmp_path / "state").read_text() == "mine"

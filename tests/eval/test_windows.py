@@ -38,9 +38,9 @@ def test_the_same_values_give_the_same_interval_and_the_draws_are_paired() -> No
 
 def test_windows_of_like_values_are_less_sure_than_tokens() -> None:
     level = np.repeat(np.random.default_rng(1).standard_normal(40), 256)[None]
-    found = Windows(1, level.size).standard_error(level)
-    assert found is not None
-    assert found > 10 * level.std() / math.sqrt(level.size)
+    error = Windows(1, level.size).standard_error(level)
+    assert error is not None
+    assert error > 10 * level.std() / math.sqrt(level.size)
 
 
 def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
@@ -77,6 +77,6 @@ def test_the_interval_of_a_share_holds_it_about_as_often_as_it_says() -> None:
     assert (share_interval(0, 2003).low, share_interval(100, 100).high) == (0, 1), "of rounding, no share is beyond"
     assert none.high == pytest.approx(1.959964**2 / (100 + 1.959964**2))
     drawn = np.random.default_rng(4).binomial(2000, 0.02, 2000)
-    held = sum(found.low <= 0.02 <= found.high for found in (share_interval(int(n), 2000) for n in drawn))
+    held = sum(interval.low <= 0.02 <= interval.high for interval in (share_interval(int(n), 2000) for n in drawn))
     # 1,900 expected; a binomial jumps, ±30 is three standard deviations.
     assert 1860 <= held <= 1940

@@ -21,8 +21,7 @@ from mossquant.eval import open as opening
 from mossquant.eval.bench import BenchReport, Speed, Timing
 from mossquant.eval.report import demo as module
 from mossquant.eval.report.demo import demo
-from mossquant.eval.report.demo_report import DemoReport
-from mossquant.eval.report.tables import demo_table
+from mossquant.eval.report.demo_report import DemoReport, demo_table
 from mossquant.files.outputs import json_bytes
 
 

@@ -15,6 +15,7 @@ from mossquant.eval.info import info
 from mossquant.eval.parity import Check, ParityReport
 from mossquant.eval.perplexity import perplexity
 from mossquant.eval.report import tables
+from mossquant.eval.report.plan_tables import plan_tables, recipe_tables
 from mossquant.eval.verify import ArtifactVerdict, VerifyReport
 from mossquant.targets.weights_report import WeightsReport
 
@@ -66,6 +67,7 @@ def test_parity() -> None:
     text = _text(tables.parity_table(report))
     assert text.count("FAILED") == 1
     assert "good [red]" in text
+    assert "not compared: nothing was run" in text
     assert not report.passed
     assert report.failures() == ["bad: free run: mean KL: 0.001, at most 0.0001 is allowed"]
     changed = VerifyReport(
@@ -88,13 +90,13 @@ def test_info_and_plan(byte_model: Path, tmp_path: Path) -> None:
     text = _text(*tables.info_tables(info(tmp_path / "int4")))
     assert "ssm.expert.dt_proj" in text
     assert "model.safetensors" in text
-    text = _text(*tables.plan_tables(ledger))
+    text = _text(*plan_tables(ledger))
     assert f"{ledger.predicted_bytes:,}" in text
     assert "kept in float32" in text
-    assert _text(*tables.plan_tables(quantize(byte_model, tmp_path / "none", recipe="int4", dry_run=True)))
+    assert _text(*plan_tables(quantize(byte_model, tmp_path / "none", recipe="int4", dry_run=True)))
 
 
 def test_recipes() -> None:
-    text = _text(*tables.recipe_tables())
+    text = _text(*recipe_tables())
     assert "Recipe int4:" in text
     assert "Recipe int8:" in text

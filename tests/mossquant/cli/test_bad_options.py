@@ -22,11 +22,9 @@ BAD_OPTIONS = [
     ("perplexity MODEL --text EMPTY", "is empty: give a file with text in it"),
     ("compare MODEL MODEL --text OUT", "cannot be read"),
     ("verify QUANTIZED ARTIFACT --text BYTE", "are too few"),
-    ("train --text EMPTY -o OUT", "is empty: give a file with text in it"),
     ("train --text BYTE -o OUT", "has 2 bytes"),
     ("train --text TEXT -o OUT --tokenizer bytes --batch 64", "32896 tokens are needed for one step"),
     ("perplexity tiny --text LATIN", "is not UTF-8 at byte 2 (0xf6): convert it to UTF-8; only a byte-level model"),
-    ("train --text LATIN -o OUT", "is not UTF-8 at byte 2"),
     ("generate tiny --prompt-file LATIN", "is not UTF-8 at byte 2"),
     ("generate MODEL --prompt-file SPARSE", "sparse is larger than 16 MB"),
     ("perplexity MODEL --text SPARSE", "sparse is larger than 8 MB"),
@@ -35,21 +33,16 @@ BAD_OPTIONS = [
     ("perplexity MODEL --text TEXT --tokens 100000", "tokens, 100000 were asked for; give a longer text or fewer"),
     ("demo --tokens 100000000 -o OUT", "100000000 tokens cannot be measured on; the held-out text has"),
     ("perplexity MODEL --text TEXT --streams 9000", "are too few for 9000 streams"),
-    ("generate MODEL x --threads 1000000000", "Invalid value for '--threads'"),
-    ("bench MODEL --prompt 1000000000000", "Invalid value for '--prompt'"),
     ("perplexity MODEL --text TEXT --activations int3", "'int3' is not one of 'fp32', 'planned'"),
     ("compare MODEL MODEL --text TEXT --max-ppl-increase 1%%", "'1%%' is not a percentage"),
     ("compare MODEL MODEL --text TEXT --max-ppl-increase nan", "is not a number of per cent"),
     ("compare MODEL", "Missing argument 'CANDIDATE'; see mossquant compare --help"),
-    ("train -o OUT", "Missing option '--text'"),
     ("generate MODEL x --temperature inf", "temperature is inf"),
     ("generate MODEL x --top-p nan", "top_p is nan, needs more than 0 and at most 1"),
     ("generate MODEL x --max-tokens 0", "max_tokens is 0, needs 1 or more, or 0 with a state to save"),
-    ("generate MODEL x --seed 1000000000000000000000000000000", "Invalid value for '--seed'"),
     ("generate MODEL x --stop=", "an empty stop string"),
     ("generate MODEL x --prompt-file TEXT", "a prompt and --prompt-file were both given"),
     ("generate MODEL -", "the prompt is empty"),
-    ("generate MODEL --save-state OUT", "the prompt is empty"),
     ("generate MODEL x --load-state OUT", "is not a file; give one that `mossquant generate --save-state` wrote"),
     ("generate MODEL x --load-state TEXT", "is not a state: "),
     ("generate MODEL x --save-state TEXT", "exists already; choose another output path or pass --force to replace it"),
@@ -147,9 +140,9 @@ def test_text_that_the_model_has_seen(checkpoint_folder: Path, text: Path, tmp_p
         message = refused(place, *words, "--text", text)
         assert "was used to train or calibrate" in message
         assert "--allow-seen" in message
-    found = command("perplexity", model, "--text", text, "--allow-seen")
-    assert found.status == 0
-    assert "trained or calibrated on it" in found.out
+    outcome = command("perplexity", model, "--text", text, "--allow-seen")
+    assert outcome.status == 0
+    assert "trained or calibrated on it" in outcome.out
 
 
 def test_an_output_may_have_the_name_of_a_recipe(
@@ -196,23 +189,21 @@ def test_an_input_that_may_not_be_read(checkpoint_folder: Path, place: Path, mon
     assert "cannot be read (Permission denied); give something that" in refused(place, "info", checkpoint_folder)
 
 
-def broken(*_: object, **__: object) -> None:
-    raise RuntimeError("two\nlines \x1b[31m")
-
-
 def test_an_error_of_our_own(checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("two\nlines \x1b[31m")
+
     monkeypatch.setattr("mossquant.eval.info.info", broken)
-    found = command("info", checkpoint_folder)
-    assert (found.status, found.out) == (70, "")
-    assert found.err.startswith(
+    outcome = command("info", checkpoint_folder)
+    assert (outcome.status, outcome.out) == (70, "")
+    assert outcome.err.startswith(
         r"mossquant: an error that we did not foresee (RuntimeError: two lines \x1b[31m); please"
     )
-    assert found.err.count("\n") == 1
-    for words in (["--debug", "info", checkpoint_folder], ["info", checkpoint_folder, "--debug"]):
-        shown = command(*words)
-        assert shown.status == 70
-        assert "Traceback (most recent call last)" in shown.err
-        assert shown.err.endswith(found.err.split(";")[0] + ";" + found.err.split(";")[1])
+    assert outcome.err.count("\n") == 1
+    shown = command("info", checkpoint_folder, "--debug")
+    assert shown.status == 70
+    assert "Traceback (most recent call last)" in shown.err
+    assert shown.err.endswith(outcome.err)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +230,9 @@ def test_an_interrupt_or_an_error_leaves_nothing(
 
     monkeypatch.setattr(inside, stop)
     words = next(words for words in writing(checkpoint_folder, text, place / "out") if words[0] == verb)
-    found = command("--quiet", *words)
-    assert found.status == status
-    assert found.err == "mossquant: stopped\n" if status == 130 else found.err.count("\n") == 1
-    assert found.out == ""
+    outcome = command("--quiet", *words)
+    assert outcome.status == status
+    assert outcome.err == "mossquant: stopped\n" if status == 130 else outcome.err.count("\n") == 1
+    assert outcome.out == ""
     # Training goes on from its work folder.
     assert [path.name for path in place.iterdir()] == (["out.training"] if verb == "train" else [])
