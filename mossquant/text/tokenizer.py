@@ -9,7 +9,8 @@ length of the text.
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 from mossquant.files.outputs import new_file
+from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
 from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
 
 __all__ = ["END_OF_TEXT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
@@ -59,34 +61,54 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest token.
         sha256: of `tokenizer.json`, in hexadecimal; None for the byte-level tokenizer.
-        end_of_text: the token that ends a text, or None. Text never encodes to it, not even by spelling it out.
+        declared: what the model declares about its text (`text.json`); the default where it declares nothing.
+        end_of_text: the token that ends a text, or begins one that has no other beginning, or None.
+        ends: every token that ends a text.
+        beginning_of_text: the token that is put in front of every new text, or None.
+        special_tokens: spelling → token of those that stand for no text. Text never encodes to them, not even by
+            spelling them out, unless that is asked for.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer | None, sha256: str | None) -> None:
+    def __init__(
+        self, library: tokenizers.Tokenizer | None, sha256: str | None, declared: DeclaredText | None = None
+    ) -> None:
         self.sha256 = sha256
+        self.declared = declared = declared or DeclaredText()
+        self.special_tokens = dict(declared.special_tokens)
+        self.beginning_of_text = declared.beginning_of_text if declared.add_beginning_of_text else None
         self._library = library
-        self.end_of_text: int | None = None
+        ends = declared.end_of_text
         if library is None:
             self.vocab_size = _BYTES
-            self._token_bytes: tuple[bytes, ...] | None = tuple(bytes([value]) for value in range(_BYTES))
+            silent = set(self.special_tokens.values())
+            self._token_bytes: tuple[bytes, ...] | None = tuple(
+                b"" if value in silent else bytes([value]) for value in range(_BYTES)
+            )
         else:
             library.no_padding()
             library.no_truncation()
             library.encode_special_tokens = True
+            _add_special_tokens(library, declared.special_tokens)
+            stored: dict[str, Any] = json.loads(library.to_str())
+            added = stored.get("added_tokens", ())
+            self.special_tokens |= {token["content"]: token["id"] for token in added if token["special"]}
             self.vocab_size = 1 + max(library.get_vocab(with_added_tokens=True).values())
-            self.end_of_text = next((i for i in map(library.token_to_id, _END_NAMES) if i is not None), None)
-            self._token_bytes = _bytes_of_tokens(library, self.vocab_size)
+            named = (library.token_to_id(name) for name in _END_NAMES)
+            ends = ends or tuple(token for token in named if token is not None)[:1]
+            self._token_bytes = _bytes_of_tokens(library, stored, self.special_tokens, self.vocab_size)
+        self.end_of_text = ends[0] if ends else None
+        self.ends = frozenset(ends)
         if self._token_bytes is not None:
             self._lengths = np.array([len(token) for token in self._token_bytes], np.int64)
 
     @classmethod
-    def byte_level(cls) -> "Tokenizer":
+    def byte_level(cls, declared: DeclaredText | None = None) -> "Tokenizer":
         """The byte-level tokenizer: a token is a byte, the vocabulary is 256."""
-        return cls(None, None)
+        return cls(None, None, declared)
 
     @classmethod
-    def from_file(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`. Raises `InputError` if it is missing or not one."""
+    def from_file(cls, path: Path, declared: DeclaredText | None = None) -> "Tokenizer":
+        """Read a `tokenizer.json`. Raises `InputError` if it is missing, not one, or not the one that is `declared`."""
         data = read_bytes(path, largest=LARGEST_TOKENIZER, advice="give a tokenizer.json")
         try:
             offenders, text = tokenizer_offenders(data), data.decode("utf-8")
@@ -98,21 +120,23 @@ class Tokenizer:
             library = tokenizers.Tokenizer.from_str(text)
         if not library.get_vocab_size(with_added_tokens=True):
             raise InputError(f"{path} has an empty vocabulary: give the tokenizer that the model was trained with")
-        return cls(library, hashlib.sha256(data).hexdigest())
+        return cls(library, hashlib.sha256(data).hexdigest(), declared)
 
     @classmethod
     def for_folder(cls, folder: Path, vocab_size: int) -> "Tokenizer":
         """The tokenizer of a checkpoint or artifact whose model has `vocab_size` entries.
 
-        `tokenizer.json` where there is one; without it, a vocabulary of 256 means bytes.
+        `tokenizer.json` where there is one; without it, a vocabulary of 256 means bytes. What the model declares about
+        its text comes from `text.json`, where there is one.
 
         Raises:
-            InputError: there is neither, or the tokenizer has more entries than the model.
+            InputError: there is neither, the tokenizer has more entries than the model, or `text.json` is damaged or
+                does not belong to them.
         """
-        path = folder / "tokenizer.json"
+        path, declared = folder / "tokenizer.json", read_declared_text(folder, vocab_size)
         if not path.is_file():
             if vocab_size == _BYTES:
-                return cls.byte_level()
+                return cls.byte_level(declared)
             added = "import it with one (mossquant import --tokenizer FILE)"
             if (folder / "manifest.json").exists() or not (folder / "config.json").exists():  # nothing can be added
                 added = "import the original with one (mossquant import --tokenizer FILE), then quantize and export it"
@@ -120,7 +144,7 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json, and a vocabulary of {vocab_size} is not byte-level, "
                 f"so the model takes token ids only: {added}"
             )
-        tokenizer = cls.from_file(path)
+        tokenizer = cls.from_file(path, declared)
         if tokenizer.vocab_size > vocab_size:
             raise InputError(
                 f"{path} has tokens up to {tokenizer.vocab_size - 1}, and the model has a vocabulary of {vocab_size}: "
@@ -133,34 +157,69 @@ class Tokenizer:
         """Whether text that is not UTF-8 can be encoded (`read_text(..., as_bytes=...)`)."""
         return self._library is None
 
-    def encode(self, text: str | bytes) -> Tokens:
-        """The tokens [T] of a text, int64, with nothing added. Raises `InputError` for bytes that are not UTF-8."""
+    def encode(self, text: str | bytes, *, special: bool = False) -> Tokens:
+        """The tokens [T] of a text, int64, with nothing added.
+
+        Args:
+            text: the text.
+            special: where it spells a special token, that token is meant; else it is taken as letters.
+
+        Raises:
+            InputError: bytes that are not UTF-8.
+        """
         data = _encoded(text)
         if self._library is None:
-            return np.frombuffer(data, np.uint8).astype(np.int64)
+            return self._encode_bytes(data, self.special_tokens if special else {})
         string = decode_utf8(data, "the text")
         # The library's fast form leaves out the offsets; it exists for lists only.
-        with _library_errors("the tokenizer cannot encode this text"):
+        with _library_errors("the tokenizer cannot encode this text"), self._parsing(special):
             ids = self._library.encode_batch_fast([string], add_special_tokens=False)[0].ids
         return np.array(ids, np.int64)
 
-    def encode_with_lengths(self, text: str | bytes) -> tuple[Tokens, Tokens]:
+    def special_in(self, text: str | bytes) -> list[str]:
+        """The special tokens that a text spells."""
+        data = _encoded(text)
+        return [spelling for spelling in self.special_tokens if spelling.encode("utf-8") in data]
+
+    @staticmethod
+    def _encode_bytes(data: bytes, special: Mapping[str, int]) -> Tokens:
+        longest_first = sorted((spelling.encode("utf-8") for spelling in special), key=len, reverse=True)
+        parts = re.split(b"(" + b"|".join(map(re.escape, longest_first)) + b")", data) if special else [data]
+        tokens = [
+            np.array([special[part.decode("utf-8")]]) if i % 2 else np.frombuffer(part, np.uint8)
+            for i, part in enumerate(parts)
+        ]
+        return np.concatenate(tokens).astype(np.int64)
+
+    @contextmanager
+    def _parsing(self, special: bool) -> Iterator[None]:
+        """Whether the library takes special tokens for what they mean, for a while."""
+        assert self._library is not None
+        self._library.encode_special_tokens = not special
+        try:
+            yield
+        finally:
+            self._library.encode_special_tokens = True
+
+    def encode_with_lengths(self, text: str | bytes, *, special: bool = False) -> tuple[Tokens, Tokens]:
         """(tokens [T], byte lengths [T]) of a text; the lengths add up to the text's length in UTF-8.
 
-        They are the lengths of the tokens themselves (`byte_lengths`) where those add up. Where the tokenizer changes
-        the text (a normaliser, a space put in front) a token counts the bytes of the text from the end of the token
-        before it to its own end.
+        They are the lengths of the tokens themselves (`byte_lengths`) where those add up, a special token that the
+        text spells having that of its spelling. Where the tokenizer changes the text (a normaliser, a space put in
+        front) a token counts the bytes of the text from the end of the token before it to its own end.
         """
         data = _encoded(text)
-        tokens = self.encode(data)
+        tokens = self.encode(data, special=special)
         if self._token_bytes is not None:
             lengths = self.byte_lengths(tokens)
+            for spelling, token in self.special_tokens.items() if special else ():
+                lengths[tokens == token] = len(spelling.encode("utf-8"))
             if int(lengths.sum()) == len(data):
                 return tokens, lengths
         assert self._library is not None, "a byte is one byte long"
         string = data.decode("utf-8")
         starts = np.cumsum([0, *(len(character.encode("utf-8")) for character in string)])
-        with _library_errors("the tokenizer cannot encode this text"):
+        with _library_errors("the tokenizer cannot encode this text"), self._parsing(special):
             ends = [end for _, end in self._library.encode(string, add_special_tokens=False).offsets]
         last = np.maximum.accumulate(np.array(ends, np.int64)) if ends else np.zeros(0, np.int64)
         if len(last):
@@ -289,24 +348,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *, force:
     return Tokenizer.from_file(path)
 
 
-def _bytes_of_tokens(library: tokenizers.Tokenizer, vocab_size: int) -> tuple[bytes, ...] | None:
-    """The bytes of every token of a byte-level BPE; None for other kinds.
+def _add_special_tokens(library: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
+    """Make the library know these special tokens. Raises `InputError` where it has them under other ids."""
+    library.add_special_tokens(sorted(special, key=lambda spelling: special[spelling]))
+    found = {spelling: library.token_to_id(spelling) for spelling in special}
+    offenders = [f"{name} is {special[name]}, not {token}" for name, token in found.items() if token != special[name]]
+    if offenders:
+        what = f"{TEXT_FILE} names special tokens that tokenizer.json has elsewhere"
+        raise InputError.listing(what, offenders, "Import the original again.")
+
+
+def _bytes_of_tokens(
+    library: tokenizers.Tokenizer, stored: dict[str, Any], special: Mapping[str, int], vocab_size: int
+) -> tuple[bytes, ...] | None:
+    """The bytes of every token of a byte-level BPE; None for other kinds. `stored` is the library's JSON.
 
     Such a vocabulary spells each byte as one printable character (GPT-2's table): bytes that are printable in Latin-1
     stand for themselves, the others follow from U+0100 on. Added tokens are spelled as text; special ones stand for no
     text.
     """
-    stored: dict[str, Any] = json.loads(library.to_str())
     if not _is_byte_level(stored.get("decoder")):
         return None
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = sorted(set(range(_BYTES)) - set(kept))
     values = {chr(value): value for value in kept} | {chr(0x100 + i): value for i, value in enumerate(moved)}
-    special = {token["content"]: token["special"] for token in stored.get("added_tokens", ())}
+    added = {token["content"] for token in stored.get("added_tokens", ())}
     table = [b""] * vocab_size
     for spelling, token in library.get_vocab(with_added_tokens=True).items():
         if spelling in special:
-            table[token] = b"" if special[spelling] else spelling.encode("utf-8")
+            continue
+        if spelling in added:
+            table[token] = spelling.encode("utf-8")
         elif all(character in values for character in spelling):
             table[token] = bytes(values[character] for character in spelling)
         else:
