@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 from mossquant.files.outputs import new_file
 from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
-from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
+from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, parts_of, tokenizer_offenders
 
-__all__ = ["END_OF_TEXT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "MOST_RECENT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
 
 Tokens = npt.NDArray[np.int64]
 
@@ -54,6 +55,11 @@ _CUTS = (
 # bytes a token while it encodes one text.
 _PIECE = 1 << 20
 
+# A stream decodes with some tokens to the left: as many as have text, as a rule one, and at most these. Where it goes
+# on after others, none before the last `MOST_RECENT` of them matters.
+_MOST_CONTEXT = 16
+MOST_RECENT = 2 * _MOST_CONTEXT
+
 
 class Tokenizer:
     """Text to tokens and back: bytes as they are, or a Hugging Face `tokenizer.json`.
@@ -77,10 +83,11 @@ class Tokenizer:
         self.special_tokens = dict(declared.special_tokens)
         self.beginning_of_text = declared.beginning_of_text if declared.add_beginning_of_text else None
         self._library = library
+        self._fallback_bytes: dict[int, bytes] = {}
         ends = declared.end_of_text
         if library is None:
             self.vocab_size = _BYTES
-            silent = set(self.special_tokens.values())
+            silent = self.special_tokens.values()
             self._token_bytes: tuple[bytes, ...] | None = tuple(
                 b"" if value in silent else bytes([value]) for value in range(_BYTES)
             )
@@ -96,6 +103,8 @@ class Tokenizer:
             named = (library.token_to_id(name) for name in _END_NAMES)
             ends = ends or tuple(token for token in named if token is not None)[:1]
             self._token_bytes = _bytes_of_tokens(library, stored, self.special_tokens, self.vocab_size)
+            self._fallback_bytes = _fallback_bytes(library, stored)
+        self._silent = frozenset(self.special_tokens.values())
         self.end_of_text = ends[0] if ends else None
         self.ends = frozenset(ends)
         if self._token_bytes is not None:
@@ -235,18 +244,19 @@ class Tokenizer:
             raise InputError("this tokenizer's tokens have no fixed length in bytes: give text in place of token ids")
         return self._lengths[tokens]
 
-    def decode(self, tokens: Sequence[int] | Tokens) -> str:
-        """The text of the tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, tokens: Iterable[int] | Tokens) -> str:
+        """The text of the tokens, as a stream gives it; bytes that are not UTF-8 become U+FFFD.
+
+        Special tokens stand for no text, nor does any number that is no token.
+        """
         if self._token_bytes is not None:
             return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
-        assert self._library is not None
-        with _library_errors("the tokenizer cannot decode these tokens"):
-            text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=True)
-        return text
+        stream = self.stream()
+        return "".join([*map(stream.step, tokens), stream.finish()])
 
-    def stream(self) -> "StreamDecoder":
-        """A decoder for tokens that arrive one at a time."""
-        return StreamDecoder(self)
+    def stream(self, after: Sequence[int] | Tokens = ()) -> "StreamDecoder":
+        """A decoder for tokens that arrive one at a time, `after` others whose text is not wanted again."""
+        return StreamDecoder(self, after)
 
     def encode_documents(self, documents: Iterable[str | bytes]) -> Tokens:
         """The tokens of all documents, each followed by `end_of_text` where there is one: what training reads.
@@ -261,38 +271,97 @@ class Tokenizer:
             parts.append(end)
         return np.concatenate(parts) if parts else end[:0]
 
+    def _has_text(self, token: int | np.int64) -> bool:
+        """Whether a token stands for text; one that only the model has does not."""
+        if self._token_bytes is not None:
+            return self._bytes_of(token) != b""
+        assert self._library is not None
+        inside = 0 <= token < self.vocab_size and token not in self._silent
+        return inside and self._library.id_to_token(int(token)) is not None
+
     def _bytes_of(self, token: int | np.int64) -> bytes:
-        """The bytes of a token; none for an entry that only the model has."""
-        assert self._token_bytes is not None
+        """The bytes of a token, as far as it stands for bytes."""
+        if self._token_bytes is None:
+            return self._fallback_bytes.get(int(token), b"")
         return self._token_bytes[token] if 0 <= token < self.vocab_size else b""
+
+    def _text_of(self, tokens: Sequence[int]) -> str:
+        """What the library's decoder makes of tokens that have text; in a run of bytes only what is broken is U+FFFD.
+
+        The library would make U+FFFD of every byte of a run that is not whole, so it is given whole ones.
+        """
+        assert self._library is not None
+        spelled: list[str] = []
+        for byte, run in groupby(tokens, lambda token: token in self._fallback_bytes):
+            if byte:
+                whole = b"".join(map(self._bytes_of, run)).decode("utf-8", errors="replace").encode("utf-8")
+                spelled += [f"<0x{value:02X}>" for value in whole]
+            else:
+                spelled += map(self._library.id_to_token, run)
+        decoder = self._library.decoder
+        try:
+            with _library_errors("the tokenizer cannot decode these tokens"):
+                return " ".join(spelled) if decoder is None else str(decoder.decode(spelled))
+        except InputError:  # it panics over some pieces that are empty: a model may put out whatever it likes
+            return "".join(spelled)
 
 
 class StreamDecoder:
-    """Tokens to text, one token at a time: a character whose bytes are not all there yet is held back."""
+    """Tokens to text, one token at a time: a character whose bytes are not all there yet is held back.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    A token's text may depend on what stands to its left (whether a space is put in front). So it is what the text of
+    some tokens before it grows by, as few as have text themselves. Tokens without text change nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] | Tokens = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._library_stream = decoders.DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._given = ""
+        self._context: list[int] = []
+        self._context_text = ""
+        self._pending: list[int] = []
+        for token in [int(token) for token in after if tokenizer._has_text(token)][-MOST_RECENT:]:
+            self.step(token)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The few tokens that a stream which goes on has to be begun after."""
+        return (*self._context, *self._pending)
 
     def step(self, token: int) -> str:
         """The text that `token` completes; often empty inside a character of several bytes."""
-        if self._tokenizer._token_bytes is not None:
-            return self._utf8.decode(self._tokenizer._bytes_of(token))
-        assert self._tokenizer._library is not None
-        with _library_errors("the tokenizer cannot decode these tokens"):
-            text = self._library_stream.step(self._tokenizer._library, token) or ""
-        self._tokens.append(token)
-        self._given += text
-        return text
+        tokenizer = self._tokenizer
+        if not tokenizer._has_text(token):
+            return ""
+        self._pending.append(int(token))
+        data = tokenizer._bytes_of(token)
+        if not data:
+            self._utf8.reset()
+        text = self._utf8.decode(data)
+        held = len(self._utf8.getstate()[0])  # bytes that no character is made of yet
+        count = 0
+        while held > sum(len(tokenizer._bytes_of(late)) for late in self._pending[len(self._pending) - count :]):
+            count += 1
+        done, self._pending = self._pending[: len(self._pending) - count], self._pending[len(self._pending) - count :]
+        return text if tokenizer._token_bytes is not None else self._grow(done)
 
     def finish(self) -> str:
         """What was held back: U+FFFD for a character that never became whole, else nothing."""
-        if self._tokenizer._token_bytes is not None:
-            return self._utf8.decode(b"", final=True)
-        return self._tokenizer.decode(self._tokens)[len(self._given) :]
+        text = self._utf8.decode(b"", final=True)
+        done, self._pending = self._pending, []
+        return text if self._tokenizer._token_bytes is not None else self._grow(done)
+
+    def _grow(self, done: list[int]) -> str:
+        """By what the text grows with these tokens, which then are the context."""
+        if not done:
+            return ""
+        tokens = self._context + done
+        text = self._tokenizer._text_of(tokens)[len(self._context_text) :]
+        for count in range(1, min(len(tokens), _MOST_CONTEXT) + 1):
+            self._context = tokens[-count:]
+            self._context_text = self._tokenizer._text_of(self._context)
+            if self._context_text:
+                break
+        return text
 
 
 @contextmanager
@@ -384,6 +453,14 @@ def _bytes_of_tokens(
         else:
             return None
     return tuple(table)
+
+
+def _fallback_bytes(library: tokenizers.Tokenizer, stored: dict[str, Any]) -> dict[int, bytes]:
+    """Token → byte of those that stand for one byte each, where the decoder makes characters of them."""
+    if not any(part.get("type") == "ByteFallback" for part in parts_of(stored.get("decoder"))):
+        return {}
+    found = {value: library.token_to_id(f"<0x{value:02X}>") for value in range(_BYTES)}
+    return {token: bytes([value]) for value, token in found.items() if token is not None}
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
