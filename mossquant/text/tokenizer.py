@@ -276,8 +276,8 @@ class Tokenizer:
         if self._token_bytes is not None:
             return self._bytes_of(token) != b""
         assert self._library is not None
-        inside = 0 <= token < self.vocab_size and token not in self._silent
-        return inside and self._library.id_to_token(int(token)) is not None
+        inside = 0 <= token < self.vocab_size and int(token) not in self._silent
+        return bool(inside and self._library.id_to_token(int(token)) is not None)
 
     def _bytes_of(self, token: int | np.int64) -> bytes:
         """The bytes of a token, as far as it stands for bytes."""
@@ -297,7 +297,7 @@ class Tokenizer:
                 whole = b"".join(map(self._bytes_of, run)).decode("utf-8", errors="replace").encode("utf-8")
                 spelled += [f"<0x{value:02X}>" for value in whole]
             else:
-                spelled += map(self._library.id_to_token, run)
+                spelled += [str(self._library.id_to_token(token)) for token in run]
         decoder = self._library.decoder
         try:
             with _library_errors("the tokenizer cannot decode these tokens"):
