@@ -159,7 +159,8 @@ def continue_text(
     """
     _check(max_tokens, temperature, top_p, seed, stop, saving=save_state is not None)
     if chat and messages is None:
-        prompt, messages = "", [{"role": "user", "content": _as_text(prompt)}]
+        turn = prompt if isinstance(prompt, str) else decode_utf8(prompt, "the prompt")
+        prompt, messages = "", [{"role": "user", "content": turn}]
     if messages is not None and (prompt or load_state is not None):
         other = "a prompt" if prompt else "a loaded state: a template writes a text from its beginning"
         raise InputError(f"a conversation was given, and {other}; give one of them")
@@ -168,8 +169,8 @@ def continue_text(
     written = prompt if messages is None else render_chat(tokenizer.declared, messages)
     ids = tokenizer.encode(written, special=special or messages is not None)
     at = None if load_state is None else state_file.load_state(load_state, runner, tokenizer=tokenizer)
-    if at is None and messages is None:
-        ids = _new_text(tokenizer, ids)
+    if at is None:
+        ids = _new_text(tokenizer, ids, None if messages is not None else tokenizer.beginning_of_text)
     stop_texts, marks = _stops(tokenizer, stop, special=special)
     generator = np.random.default_rng(seed)
     decoder = tokenizer.stream(after=[*(() if at is None else at.recent), *ids])
@@ -200,13 +201,8 @@ def continue_text(
     return Generation(text.finish(), tuple(tokens), len(ids), reason, notes)
 
 
-def _as_text(prompt: str | bytes) -> str:
-    return prompt if isinstance(prompt, str) else decode_utf8(prompt, "the prompt")
-
-
-def _new_text(tokenizer: Tokenizer, ids: Tokens) -> Tokens:
-    """The tokens of a prompt [T] with what begins a text in front, unless they begin with it already."""
-    begin = tokenizer.beginning_of_text
+def _new_text(tokenizer: Tokenizer, ids: Tokens, begin: int | None) -> Tokens:
+    """The tokens of a prompt [T] that begins a text, `begin` in front unless they begin with it already."""
     if begin is not None and (len(ids) == 0 or ids[0] != begin):
         return np.array([begin, *ids], np.int64)
     if len(ids) > 0:

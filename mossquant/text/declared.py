@@ -62,7 +62,7 @@ def read_declared_text(folder: Path, vocab_size: int) -> DeclaredText | None:
         InputError: it is damaged, of another version, or names ids that the model has not.
     """
     path = folder / TEXT_FILE
-    if not path.exists():
+    if not path.is_file():
         return None
     values = read_json(path, largest=LARGEST_SMALL, advice=_ADVICE[0].lower() + _ADVICE[1:-1])
     noun = "what a model declares about its text"

@@ -173,6 +173,13 @@ def test_special_tokens_that_stop(stop: tuple[str, ...], special: bool, text: st
     assert (found.text, found.reason, bool(found.notes)) == (text, reason, noted)
 
 
+def test_a_template_is_given_nothing_in_front() -> None:
+    for template, count in (("{{ messages[0].content }}", 2), ("<s>{{ messages[0].content }}", 3), ("", 1)):
+        declared = DeclaredText(beginning_of_text=BEGIN, add_beginning_of_text=True, chat_template=template)
+        tokenizer = Tokenizer(byte_level(), None, declared)
+        assert _said(_ids("a</s>"), "hi", tokenizer, chat=True).prompt_tokens == count
+
+
 def test_letters_that_spell_a_special_token_stop_too() -> None:
     assert _said(LETTERS.encode("a<|im_end|>b").tolist(), stop=("<|im_end|>",), max_tokens=20).text == "a"
 
