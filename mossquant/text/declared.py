@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST_SMALL, parse_stored, read_json
+from mossquant.files.json import LARGEST, parse_stored, read_json
 from mossquant.model.config import MAX_VOCABULARY
 
 __all__ = ["TEXT_FILE", "DeclaredText", "read_declared_text"]
@@ -64,7 +64,7 @@ def read_declared_text(folder: Path, vocab_size: int) -> DeclaredText | None:
     path = folder / TEXT_FILE
     if not path.is_file():
         return None
-    values = read_json(path, largest=LARGEST_SMALL, advice=_ADVICE[0].lower() + _ADVICE[1:-1])
+    values = read_json(path, largest=LARGEST, advice=_ADVICE[0].lower() + _ADVICE[1:-1])
     noun = "what a model declares about its text"
     declared = parse_stored(values, DeclaredText, where=str(path), noun=noun, advice=_ADVICE)
     ids = {*declared.end_of_text, *declared.special_tokens.values(), declared.beginning_of_text} - {None}
