@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mossquant.plan.recipe import recipes
     from mossquant.state_file import SavedState, load_state, save_state
     from mossquant.targets.export import export, export_needs
-    from mossquant.text.text import Tokenizer
+    from mossquant.text.text import Text, Tokenizer
     from mossquant.training.train import train
     from mossquant.training.trainer import Schedule
 
@@ -33,6 +33,7 @@ __all__ = [
     "InputError",
     "SavedState",
     "Schedule",
+    "Text",
     "Tokenizer",
     "bench",
     "compare",
@@ -69,7 +70,7 @@ _WHERE = {
     "mossquant.plan.recipe": ["recipes"],
     "mossquant.state_file": ["SavedState", "load_state", "save_state"],
     "mossquant.targets.export": ["export", "export_needs"],
-    "mossquant.text.text": ["Tokenizer"],
+    "mossquant.text.text": ["Text", "Tokenizer"],
     "mossquant.training.train": ["train"],
     "mossquant.training.trainer": ["Schedule"],
 }
