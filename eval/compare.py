@@ -93,6 +93,7 @@ class ComparisonReport:
         tokens: predicted tokens.
         streams: independent streams.
         seen_by: models that were trained or calibrated on this text.
+        notes: what the user should know, a sentence each.
         baseline: the original.
         candidates: in the order given.
         max_ppl_increase_pct: the gate, None without one.
@@ -104,6 +105,7 @@ class ComparisonReport:
     tokens: int
     streams: int
     seen_by: tuple[str, ...]
+    notes: tuple[str, ...]
     baseline: Baseline
     candidates: tuple[Candidate, ...]
     max_ppl_increase_pct: float | None
@@ -117,7 +119,12 @@ class ComparisonReport:
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes."""
         gate = {"max_ppl_increase_pct": self.max_ppl_increase_pct, "failed": self.gate_failed}
-        counts = {"tokens": self.tokens, "streams": self.streams, "seen_by": list(self.seen_by)}
+        counts = {
+            "tokens": self.tokens,
+            "streams": self.streams,
+            "seen_by": list(self.seen_by),
+            "notes": list(self.notes),
+        }
         return {
             "version": 1,
             "text": {"name": self.text, "sha256": self.text_sha256, **counts},
@@ -217,6 +224,7 @@ def compare(
         tokens=passage.predicted,
         streams=streams,
         seen_by=passage.seen_by,
+        notes=passage.notes,
         baseline=Baseline(info.path, info.kind, info.weights, ppl, info.weight_bytes, info.bits_per_weight),
         candidates=tuple(
             _candidate(info, own, scores[0], windows, max_ppl_increase)

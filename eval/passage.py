@@ -2,13 +2,15 @@
 """The tokens that models are measured on: what a text becomes, and whether it may be measured on.
 
 A text is cut into S consecutive streams of equal length L; each stream begins with the model's initial state, which is
-then carried to its end. A stream's first token is read and not predicted. All of it depends on the text, the tokenizer
-and S alone.
+then carried to its end. A stream's first token is read and not predicted; where the model declares a beginning of text
+that is put in front of every text, it is that one. All of it depends on the text, the tokenizer and S alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from mossquant.errors import InputError
 from mossquant.eval.open import OpenModel
@@ -27,14 +29,16 @@ class Passage:
         sha256: of the whole text, in hexadecimal.
         seen_by: paths of the models that were trained or calibrated on this text.
         tokens: [S, L].
-        lengths: [S, L], bytes of text that each token stands for.
+        lengths: [S, L], bytes of text that each token stands for; None where token ids were given.
+        notes: what the user should know, a sentence each.
     """
 
     name: str
     sha256: str
     seen_by: tuple[str, ...]
     tokens: Tokens
-    lengths: Tokens
+    lengths: Tokens | None
+    notes: tuple[str, ...] = ()
 
     @property
     def predicted(self) -> int:
@@ -42,9 +46,9 @@ class Passage:
         return int(self.tokens.shape[0] * (self.tokens.shape[1] - 1))
 
     @property
-    def predicted_bytes(self) -> int:
+    def predicted_bytes(self) -> int | None:
         """Bytes of text of the tokens that are predicted."""
-        return int(self.lengths[:, 1:].sum())
+        return None if self.lengths is None else int(self.lengths[:, 1:].sum())
 
 
 def held_out_passage(
@@ -59,7 +63,7 @@ def held_out_passage(
     """The tokens on which all of these models are measured.
 
     Args:
-        models: one or more; they must share a tokenizer.
+        models: one or more; they must share a tokenizer, or with token ids the size of the vocabulary.
         text: a file or a text; None: the held-out text of the bundled model, for models with its tokenizer.
         tokens: only so many tokens from the text's beginning; None: all.
         streams_wanted: S.
@@ -68,13 +72,14 @@ def held_out_passage(
 
     Raises:
         InputError: models with different tokenizers, or none; no text for another tokenizer than the bundled one's; a
-            text that was seen; one that is too short, or shorter than asked for.
+            text that was seen; one that is too short, or shorter than asked for; ids outside the vocabulary.
     """
     if streams_wanted < 1:
         raise InputError(f"{streams_wanted} streams were asked for; give one or more")
     if tokens is not None and tokens < 2 * streams_wanted:
         raise InputError(f"{tokens} tokens are too few for {streams_wanted} streams of two or more; give more tokens")
-    kinds = [(model.tokenizer.sha256, model.runner.info.vocab_size) for model in models]
+    by_ids = isinstance(text, Text) and text.ids is not None
+    kinds = [(None if by_ids else model.tokenizer.sha256, model.runner.info.vocab_size) for model in models]
     first, *others = [f"{model.path} (vocabulary {model.runner.info.vocab_size})" for model in models]
     others = [other for other, kind in zip(others, kinds[1:], strict=True) if kind != kinds[0]]
     if others:
@@ -87,11 +92,33 @@ def held_out_passage(
             f"{source.name} was used to train or calibrate {', '.join(seen_by)}, so that a figure on it would flatter; "
             "give another --text, or --allow-seen to measure all the same"
         )
-    ids, lengths = models[0].tokenizer.encode_with_lengths(source.data)
+    lengths, begins, notes = None, None, tuple[str, ...]()
+    if source.ids is not None:
+        ids = source.ids
+        if len(ids) and not 0 <= ids.min() <= ids.max() < kinds[0][1]:
+            raise InputError(
+                f"{source.name} has token ids from {ids.min()} to {ids.max()}, and the vocabulary is 0 to "
+                f"{kinds[0][1] - 1}; give the ids that the model's own tokenizer makes"
+            )
+    else:
+        tokenizer = models[0].tokenizer
+        ids, lengths = source.encoded(tokenizer)
+        begins = tokenizer.beginning_of_text
+        spelled = [] if source.special else tokenizer.special_in(source.data)
+        spelled = [token for token in spelled if token != source.document_separator]
+        if spelled:
+            named = ", ".join(spelled[:4])
+            notes = (
+                f"{source.name} spells special tokens ({named}), taken as letters; --special takes them as tokens",
+            )
     if tokens is not None and len(ids) < tokens and not allow_fewer:
         raise InputError(f"{source.name} has {len(ids)} tokens, {tokens} were asked for; give a longer text or fewer")
-    ids, lengths = ids[:tokens], lengths[:tokens]
-    return Passage(source.name, source.sha256, seen_by, streams(ids, streams_wanted), streams(lengths, streams_wanted))
+    cut = streams(ids[:tokens], streams_wanted)
+    counts = None if lengths is None else streams(lengths[:tokens], streams_wanted)
+    if begins is not None and counts is not None:
+        front = ((0, 0), (1, 0))
+        cut, counts = np.pad(cut, front, constant_values=begins), np.pad(counts, front)
+    return Passage(source.name, source.sha256, seen_by, cut, counts, notes)
 
 
 def _text(model: OpenModel, text: str | Path | Text | None) -> Text:

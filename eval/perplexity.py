@@ -40,8 +40,9 @@ class PerplexityReport:
         standard_error: of `nats_per_token`, over windows; None where there is only one.
         window: predicted tokens a window.
         perplexity: exp(nats_per_token).
-        bits_per_byte: loss in bits per byte of text.
-        text_bytes: bytes of the predicted tokens.
+        bits_per_byte: loss in bits per byte of text; None where token ids were given.
+        text_bytes: bytes of the predicted tokens, None likewise.
+        notes: what the user should know, a sentence each.
     """
 
     path: str
@@ -56,8 +57,9 @@ class PerplexityReport:
     standard_error: float | None
     window: int
     perplexity: float
-    bits_per_byte: float
-    text_bytes: int
+    bits_per_byte: float | None
+    text_bytes: int | None
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` writes."""
@@ -108,6 +110,7 @@ def perplexity(
         standard_error=Windows(*nll.shape).standard_error(nll),
         window=WINDOW,
         perplexity=math.exp(nats),
-        bits_per_byte=float(nll.sum()) / math.log(2) / passage.predicted_bytes,
+        bits_per_byte=passage.predicted_bytes and float(nll.sum()) / math.log(2) / passage.predicted_bytes,
         text_bytes=passage.predicted_bytes,
+        notes=passage.notes,
     )

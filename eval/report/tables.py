@@ -20,13 +20,14 @@ def perplexity_table(report: PerplexityReport) -> Table:
     """One model on one text."""
     seen = "; the model was trained or calibrated on it" if report.seen else ""
     error = DASH if report.standard_error is None else f"± {report.standard_error:.4f} (standard error)"
+    bytes_read = "" if report.text_bytes is None else f", {report.text_bytes:,} bytes"
     rows = [
         ("model", f"{report.path} ({_kind(report.kind, report.activations)})"),
         ("text", f"{report.text}, SHA-256 {report.text_sha256[:_HASH_SHOWN]}{seen}"),
-        ("tokens predicted", f"{report.tokens:,} in {_streams(report.streams)}, {report.text_bytes:,} bytes"),
+        ("tokens predicted", f"{report.tokens:,} in {_streams(report.streams)}{bytes_read}"),
         ("nats a token", f"{report.nats_per_token:.4f} {error}"),
         ("perplexity", f"{report.perplexity:.4f}"),
-        ("bits a byte", f"{report.bits_per_byte:.4f}"),
+        ("bits a byte", DASH if report.bits_per_byte is None else f"{report.bits_per_byte:.4f}"),
     ]
     return grid(left("", ""), rows, header=False)
 

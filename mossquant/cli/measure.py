@@ -31,6 +31,9 @@ def info(path: options.Model, json: options.Json = None) -> None:
 def perplexity(
     model: options.Model,
     text: options.Text = None,
+    ids: options.Ids = None,
+    special: options.Special = False,
+    separator: options.Separator = None,
     tokens: options.Tokens = None,
     streams: options.Streams = 1,
     activations: options.RunActivations = None,
@@ -45,11 +48,11 @@ def perplexity(
     from mossquant.eval.perplexity import perplexity as run
     from mossquant.eval.report.tables import perplexity_table
 
-    options.check_json(json, model, text)
+    options.check_json(json, model, text, ids)
     with terminal.bar("measuring") as shown:
         report = run(
             model,
-            text=text,
+            text=options.measured_text(text, ids, special, separator),
             tokens=tokens,
             streams=streams,
             activations=activations,
@@ -66,6 +69,9 @@ def compare(
         list[str], typer.Argument(metavar="CANDIDATE", help="checkpoints and artifacts to compare with it")
     ],
     text: options.Text = None,
+    ids: options.Ids = None,
+    special: options.Special = False,
+    separator: options.Separator = None,
     tokens: options.Tokens = None,
     streams: options.Streams = 1,
     max_ppl_increase: Annotated[str | None, typer.Option(help="gate: exit status 1 above it, e.g. 1%")] = None,
@@ -81,13 +87,13 @@ def compare(
     from mossquant.eval.compare import compare as run
     from mossquant.eval.report.tables import comparison_table
 
-    options.check_json(json, base, *candidates, text)
+    options.check_json(json, base, *candidates, text, ids)
     gate = None if max_ppl_increase is None else _percent(max_ppl_increase)
     with terminal.bar("measuring") as shown:
         report = run(
             base,
             candidates,
-            text=text,
+            text=options.measured_text(text, ids, special, separator),
             tokens=tokens,
             streams=streams,
             max_ppl_increase=gate,
@@ -107,6 +113,9 @@ def verify(
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx, a .pte, or the folder of one")],
     weights_only: Annotated[bool, typer.Option("--weights-only", help="read back the weights and stop")] = False,
     text: options.Text = None,
+    ids: options.Ids = None,
+    special: options.Special = False,
+    separator: options.Separator = None,
     positions: Annotated[int, typer.Option(min=1, help="single steps that are compared")] = 2000,
     stream: Annotated[int, typer.Option(min=128, help="tokens run freely and compared")] = 20000,
     threads: options.Threads = None,
@@ -119,13 +128,13 @@ def verify(
     from mossquant.eval.report.tables import parity_table
     from mossquant.eval.verify import verify as run
 
-    options.check_json(json, quantized, *artifacts, text)
+    options.check_json(json, quantized, *artifacts, text, ids)
     with terminal.bar("comparing") as shown:
         report = run(
             quantized,
             artifacts,
             weights_only=weights_only,
-            text=text,
+            text=options.measured_text(text, ids, special, separator),
             positions=positions,
             stream=stream,
             threads=threads,

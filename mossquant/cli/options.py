@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that several verbs share, and what every verb does with `--json`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -22,6 +23,11 @@ Force = Annotated[bool, typer.Option("--force", help="replace an output that exi
 Json = Annotated[Path | None, typer.Option(help="also write the result as JSON to this file")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; all of them if not given")]
 Text = Annotated[Path | None, typer.Option(help="text file to measure on; the bundled held-out text if not given")]
+Special = Annotated[bool, typer.Option("--special", help="special tokens that the text spells are meant, not letters")]
+Separator = Annotated[
+    str | None, typer.Option("--document-separator", help="stands between documents; becomes the end-of-text token")
+]
+Ids = Annotated[Path | None, typer.Option("--ids", help="token ids to measure on, an array in a .npy file")]
 Tokens = Annotated[int | None, typer.Option(min=2, help="measure on the text's first so many tokens")]
 Streams = Annotated[int, typer.Option(min=1, help="cut the text into so many streams")]
 AllowSeen = Annotated[bool, typer.Option("--allow-seen", help="measure on text that the model was trained on")]
@@ -57,10 +63,32 @@ def check_json(path: Path | None, *inputs: str | Path | None, output: Path | Non
         raise InputError(f"{path} exists already, and a report replaces .json files only; choose another path")
 
 
+def measured_text(text: Path | None, ids: Path | None, special: bool, separator: str | None) -> Any:
+    """What a verb measures on: a `Text`, the path of a file, or None for the bundled text.
+
+    Raises:
+        InputError: options that exclude one another, or a file that cannot be read.
+    """
+    from mossquant.text.text import Text, read_text
+
+    if ids is not None:
+        if text is not None or special or separator is not None:
+            raise InputError("--ids are tokens already; leave --text, --special and --document-separator out")
+        return Text.from_ids(ids)
+    if not special and separator is None:
+        return text
+    if text is None or separator == "":
+        missing = "--text FILE" if text is None else "a separator that is not empty"
+        raise InputError(f"--special and --document-separator say how a text of yours is read; give {missing}")
+    return replace(read_text(text, as_bytes=True), special=special, document_separator=separator)
+
+
 def finish(json: Path | None, report: Report, *shown: RenderableType) -> None:
-    """Print what a verb found, and write it as JSON where `--json` says."""
+    """Print what a verb found and what the user should know, and write it as JSON where `--json` says."""
     from mossquant.files.outputs import json_bytes, new_file
 
+    for note in getattr(report, "notes", ()):
+        terminal.say(note)
     terminal.show(*shown)
     if json is not None:
         with new_file(json, force=json.suffix == ".json") as partial:

@@ -7,10 +7,12 @@ A text is bytes. A byte-level model (vocabulary 256) takes any; every other toke
 import hashlib
 import json
 import lzma
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
@@ -43,16 +45,57 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Text:
-    """A text to measure or calibrate on. `sha256` is the digest of `data`, in hexadecimal."""
+    """A text to measure or calibrate on, or token ids in its place.
+
+    Attributes:
+        name: as the user knows it.
+        data: its bytes; of token ids, their file's.
+        sha256: of `data`, in hexadecimal.
+        special: where it spells a special token, that token is meant; else it is taken as letters.
+        document_separator: what stands between its documents; None: it is one document.
+        ids: token ids int64 [T].
+    """
 
     name: str
     data: bytes
     sha256: str
+    special: bool = False
+    document_separator: str | None = None
+    ids: Tokens | None = None
 
     @classmethod
     def of(cls, name: str, data: bytes) -> "Text":
         """The text `data`, known to the user as `name`."""
         return cls(name, data, hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def from_ids(cls, path: Path) -> "Text":
+        """Token ids, a .npy file with an array [T] of integers. Raises `InputError` for any other file."""
+        data = read_bytes(path, largest=8 * LARGEST_TEXT, advice="give fewer token ids")
+        try:
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: the size that it says is compared
+        except (ValueError, EOFError, OSError, SyntaxError) as error:
+            raise InputError(f"{path} is not a .npy file ({str(error)[:100]}); write it with numpy.save") from None
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"{path} does not hold one array [T] of integers; give the token ids of one text")
+        return replace(cls.of(str(path), data), ids=ids.astype(np.int64))
+
+    def encoded(self, tokenizer: Tokenizer) -> tuple[Tokens, Tokens]:
+        """(tokens [T], byte lengths [T]); each separator of documents is an end-of-text token of its length.
+
+        Raises:
+            InputError: it is not UTF-8 where that is needed, or has a separator and the model no end-of-text token.
+        """
+        if self.document_separator is None:
+            return tokenizer.encode_with_lengths(self.data, special=self.special)
+        if tokenizer.end_of_text is None:
+            raise InputError("this model has no end-of-text token to put between documents; leave the separator out")
+        separator = self.document_separator.encode("utf-8")
+        parts = [tokenizer.encode_with_lengths(part, special=self.special) for part in self.data.split(separator)]
+        end, length = np.array([tokenizer.end_of_text]), np.array([len(separator)])
+        tokens = [array for ids, _ in parts for array in (ids, end)][:-1]
+        lengths = [array for _, counts in parts for array in (counts, length)][:-1]
+        return np.concatenate(tokens), np.concatenate(lengths)
 
 
 LARGEST_TEXT = 1 << 23
