@@ -144,6 +144,7 @@ class ComparisonReport:
             tokens=text["tokens"],
             streams=text["streams"],
             seen_by=tuple(text["seen_by"]),
+            notes=tuple(text["notes"]),
             baseline=TypeAdapter(Baseline).validate_python(stored["baseline"]),
             candidates=TypeAdapter(tuple[Candidate, ...]).validate_python(stored["candidates"]),
             max_ppl_increase_pct=None if gate is None else gate["max_ppl_increase_pct"],

@@ -14,10 +14,10 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mossquant.errors import InputError, printable
-from mossquant.files.json import complaints
+from mossquant.files.json import validated
 from mossquant.text.declared import DeclaredText
 
 __all__ = ["Message", "render_chat"]
@@ -35,7 +35,7 @@ class Message(BaseModel):
     content: str
 
 
-_MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1, max_length=1 << 16)])
+_Messages = Annotated[list[Message], Field(min_length=1, max_length=1 << 16)]
 
 
 def render_chat(declared: DeclaredText, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -51,12 +51,10 @@ def render_chat(declared: DeclaredText, messages: Sequence[Mapping[str, Any]]) -
     if declared.chat_template is None:
         raise InputError("this model declares no chat template; give a prompt without --chat")
     try:
-        turns = _MESSAGES.validate_json(json.dumps(messages))
-    except ValidationError as error:
         advice = 'Give a list of {"role": …, "content": …}, both texts.'
-        raise InputError.listing("this is no conversation", complaints(error), advice) from None
+        turns: list[Message] = validated(messages, _Messages, where="this", noun="a conversation", advice=advice)
     except (TypeError, ValueError) as error:
-        raise InputError(f"this is no conversation in JSON ({str(error)[:120]}); give a list of messages") from None
+        raise InputError(f"this is not a conversation in JSON ({str(error)[:120]}); give a list of messages") from None
     values = [{key: value for key, value in turn.model_dump().items() if value is not None} for turn in turns]
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
