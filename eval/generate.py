@@ -12,10 +12,11 @@ A saved state (`mossquant.state_file`) stands after the prompt and everything th
 reads what follows and nothing twice.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +28,9 @@ from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance, not_finite
 from mossquant.runner import Floats, Runner, Tokens
 from mossquant.state_file import SavedState
+from mossquant.text.chat import render_chat
 from mossquant.text.text import Tokenizer
+from mossquant.text.tokenizer import decode_utf8
 
 __all__ = ["Generation", "StopReason", "continue_text", "generate", "sample"]
 
@@ -41,20 +44,25 @@ class Generation:
     Attributes:
         text: the continuation, without the prompt, cut before the stop string.
         tokens: the tokens it was decoded from, those of a stop string or of the end of the text included.
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: tokens of the prompt, one that begins the text included.
         reason: why it ended: "max_tokens", "stop" (a stop string came) or "end_of_text" (the model ended the text).
+        notes: what may not have been meant: special tokens that were taken as letters, or the other way round.
     """
 
     text: str
     tokens: tuple[int, ...]
     prompt_tokens: int
     reason: StopReason
+    notes: tuple[str, ...] = ()
 
 
 def generate(
     model: str | Path | Weights,
     prompt: str | bytes = "",
     *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    chat: bool = False,
+    special: bool = False,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -83,6 +91,9 @@ def generate(
         opened.runner,
         opened.tokenizer,
         prompt,
+        messages=messages,
+        chat=chat,
+        special=special,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -100,6 +111,9 @@ def continue_text(
     tokenizer: Tokenizer,
     prompt: str | bytes = "",
     *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    chat: bool = False,
+    special: bool = False,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -115,13 +129,19 @@ def continue_text(
     Args:
         runner: the model.
         tokenizer: its tokenizer.
-        prompt: what to continue. An empty prompt begins a new text: the model is shown the end-of-text token; after
-            `load_state` it adds nothing, and the text goes on where it stood.
+        prompt: what to continue. In front of it goes the token that begins a text, where the model declares one. An
+            empty prompt begins a new text: the model is shown that token, or else the end-of-text token; after
+            `load_state` nothing is added, and the text goes on where it stood.
+        messages: a conversation in place of a prompt, each turn with `role` and `content`, which the model's chat
+            template writes.
+        chat: the prompt is the user's turn of a conversation, and the only one.
+        special: what spells a special token in the prompt and in `stop` is that token; else it is letters.
         max_tokens: most tokens to add; 0 reads the prompt alone, for `save_state`.
         temperature: 0 is greedy.
         top_p: 0 < top_p ≤ 1; 1 draws from all tokens.
         seed: of the draws.
-        stop: strings that end the text; they are looked for in the continuation, also across tokens, and left out.
+        stop: strings that end the text; they are looked for in the continuation, also across tokens, and left out. One
+            that is a special token also ends the text when that token comes.
         load_state: file of a state, saved by any Runner of this model, that the prompt follows.
         save_state: file to write the state to, after the prompt and all of `Generation.tokens`.
         force: replace a state at `save_state`.
@@ -129,23 +149,32 @@ def continue_text(
             whole.
 
     Returns:
-        The continuation. Bytes that never became a character of UTF-8 are U+FFFD in its text.
+        The continuation: what the text of all tokens since the stream began has more than that of the prompt. Bytes
+        that never became a character are U+FFFD; where a state is saved, the last ones are left to whoever goes on.
 
     Raises:
-        InputError: an option out of range, an empty prompt for a tokenizer without an end-of-text token, a state that
-            cannot be read or written or is another model's, or logits that are not finite.
+        InputError: an option out of range, an empty prompt for a tokenizer without an end-of-text token, a conversation
+            that the model has no template for or that it does not write, a state that cannot be read or written or is
+            another model's, or logits that are not finite.
     """
     _check(max_tokens, temperature, top_p, seed, stop, saving=save_state is not None)
+    if chat and messages is None:
+        turn = prompt if isinstance(prompt, str) else decode_utf8(prompt, "the prompt")
+        prompt, messages = "", [{"role": "user", "content": turn}]
+    if messages is not None and (prompt or load_state is not None):
+        other = "a prompt" if prompt else "a loaded state: a template writes a text from its beginning"
+        raise InputError(f"a conversation was given, and {other}; give one of them")
     if save_state is not None:
         state_file.check_state_free(save_state, force=force)
-    ids = tokenizer.encode(prompt)
+    written = prompt if messages is None else render_chat(tokenizer.declared, messages)
+    ids = tokenizer.encode(written, special=special or messages is not None)
     at = None if load_state is None else state_file.load_state(load_state, runner, tokenizer=tokenizer)
-    if at is None and len(ids) == 0:
-        if tokenizer.end_of_text is None:
-            raise InputError("the prompt is empty, and this tokenizer has no end-of-text token; give a prompt")
-        ids = np.array([tokenizer.end_of_text], np.int64)
+    if at is None:
+        ids = _new_text(tokenizer, ids, None if messages is not None else tokenizer.beginning_of_text)
+    stop_texts, marks = _stops(tokenizer, stop, special=special)
     generator = np.random.default_rng(seed)
-    decoder, text = tokenizer.stream(), _StoppingText(stop, on_text)
+    decoder = tokenizer.stream(after=[*(() if at is None else at.recent), *ids])
+    text = _StoppingText(stop_texts, on_text, marks.values())
     tokens: list[int] = []
     reason: StopReason = "max_tokens"
     at = _read(runner, ids, at)
@@ -154,21 +183,71 @@ def continue_text(
             raise InputError(not_finite(runner, at.tokens - 1))
         token = sample(at.logits[0, -1], generator, temperature=temperature, top_p=top_p)
         tokens.append(token)
-        if token == tokenizer.end_of_text:
+        if token in tokenizer.ends:
             reason = "end_of_text"
             break
-        # An entry that only the model's table has (its vocabulary is padded) stands for no text.
-        if token < tokenizer.vocab_size and text.add(decoder.step(token)):
+        if text.add(decoder.step(token) + marks.get(token, "")):
             reason = "stop"
             break
         if len(tokens) < max_tokens:
             at = _read(runner, np.array([token]), at)
-    if reason != "stop" and text.add(decoder.finish()):
+    if save_state is None and reason != "stop" and text.add(decoder.finish()):
         reason = "stop"
     if save_state is not None:
         at = _read(runner, np.array(tokens[-1:], np.int64), at)  # the last one was not read yet
+        at = replace(at, recent=decoder.ids)
         state_file.save_state(save_state, runner, at, tokenizer=tokenizer, force=force)
-    return Generation(text.finish(), tuple(tokens), len(ids), reason)
+    notes = _notes(tokenizer, prompt, messages, stop, special=special)
+    return Generation(text.finish(), tuple(tokens), len(ids), reason, notes)
+
+
+def _new_text(tokenizer: Tokenizer, ids: Tokens, begin: int | None) -> Tokens:
+    """The tokens of a prompt [T] that begins a text, `begin` in front unless they begin with it already."""
+    if begin is not None and (len(ids) == 0 or ids[0] != begin):
+        return np.array([begin, *ids], np.int64)
+    if len(ids) > 0:
+        return ids
+    if tokenizer.end_of_text is None:
+        raise InputError("the prompt is empty, and this tokenizer has no end-of-text token; give a prompt")
+    return np.array([tokenizer.end_of_text], np.int64)
+
+
+def _stops(tokenizer: Tokenizer, stop: Sequence[str], *, special: bool) -> tuple[list[str], dict[int, str]]:
+    """Strings to look for, and special token → the mark in them that stands for it: a surrogate, which no text has."""
+    marks: dict[int, str] = {}
+
+    def mark(found: re.Match[str]) -> str:
+        token = tokenizer.special_tokens[found[0]]
+        return marks.setdefault(token, chr(0xD800 + len(marks)))
+
+    strings = [] if special else list(stop)
+    for string in stop:
+        names = sorted(tokenizer.special_in(string), key=len, reverse=True)
+        if special and not names:
+            strings.append(string)
+        elif special or string in names:
+            strings.append(re.sub("|".join(map(re.escape, names)), mark, string))
+    return strings, marks
+
+
+def _notes(
+    tokenizer: Tokenizer,
+    prompt: str | bytes,
+    messages: Sequence[Mapping[str, Any]] | None,
+    stop: Sequence[str],
+    *,
+    special: bool,
+) -> tuple[str, ...]:
+    """What `Generation.notes` says of special tokens that are spelled."""
+    if special:
+        return ()
+    letters = "taken as letters; --special takes it for the token"
+    parts = [("the prompt", prompt, letters)]
+    parts += [("a stop string", string, letters) for string in stop if string not in tokenizer.special_tokens]
+    for turn in messages or ():
+        parts.append((f"a message of {turn['role']}", turn["content"], "taken for the token, as in the template"))
+    spelled = [(where, tokenizer.special_in(text), taken) for where, text, taken in parts]
+    return tuple(f"{where} spells {', '.join(names[:8])}, {taken}" for where, names, taken in spelled if names)
 
 
 def _read(runner: Runner, ids: Tokens, at: SavedState | None) -> SavedState:
@@ -198,8 +277,9 @@ def sample(logits: Floats, generator: np.random.Generator, *, temperature: float
 class _StoppingText:
     """Text that grows piece by piece until a stop string is in it; gives out what can no longer be part of one."""
 
-    def __init__(self, stop: Sequence[str], on_text: Callable[[str], None] | None) -> None:
+    def __init__(self, stop: Sequence[str], on_text: Callable[[str], None] | None, marks: Iterable[str] = ()) -> None:
         self._stop, self._on_text = tuple(stop), on_text
+        self._no_text = dict.fromkeys(map(ord, marks))
         self._given: list[str] = []
         self._held = ""
         self._stopped = False
@@ -231,7 +311,7 @@ class _StoppingText:
         return longest
 
     def _give(self, length: int) -> None:
-        piece, self._held = self._held[:length], self._held[length:]
+        piece, self._held = self._held[:length].translate(self._no_text), self._held[length:]
         if piece:
             self._given.append(piece)
             if self._on_text is not None:

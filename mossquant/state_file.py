@@ -4,7 +4,8 @@
     a safetensors file
         layers.0.mixer.conv, …    the state as `Runner.read` gives it: fp32 [1, …]
         logits                    fp32 [1, 1, V], what the last token that was read makes of the next
-        __metadata__.mossquant    JSON: version, release, model, tokenizer, tokens that were read, SHA-256 of the arrays
+        __metadata__.mossquant    JSON: version, release, model, tokenizer, tokens that were read, SHA-256 of arrays,
+                                  recent tokens, where the text of the next ones depends on them
 
 The logits are in it because the state does not know the next token, and reading the last one once more would be another
 call with other roundings: with them, whatever follows is bit for bit what it would have been without the file.
@@ -34,7 +35,7 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.release import release
 from mossquant.runner import Arrays, Floats, Runner, RunnerInfo, State
-from mossquant.text.text import Tokenizer
+from mossquant.text.text import MOST_RECENT, Tokenizer
 
 _KEY, _LOGITS = "mossquant", "logits"
 _AGAIN = "Read the prompt again with --save-state."
@@ -51,11 +52,13 @@ class SavedState:
         state: after `tokens` tokens.
         logits: [1, 1, V] of the last of them.
         tokens: how many were read since the initial state.
+        recent: the last few of them that the text of the next ones depends on (`StreamDecoder.ids`).
     """
 
     state: State
     logits: Floats
     tokens: int
+    recent: tuple[int, ...] = ()
 
 
 class _Metadata(BaseModel):
@@ -69,6 +72,9 @@ class _Metadata(BaseModel):
     tokenizer_sha256: Sha256 | None
     tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)]
     arrays_sha256: Sha256
+    recent: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MOST_RECENT, exclude_if=lambda recent: not recent)
+    ] = ()
 
 
 def save_state(
@@ -111,6 +117,7 @@ def save_state(
         tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
         tokens=saved.tokens,
         arrays_sha256=_sha256(arrays),
+        recent=saved.recent,
     )
     check_state_free(path, force=force)
     with new_file(Path(path), force=force) as partial:
@@ -132,11 +139,14 @@ def load_state(path: str | Path, runner: Runner, *, tokenizer: Tokenizer | None 
     try:
         opened, metadata = _open(Path(path))
         _check_model(path, metadata, runner, tokenizer)
+        if max(metadata.recent, default=0) >= runner.info.vocab_size:
+            what = f"{path} is a damaged state: its recent tokens are more than a vocabulary of"
+            raise InputError(f"{what} {runner.info.vocab_size} has. {_AGAIN}")
         arrays = _arrays(path, opened, metadata, runner.info)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); give a readable file") from None
     logits = arrays.pop(_LOGITS)
-    return SavedState(runner.write(arrays), logits, metadata.tokens)
+    return SavedState(runner.write(arrays), logits, metadata.tokens, metadata.recent)
 
 
 def check_state_free(path: str | Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> None:

@@ -10,6 +10,7 @@ import typer
 from mossquant.cli.options import MOST_SEED, MOST_TOKENS, Force, Model, Threads
 from mossquant.cli.terminal import ReaderGone, command_line, terminal
 from mossquant.errors import InputError
+from mossquant.files.json import read_json
 
 __all__ = ["generate"]
 
@@ -20,6 +21,14 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="text to continue; - reads stdin")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="read the prompt from a file")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is the user's turn in a conversation")] = False,
+    messages: Annotated[
+        Path | None,
+        typer.Option("--messages", metavar="FILE", help="continue the conversation in this JSON file, a list of turns"),
+    ] = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="what spells a special token in prompt and stop strings is that token")
+    ] = False,
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -55,9 +64,17 @@ def generate(
             if save_state is None:  # the state that was asked for is saved, whether somebody reads the text or not
                 raise
 
-    run(
+    turns = None
+    if messages is not None:
+        if prompt is not None or prompt_file is not None:
+            raise InputError("a prompt and --messages were both given; give one of them")
+        turns = read_json(messages, largest=_MOST_PROMPT, advice="give a list of messages in JSON")
+    generation = run(
         model,
-        _prompt(prompt, prompt_file, needed=load_state is None),
+        "" if messages is not None else _prompt(prompt, prompt_file, needed=load_state is None),
+        messages=turns,
+        chat=chat,
+        special=special,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -71,6 +88,8 @@ def generate(
     )
     if max_tokens > 0:
         write("\n")
+    for note in generation.notes:
+        terminal.say(note)
     if save_state is not None:
         terminal.say(
             f"{save_state}: go on with: {command_line('generate', model, 'PROMPT', '--load-state', save_state)}"

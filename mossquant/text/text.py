@@ -14,12 +14,23 @@ from typing import Literal
 
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
-from mossquant.text.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, Tokens, decode_utf8, train_tokenizer
+from mossquant.text.declared import DeclaredText
+from mossquant.text.tokenizer import (
+    END_OF_TEXT,
+    MOST_RECENT,
+    StreamDecoder,
+    Tokenizer,
+    Tokens,
+    decode_utf8,
+    train_tokenizer,
+)
 
 __all__ = [
     "END_OF_TEXT",
     "LARGEST_TEXT",
     "LARGEST_TRAINING_TEXT",
+    "MOST_RECENT",
+    "DeclaredText",
     "StreamDecoder",
     "Text",
     "Tokenizer",

@@ -9,8 +9,10 @@ length of the text.
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 from mossquant.files.outputs import new_file
-from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, tokenizer_offenders
+from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
+from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, parts_of, tokenizer_offenders
 
-__all__ = ["END_OF_TEXT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "MOST_RECENT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
 
 Tokens = npt.NDArray[np.int64]
 
@@ -52,6 +55,11 @@ _CUTS = (
 # bytes a token while it encodes one text.
 _PIECE = 1 << 20
 
+# A stream decodes with some tokens to the left: as many as have text, as a rule one, and at most these. Where it goes
+# on after others, none before the last `MOST_RECENT` of them matters.
+_MOST_CONTEXT = 16
+MOST_RECENT = 2 * _MOST_CONTEXT
+
 
 class Tokenizer:
     """Text to tokens and back: bytes as they are, or a Hugging Face `tokenizer.json`.
@@ -59,34 +67,57 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest token.
         sha256: of `tokenizer.json`, in hexadecimal; None for the byte-level tokenizer.
-        end_of_text: the token that ends a text, or None. Text never encodes to it, not even by spelling it out.
+        declared: what the model declares about its text (`text.json`); the default where it declares nothing.
+        end_of_text: the token that ends a text, or begins one that has no other beginning, or None.
+        ends: every token that ends a text.
+        beginning_of_text: the token that is put in front of every new text, or None.
+        special_tokens: spelling → token of those that stand for no text. Text never encodes to them, not even by
+            spelling them out, unless that is asked for.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer | None, sha256: str | None) -> None:
+    def __init__(
+        self, library: tokenizers.Tokenizer | None, sha256: str | None, declared: DeclaredText | None = None
+    ) -> None:
         self.sha256 = sha256
+        self.declared = declared = declared or DeclaredText()
+        self.special_tokens = dict(declared.special_tokens)
+        self.beginning_of_text = declared.beginning_of_text if declared.add_beginning_of_text else None
         self._library = library
-        self.end_of_text: int | None = None
+        self._fallback_bytes: dict[int, bytes] = {}
+        ends = declared.end_of_text
         if library is None:
             self.vocab_size = _BYTES
-            self._token_bytes: tuple[bytes, ...] | None = tuple(bytes([value]) for value in range(_BYTES))
+            silent = self.special_tokens.values()
+            self._token_bytes: tuple[bytes, ...] | None = tuple(
+                b"" if value in silent else bytes([value]) for value in range(_BYTES)
+            )
         else:
             library.no_padding()
             library.no_truncation()
             library.encode_special_tokens = True
+            _add_special_tokens(library, declared.special_tokens)
+            stored: dict[str, Any] = json.loads(library.to_str())
+            added = stored.get("added_tokens", ())
+            self.special_tokens |= {token["content"]: token["id"] for token in added if token["special"]}
             self.vocab_size = 1 + max(library.get_vocab(with_added_tokens=True).values())
-            self.end_of_text = next((i for i in map(library.token_to_id, _END_NAMES) if i is not None), None)
-            self._token_bytes = _bytes_of_tokens(library, self.vocab_size)
+            named = (library.token_to_id(name) for name in _END_NAMES)
+            ends = ends or tuple(token for token in named if token is not None)[:1]
+            self._token_bytes = _bytes_of_tokens(library, stored, self.special_tokens, self.vocab_size)
+            self._fallback_bytes = _fallback_bytes(library, stored)
+        self._silent = frozenset(self.special_tokens.values())
+        self.end_of_text = ends[0] if ends else None
+        self.ends = frozenset(ends)
         if self._token_bytes is not None:
             self._lengths = np.array([len(token) for token in self._token_bytes], np.int64)
 
     @classmethod
-    def byte_level(cls) -> "Tokenizer":
+    def byte_level(cls, declared: DeclaredText | None = None) -> "Tokenizer":
         """The byte-level tokenizer: a token is a byte, the vocabulary is 256."""
-        return cls(None, None)
+        return cls(None, None, declared)
 
     @classmethod
-    def from_file(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`. Raises `InputError` if it is missing or not one."""
+    def from_file(cls, path: Path, declared: DeclaredText | None = None) -> "Tokenizer":
+        """Read a `tokenizer.json`. Raises `InputError` if it is missing, not one, or not the one that is `declared`."""
         data = read_bytes(path, largest=LARGEST_TOKENIZER, advice="give a tokenizer.json")
         try:
             offenders, text = tokenizer_offenders(data), data.decode("utf-8")
@@ -98,21 +129,23 @@ class Tokenizer:
             library = tokenizers.Tokenizer.from_str(text)
         if not library.get_vocab_size(with_added_tokens=True):
             raise InputError(f"{path} has an empty vocabulary: give the tokenizer that the model was trained with")
-        return cls(library, hashlib.sha256(data).hexdigest())
+        return cls(library, hashlib.sha256(data).hexdigest(), declared)
 
     @classmethod
     def for_folder(cls, folder: Path, vocab_size: int) -> "Tokenizer":
         """The tokenizer of a checkpoint or artifact whose model has `vocab_size` entries.
 
-        `tokenizer.json` where there is one; without it, a vocabulary of 256 means bytes.
+        `tokenizer.json` where there is one; without it, a vocabulary of 256 means bytes. What the model declares about
+        its text comes from `text.json`, where there is one.
 
         Raises:
-            InputError: there is neither, or the tokenizer has more entries than the model.
+            InputError: there is neither, the tokenizer has more entries than the model, or `text.json` is damaged or
+                does not belong to them.
         """
-        path = folder / "tokenizer.json"
+        path, declared = folder / "tokenizer.json", read_declared_text(folder, vocab_size)
         if not path.is_file():
             if vocab_size == _BYTES:
-                return cls.byte_level()
+                return cls.byte_level(declared)
             added = "import it with one (mossquant import --tokenizer FILE)"
             if (folder / "manifest.json").exists() or not (folder / "config.json").exists():  # nothing can be added
                 added = "import the original with one (mossquant import --tokenizer FILE), then quantize and export it"
@@ -120,7 +153,7 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json, and a vocabulary of {vocab_size} is not byte-level, "
                 f"so the model takes token ids only: {added}"
             )
-        tokenizer = cls.from_file(path)
+        tokenizer = cls.from_file(path, declared)
         if tokenizer.vocab_size > vocab_size:
             raise InputError(
                 f"{path} has tokens up to {tokenizer.vocab_size - 1}, and the model has a vocabulary of {vocab_size}: "
@@ -133,34 +166,69 @@ class Tokenizer:
         """Whether text that is not UTF-8 can be encoded (`read_text(..., as_bytes=...)`)."""
         return self._library is None
 
-    def encode(self, text: str | bytes) -> Tokens:
-        """The tokens [T] of a text, int64, with nothing added. Raises `InputError` for bytes that are not UTF-8."""
+    def encode(self, text: str | bytes, *, special: bool = False) -> Tokens:
+        """The tokens [T] of a text, int64, with nothing added.
+
+        Args:
+            text: the text.
+            special: where it spells a special token, that token is meant; else it is taken as letters.
+
+        Raises:
+            InputError: bytes that are not UTF-8.
+        """
         data = _encoded(text)
         if self._library is None:
-            return np.frombuffer(data, np.uint8).astype(np.int64)
+            return self._encode_bytes(data, self.special_tokens if special else {})
         string = decode_utf8(data, "the text")
         # The library's fast form leaves out the offsets; it exists for lists only.
-        with _library_errors("the tokenizer cannot encode this text"):
+        with _library_errors("the tokenizer cannot encode this text"), self._parsing(special):
             ids = self._library.encode_batch_fast([string], add_special_tokens=False)[0].ids
         return np.array(ids, np.int64)
 
-    def encode_with_lengths(self, text: str | bytes) -> tuple[Tokens, Tokens]:
+    def special_in(self, text: str | bytes) -> list[str]:
+        """The special tokens that a text spells."""
+        data = _encoded(text)
+        return [spelling for spelling in self.special_tokens if spelling.encode("utf-8") in data]
+
+    @staticmethod
+    def _encode_bytes(data: bytes, special: Mapping[str, int]) -> Tokens:
+        longest_first = sorted((spelling.encode("utf-8") for spelling in special), key=len, reverse=True)
+        parts = re.split(b"(" + b"|".join(map(re.escape, longest_first)) + b")", data) if special else [data]
+        tokens = [
+            np.array([special[part.decode("utf-8")]]) if i % 2 else np.frombuffer(part, np.uint8)
+            for i, part in enumerate(parts)
+        ]
+        return np.concatenate(tokens).astype(np.int64)
+
+    @contextmanager
+    def _parsing(self, special: bool) -> Iterator[None]:
+        """Whether the library takes special tokens for what they mean, for a while."""
+        assert self._library is not None
+        self._library.encode_special_tokens = not special
+        try:
+            yield
+        finally:
+            self._library.encode_special_tokens = True
+
+    def encode_with_lengths(self, text: str | bytes, *, special: bool = False) -> tuple[Tokens, Tokens]:
         """(tokens [T], byte lengths [T]) of a text; the lengths add up to the text's length in UTF-8.
 
-        They are the lengths of the tokens themselves (`byte_lengths`) where those add up. Where the tokenizer changes
-        the text (a normaliser, a space put in front) a token counts the bytes of the text from the end of the token
-        before it to its own end.
+        They are the lengths of the tokens themselves (`byte_lengths`) where those add up, a special token that the
+        text spells having that of its spelling. Where the tokenizer changes the text (a normaliser, a space put in
+        front) a token counts the bytes of the text from the end of the token before it to its own end.
         """
         data = _encoded(text)
-        tokens = self.encode(data)
+        tokens = self.encode(data, special=special)
         if self._token_bytes is not None:
             lengths = self.byte_lengths(tokens)
+            for spelling, token in self.special_tokens.items() if special else ():
+                lengths[tokens == token] = len(spelling.encode("utf-8"))
             if int(lengths.sum()) == len(data):
                 return tokens, lengths
         assert self._library is not None, "a byte is one byte long"
         string = data.decode("utf-8")
         starts = np.cumsum([0, *(len(character.encode("utf-8")) for character in string)])
-        with _library_errors("the tokenizer cannot encode this text"):
+        with _library_errors("the tokenizer cannot encode this text"), self._parsing(special):
             ends = [end for _, end in self._library.encode(string, add_special_tokens=False).offsets]
         last = np.maximum.accumulate(np.array(ends, np.int64)) if ends else np.zeros(0, np.int64)
         if len(last):
@@ -176,18 +244,19 @@ class Tokenizer:
             raise InputError("this tokenizer's tokens have no fixed length in bytes: give text in place of token ids")
         return self._lengths[tokens]
 
-    def decode(self, tokens: Sequence[int] | Tokens) -> str:
-        """The text of the tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, tokens: Iterable[int] | Tokens) -> str:
+        """The text of the tokens, as a stream gives it; bytes that are not UTF-8 become U+FFFD.
+
+        Special tokens stand for no text, nor does any number that is no token.
+        """
         if self._token_bytes is not None:
             return b"".join(map(self._bytes_of, tokens)).decode("utf-8", errors="replace")
-        assert self._library is not None
-        with _library_errors("the tokenizer cannot decode these tokens"):
-            text: str = self._library.decode([int(token) for token in tokens], skip_special_tokens=True)
-        return text
+        stream = self.stream()
+        return "".join([*map(stream.step, tokens), stream.finish()])
 
-    def stream(self) -> "StreamDecoder":
-        """A decoder for tokens that arrive one at a time."""
-        return StreamDecoder(self)
+    def stream(self, after: Sequence[int] | Tokens = ()) -> "StreamDecoder":
+        """A decoder for tokens that arrive one at a time, `after` others whose text is not wanted again."""
+        return StreamDecoder(self, after)
 
     def encode_documents(self, documents: Iterable[str | bytes]) -> Tokens:
         """The tokens of all documents, each followed by `end_of_text` where there is one: what training reads.
@@ -202,38 +271,97 @@ class Tokenizer:
             parts.append(end)
         return np.concatenate(parts) if parts else end[:0]
 
+    def _has_text(self, token: int | np.int64) -> bool:
+        """Whether a token stands for text; one that only the model has does not."""
+        if self._token_bytes is not None:
+            return self._bytes_of(token) != b""
+        assert self._library is not None
+        inside = 0 <= token < self.vocab_size and int(token) not in self._silent
+        return bool(inside and self._library.id_to_token(int(token)) is not None)
+
     def _bytes_of(self, token: int | np.int64) -> bytes:
-        """The bytes of a token; none for an entry that only the model has."""
-        assert self._token_bytes is not None
+        """The bytes of a token, as far as it stands for bytes."""
+        if self._token_bytes is None:
+            return self._fallback_bytes.get(int(token), b"")
         return self._token_bytes[token] if 0 <= token < self.vocab_size else b""
+
+    def _text_of(self, tokens: Sequence[int]) -> str:
+        """What the library's decoder makes of tokens that have text; in a run of bytes only what is broken is U+FFFD.
+
+        The library would make U+FFFD of every byte of a run that is not whole, so it is given whole ones.
+        """
+        assert self._library is not None
+        spelled: list[str] = []
+        for byte, run in groupby(tokens, lambda token: token in self._fallback_bytes):
+            if byte:
+                whole = b"".join(map(self._bytes_of, run)).decode("utf-8", errors="replace").encode("utf-8")
+                spelled += [f"<0x{value:02X}>" for value in whole]
+            else:
+                spelled += [str(self._library.id_to_token(token)) for token in run]
+        decoder = self._library.decoder
+        try:
+            with _library_errors("the tokenizer cannot decode these tokens"):
+                return " ".join(spelled) if decoder is None else str(decoder.decode(spelled))
+        except InputError:  # it panics over some pieces that are empty: a model may put out whatever it likes
+            return "".join(spelled)
 
 
 class StreamDecoder:
-    """Tokens to text, one token at a time: a character whose bytes are not all there yet is held back."""
+    """Tokens to text, one token at a time: a character whose bytes are not all there yet is held back.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    A token's text may depend on what stands to its left (whether a space is put in front). So it is what the text of
+    some tokens before it grows by, as few as have text themselves. Tokens without text change nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] | Tokens = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._library_stream = decoders.DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._given = ""
+        self._context: list[int] = []
+        self._context_text = ""
+        self._pending: list[int] = []
+        for token in [int(token) for token in after if tokenizer._has_text(token)][-MOST_RECENT:]:
+            self.step(token)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The few tokens that a stream which goes on has to be begun after."""
+        return (*self._context, *self._pending)
 
     def step(self, token: int) -> str:
         """The text that `token` completes; often empty inside a character of several bytes."""
-        if self._tokenizer._token_bytes is not None:
-            return self._utf8.decode(self._tokenizer._bytes_of(token))
-        assert self._tokenizer._library is not None
-        with _library_errors("the tokenizer cannot decode these tokens"):
-            text = self._library_stream.step(self._tokenizer._library, token) or ""
-        self._tokens.append(token)
-        self._given += text
-        return text
+        tokenizer = self._tokenizer
+        if not tokenizer._has_text(token):
+            return ""
+        self._pending.append(int(token))
+        data = tokenizer._bytes_of(token)
+        if not data:
+            self._utf8.reset()
+        text = self._utf8.decode(data)
+        held = len(self._utf8.getstate()[0])  # bytes that no character is made of yet
+        count = 0
+        while held > sum(len(tokenizer._bytes_of(late)) for late in self._pending[len(self._pending) - count :]):
+            count += 1
+        done, self._pending = self._pending[: len(self._pending) - count], self._pending[len(self._pending) - count :]
+        return text if tokenizer._token_bytes is not None else self._grow(done)
 
     def finish(self) -> str:
         """What was held back: U+FFFD for a character that never became whole, else nothing."""
-        if self._tokenizer._token_bytes is not None:
-            return self._utf8.decode(b"", final=True)
-        return self._tokenizer.decode(self._tokens)[len(self._given) :]
+        text = self._utf8.decode(b"", final=True)
+        done, self._pending = self._pending, []
+        return text if self._tokenizer._token_bytes is not None else self._grow(done)
+
+    def _grow(self, done: list[int]) -> str:
+        """By what the text grows with these tokens, which then are the context."""
+        if not done:
+            return ""
+        tokens = self._context + done
+        text = self._tokenizer._text_of(tokens)[len(self._context_text) :]
+        for count in range(1, min(len(tokens), _MOST_CONTEXT) + 1):
+            self._context = tokens[-count:]
+            self._context_text = self._tokenizer._text_of(self._context)
+            if self._context_text:
+                break
+        return text
 
 
 @contextmanager
@@ -289,29 +417,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *, force:
     return Tokenizer.from_file(path)
 
 
-def _bytes_of_tokens(library: tokenizers.Tokenizer, vocab_size: int) -> tuple[bytes, ...] | None:
-    """The bytes of every token of a byte-level BPE; None for other kinds.
+def _add_special_tokens(library: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
+    """Make the library know these special tokens. Raises `InputError` where it has them under other ids."""
+    library.add_special_tokens(sorted(special, key=lambda spelling: special[spelling]))
+    found = {spelling: library.token_to_id(spelling) for spelling in special}
+    offenders = [f"{name} is {special[name]}, not {token}" for name, token in found.items() if token != special[name]]
+    if offenders:
+        what = f"{TEXT_FILE} names special tokens that tokenizer.json has elsewhere"
+        raise InputError.listing(what, offenders, "Import the original again.")
+
+
+def _bytes_of_tokens(
+    library: tokenizers.Tokenizer, stored: dict[str, Any], special: Mapping[str, int], vocab_size: int
+) -> tuple[bytes, ...] | None:
+    """The bytes of every token of a byte-level BPE; None for other kinds. `stored` is the library's JSON.
 
     Such a vocabulary spells each byte as one printable character (GPT-2's table): bytes that are printable in Latin-1
     stand for themselves, the others follow from U+0100 on. Added tokens are spelled as text; special ones stand for no
     text.
     """
-    stored: dict[str, Any] = json.loads(library.to_str())
     if not _is_byte_level(stored.get("decoder")):
         return None
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = sorted(set(range(_BYTES)) - set(kept))
     values = {chr(value): value for value in kept} | {chr(0x100 + i): value for i, value in enumerate(moved)}
-    special = {token["content"]: token["special"] for token in stored.get("added_tokens", ())}
+    added = {token["content"] for token in stored.get("added_tokens", ())}
     table = [b""] * vocab_size
     for spelling, token in library.get_vocab(with_added_tokens=True).items():
         if spelling in special:
-            table[token] = b"" if special[spelling] else spelling.encode("utf-8")
+            continue
+        if spelling in added:
+            table[token] = spelling.encode("utf-8")
         elif all(character in values for character in spelling):
             table[token] = bytes(values[character] for character in spelling)
         else:
             return None
     return tuple(table)
+
+
+def _fallback_bytes(library: tokenizers.Tokenizer, stored: dict[str, Any]) -> dict[int, bytes]:
+    """Token → byte of those that stand for one byte each, where the decoder makes characters of them."""
+    if not any(part.get("type") == "ByteFallback" for part in parts_of(stored.get("decoder"))):
+        return {}
+    found = {value: library.token_to_id(f"<0x{value:02X}>") for value in range(_BYTES)}
+    return {token: bytes([value]) for value, token in found.items() if token is not None}
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:

@@ -15,7 +15,7 @@ from mossquant.errors import InputError
 from mossquant.files.json import parse_json
 from mossquant.model.config import MAX_VOCABULARY
 
-__all__ = ["LARGEST_TOKENIZER", "check_tokenizer_size", "tokenizer_offenders"]
+__all__ = ["LARGEST_TOKENIZER", "check_tokenizer_size", "parts_of", "tokenizer_offenders"]
 
 LARGEST_TOKENIZER = 1 << 25
 """Most bytes; the largest tokenizers in use, of a quarter of a million tokens, are about as large."""
@@ -48,7 +48,7 @@ def tokenizer_offenders(data: bytes) -> list[str]:
     if tree["model"].get("dropout"):
         offenders.append("dropout draws tokens at random")
     for section in ("normalizer", "pre_tokenizer", "decoder"):
-        parts = list(_parts(tree.get(section)))
+        parts = list(parts_of(tree.get(section)))
         longest = [len(str(part.get(key) or "")) for part in parts for key in ("content", "prepend")]
         if max(longest, default=0) > _LONGEST_ADDED or sum(length > 1 for length in longest) > 1:
             offenders.append(f"{section} makes a text too much longer: one part may, by {_LONGEST_ADDED} characters")
@@ -67,11 +67,11 @@ def _whole_charsmap(text: Any) -> bool:
     return 0 < size <= len(data) - _WORD and size % _WORD == 0
 
 
-def _parts(section: Any) -> Iterator[dict[str, Any]]:
+def parts_of(section: Any) -> Iterator[dict[str, Any]]:
     """The parts of a section, those of sequences one by one."""
     if isinstance(section, dict):
         yield section
         for key in ("normalizers", "pretokenizers", "decoders"):
             inner = section.get(key)
             for part in inner if isinstance(inner, list) else ():
-                yield from _parts(part)
+                yield from parts_of(part)

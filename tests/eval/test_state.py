@@ -2,12 +2,15 @@
 """A saved state goes on bit for bit on the runtime that saved it, and as the same text on another of the same model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bounds import FORGOTTEN, ONNX_INT8_MEDIAN
+from made_tokenizers import MADE
 from numpy.typing import NDArray
+from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
 from mossquant.errors import InputError
@@ -93,9 +96,29 @@ def test_a_generation_in_two_parts_is_the_whole(opened: Opener, name: str, tmp_p
     first = continue_text(runner, BYTES, PROMPT, max_tokens=10, save_state=tmp_path / "part")
     second = continue_text(runner, BYTES, max_tokens=14, load_state=tmp_path / "part", save_state=tmp_path / "end")
     assert first.tokens + second.tokens == whole.tokens
+    assert first.text + second.text == whole.text
     assert second.prompt_tokens == 0
     assert (tmp_path / "end").read_bytes() == (tmp_path / "whole").read_bytes()
     assert load_state(tmp_path / "end", runner).tokens == len(PROMPT.encode()) + 24
+
+
+@pytest.mark.parametrize("kind", ["byte fallback", "byte-level"])
+def test_the_text_of_many_parts_is_that_of_all_tokens(kind: str, tmp_path: Path) -> None:
+    """Draws of whatever there is: broken characters, spaces that the text before decides, tokens of no text."""
+    tokenizer, path = Tokenizer(MADE[kind](), None), tmp_path / "state"
+    folder = write_model(tmp_path / "model", random_model(replace(SMALL, vocab_size=tokenizer.vocab_size + 3)))
+    runner = open_runner(folder, threads=1)
+    ids, texts = tokenizer.encode("the Hello").tolist(), []
+    continue_text(runner, tokenizer, "the Hello", max_tokens=0, save_state=path)
+    for seed in range(30):
+        part = continue_text(
+            runner, tokenizer, max_tokens=1, temperature=9.0, seed=seed, load_state=path, save_state=path, force=True
+        )
+        ids += part.tokens if part.reason != "end_of_text" else []
+        texts.append(part.text)
+    last = continue_text(runner, tokenizer, max_tokens=1, load_state=path)
+    assert "the Hello" + "".join([*texts, last.text]) == tokenizer.decode([*ids, *last.tokens])
+    assert "\ufffd" in "".join(texts)
 
 
 @pytest.mark.parametrize("name", RUNTIMES)

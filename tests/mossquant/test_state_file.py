@@ -60,6 +60,12 @@ def test_everything_comes_back(runner: TorchRunner, saved: Path) -> None:
         np.testing.assert_array_equal(array, arrays[name])
 
 
+def test_recent_tokens_are_kept_where_there_are_any(runner: TorchRunner, tmp_path: Path) -> None:
+    save_state(tmp_path / "state", runner, replace(read(runner), recent=(255, 3)))
+    assert stored(tmp_path / "state")[1]["recent"] == [255, 3]
+    assert load_state(tmp_path / "state", runner).recent == (255, 3)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_shape_of_model(name: str, tmp_path: Path) -> None:
     """Pruned layers, blocks without experts, a convolution without a window: arrays of no elements."""
@@ -239,6 +245,12 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
         rewritten(lambda _, m: m.update(model_sha256="0" * 64, weights="int3\n")),
         r"is the state of another model: int3\n, SHA-256 000000000000; ",
     ),
+    "a recent token too large": (
+        rewritten(lambda _, m: m.update(recent=[0, 256])),
+        "its recent tokens are more than a vocabulary of 256 has",
+    ),
+    "a negative recent token": (rewritten(lambda _, m: m.update(recent=[-1])), "recent.0: input should be greater"),
+    "many recent tokens": (rewritten(lambda _, m: m.update(recent=[0] * 33)), "recent: tuple should have at most 32"),
     "an array more": (rewritten(lambda a, _: a.update({"x\n": a["logits"]})), r"x\n is unexpected"),
     "no logits": (rewritten(lambda a, _: a.pop("logits")), "logits is missing"),
     "another shape": (

@@ -2,10 +2,15 @@
 """Verbs of the command line on the bundled model: compare with its gate, generate, train."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from commands import command, refused
+
+from mossquant.checkpoint.locate import BUNDLED, asset_folder
+from mossquant.text.declared import DeclaredText
+from mossquant.text.text import END_OF_TEXT
 
 TOKENS = ("--tokens", 600, "--threads", 1)
 
@@ -45,6 +50,23 @@ def test_generate_from_argument_file_and_stdin(work: Path, tmp_path: Path) -> No
     assert first.out.strip()
     assert command("generate", work / "onnx", "--prompt-file", tmp_path / "prompt.txt", *asked).out == first.out
     assert command("generate", work / "onnx", "-", *asked, stdin=prompt.encode()).out == first.out
+
+
+def test_a_conversation_and_special_tokens(tmp_path: Path) -> None:
+    """The template's text, given as a prompt with `--special`, goes on as the conversation does."""
+    model, asked = shutil.copytree(asset_folder(BUNDLED), tmp_path / "model"), ("--max-tokens", 8, "--threads", 1)
+    template = "{% for m in messages %}# {{ m.role }}{{ eos_token }}{{ m.content }}\n{% endfor %}"
+    declared = DeclaredText(end_of_text=(0, 1), special_tokens={END_OF_TEXT: 0}, chat_template=template)
+    (model / "text.json").write_text(declared.to_json())
+    (tmp_path / "turns.json").write_text(json.dumps([{"role": "user", "content": "import os"}]))
+    written = f"# user{END_OF_TEXT}import os\n"
+    expected = command("generate", model, written, "--special", *asked)
+    assert (expected.status, expected.err) == (0, "")
+    assert command("generate", model, "--messages", tmp_path / "turns.json", *asked) == expected
+    assert command("generate", model, "--chat", *asked, stdin=b"import os") == expected
+    noted = command("generate", model, written, *asked)
+    assert noted.out != expected.out
+    assert noted.err == f"the prompt spells {END_OF_TEXT}, taken as letters; --special takes it for the token\n"
 
 
 @pytest.mark.parametrize(("saver", "other"), [("int4", "onnx"), ("onnx", "int4")])

@@ -345,27 +345,6 @@ def test_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
         Tokenizer.for_folder(tmp_path, 256)
 
 
-# --- one token at a time
-
-
-def test_streaming_gives_the_same_text(tmp_path: Path, bundled: Tokenizer) -> None:
-    for tokenizer in (Tokenizer.byte_level(), bundled, Tokenizer.from_file(llama_like(tmp_path))):
-        for text in SAMPLES:
-            stream = tokenizer.stream()
-            tokens = tokenizer.encode(text).tolist()
-            assert "".join(map(stream.step, tokens)) + stream.finish() == tokenizer.decode(tokens), text
-
-
-def test_streaming_holds_back_a_character_until_it_is_whole(bundled: Tokenizer) -> None:
-    for tokenizer in (Tokenizer.byte_level(), bundled):
-        stream = tokenizer.stream()
-        tokens = tokenizer.encode("🦊").tolist()
-        assert len(tokens) == 4
-        assert [stream.step(token) for token in tokens] == ["", "", "", "🦊"]
-        assert stream.step(tokens[0]) == ""
-        assert stream.finish() == "\ufffd"
-
-
 # --- training
 
 
