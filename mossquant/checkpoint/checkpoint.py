@@ -84,9 +84,8 @@ class Checkpoint:
             broken = [name for name in specs if not all_finite(files.tensor(name))]
             offenders = [f"{name} holds NaN or infinite values" for name in broken]
         if offenders:
-            raise InputError.listing(
-                f"{folder} does not fit its config.json", offenders, "Export the checkpoint again, or mend the config."
-            )
+            advice = "Copy or save it again; names with a prefix (torch.compile, DDP) come in with `mossquant import`."
+            raise InputError.listing(f"{folder} does not fit its config.json", offenders, advice)
         return cls(folder, config, torch_dtype, specs, path or str(folder), files)
 
     @cached_property
