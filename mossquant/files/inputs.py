@@ -36,11 +36,14 @@ def read_bytes(path: Path, *, largest: int, advice: str) -> bytes:
 
 def check_fetched(*paths: Path) -> None:
     """Refuse what Git LFS leaves in place of a file that was not fetched. Raises `InputError`, naming all of them."""
-    pointers = [f"{path} is a Git LFS pointer" for path in paths if path.is_file() and _begins(path, _POINTER)]
+    pointers = [f"{path} is a Git LFS pointer" for path in paths if is_pointer(path)]
     if pointers:
         raise InputError.listing("the files themselves are not here", pointers, "Run `git lfs pull`.")
 
 
-def _begins(path: Path, text: bytes) -> bool:
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        return file.read(len(text)) == text
+        return file.read(len(_POINTER)) == _POINTER

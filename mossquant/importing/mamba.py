@@ -9,6 +9,7 @@ type is asked for. Letters as in `mossquant.model`.
 
 import pickle
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from mossquant.files.outputs import check_free, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
 from mossquant.importing.mamba_configs import SourceConfig, read_source_config
 from mossquant.importing.names import plain_names
+from mossquant.importing.text_files import converted_tokenizer, declared_text
 from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
+from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
 from mossquant.text.tokenizer import Tokenizer
 
 _HEAD = "lm_head.weight"
@@ -93,7 +96,11 @@ def import_mamba(
         raise InputError.unknown("stored type", dtype, FLOAT_DTYPES)
     read = read_source_config(read_config_json(folder), where=folder / "config.json")
     notes = list(read.notes)
-    words = _tokenizer(folder, Path(tokenizer) if tokenizer is not None else None, read.config.vocab_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = converted_tokenizer(folder, Path(scratch), notes) if tokenizer is None else None
+        words = _tokenizer(folder, converted if tokenizer is None else Path(tokenizer), read.config.vocab_size)
+        declared = _declared(folder, words, read, notes)
+        stored_words = None if words is None else words.read_bytes()
     if words is None and read.config.vocab_size != 256:
         notes.append("no tokenizer.json: the model takes token ids only, until it is imported with --tokenizer FILE")
     tensors = _open(folder)
@@ -118,8 +125,10 @@ def import_mamba(
 
     with new_folder(output, force=force) as partial:
         write_checkpoint(partial, read.config, tensor, dtype=stored)
-        if words is not None:
-            shutil.copyfile(words, partial / "tokenizer.json")
+        if stored_words is not None:
+            (partial / "tokenizer.json").write_bytes(stored_words)
+        if declared != DeclaredText():
+            (partial / TEXT_FILE).write_text(declared.to_json(), encoding="utf-8", newline="")
         if training is not None and training.is_file():
             shutil.copyfile(training, partial / training.name)
     return Imported(output, read.layout, read.config, dtype_name(stored), parameter_count(read.config), tuple(notes))
@@ -137,6 +146,19 @@ def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None
             "give the tokenizer that the model was trained with (--tokenizer FILE)"
         )
     return path
+
+
+def _declared(folder: Path, words: Path | None, read: SourceConfig, notes: list[str]) -> DeclaredText:
+    """What the model declares about its text, checked against its tokenizer; what is left out joins the notes."""
+    vocab_size = read.config.vocab_size
+    if read.layout == "mossnet":
+        declared = read_declared_text(folder, vocab_size) or DeclaredText()
+    else:
+        declared, left_out = declared_text(folder, None if words is None else Tokenizer.from_file(words), vocab_size)
+        notes += left_out
+    if words is not None:
+        Tokenizer.from_file(words, declared)
+    return declared
 
 
 def _open(folder: Path) -> "_Tensors":

@@ -110,7 +110,7 @@ def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfi
     Raises:
         InputError: another kind of model, or keys with values that no MossNet computes; all offenders at once.
     """
-    values, kind = _integral(values), values.get("model_type")
+    values, kind = whole_numbers(values), values.get("model_type")
     if kind == "mossnet":
         return SourceConfig("mossnet", MossNetConfig.from_json(values, where=str(where)), True, ())
     if kind == "mamba":
@@ -124,12 +124,12 @@ def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfi
     )
 
 
-def _integral(value: Any) -> Any:
-    """A JSON value in which whole numbers are integers."""
+def whole_numbers(value: Any) -> Any:
+    """A JSON value in which whole numbers that are written as floats are integers."""
     if isinstance(value, dict):
-        return {key: _integral(inner) for key, inner in value.items()}
+        return {key: whole_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_integral(inner) for inner in value]
+        return [whole_numbers(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
