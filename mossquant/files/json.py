@@ -87,10 +87,11 @@ def validated(values: Any, schema: type[Stored], *, where: str, noun: str, advic
     try:
         return TypeAdapter(schema).validate_json(json.dumps(values))
     except ValidationError as error:
-        raise InputError.listing(f"{where} is not {noun}", _complaints(error), advice) from None
+        raise InputError.listing(f"{where} is not {noun}", complaints(error), advice) from None
 
 
-def _complaints(error: ValidationError) -> list[str]:
+def complaints(error: ValidationError) -> list[str]:
+    """What is wrong with each value of a JSON that is not what a schema says."""
     offenders = []
     for item in error.errors(include_url=False):
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
