@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made_tokenizers import SPECIAL, byte_level, save
 from mambas import hugging_face, save_hugging_face
 from tokenizers import processors
@@ -148,6 +149,38 @@ def test_chat_templates_are_those_of_transformers(name: str, source: Path) -> No
     others = {"named ones": "tool_use", "files": "rag"}.get(name)
     assert any("chat templates" in note for note in done.notes) == (others is not None)
     assert others is None or any(note.endswith(f": {others}") for note in done.notes)
+
+
+GREEDY: dict[str, Files] = {
+    "two ends": ENDS["two in both configs"][0],
+    "an end in generation_config alone": {"generation_config.json": {"eos_token_id": TURN}},
+    "an end of the config": {"config.json": {"eos_token_id": START}},
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_text_is_that_of_transformers(name: str, source: Path, tmp_path: Path) -> None:
+    """A model whose head follows a ring of tokens, after a text that the tokenizer begins with `<s>`."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    model = hugging_face(sizes, vocab_size=VOCABULARY)
+    ring = [BEGIN, ord("H") - 33, ord("i") - 33, TURN, ord("!") - 33, START, END]  # as byte_level numbers letters
+    with torch.no_grad():
+        table = torch.nn.functional.normalize(torch.randn(VOCABULARY, 128), dim=1)
+        head = torch.zeros(VOCABULARY, 128)
+        head[ring[1:] + ring[:1]] = 4 * table[ring]
+        model.backbone.embeddings.weight.copy_(table)
+        model.backbone.layers[0].mixer.out_proj.weight.zero_()
+        model.lm_head.weight.copy_(head)
+    save_hugging_face(model, source)
+    (source / "generation_config.json").unlink()
+    brought_in(source, GREEDY[name])
+    tokenizer, theirs = AutoTokenizer.from_pretrained(source), MambaForCausalLM.from_pretrained(source)
+    prompt = tokenizer("H", return_tensors="pt").input_ids
+    assert prompt.tolist() == [[BEGIN, ring[1]]]
+    out = theirs.generate(prompt, max_new_tokens=9, do_sample=False)[0, 2:]
+    found = mossquant.generate(tmp_path / "out", "H", max_tokens=9)
+    assert found.text == tokenizer.decode(out, skip_special_tokens=True)
+    assert len(found.tokens) < 9
 
 
 def test_nothing_declared_writes_nothing(source: Path, tmp_path: Path) -> None:
