@@ -79,6 +79,7 @@ def quantize(
         raise InputError(f"{origin.path} is quantized already; give the full-precision model that it was made from")
     if origin.tokenizer is not None:
         check_tokenizer_size(origin.tokenizer)
+    origin.declared_text(weights.config.vocab_size)  # is taken along, and so must be readable
     plan = make_plan(weights.config, {name: weights.kept(name).dtype for name in weights.specs}, asked)
     check(Held.by(plan, weights.config), asked.targets)
     solvers = planned_solvers(plan, measured=measured is not None)

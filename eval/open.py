@@ -11,6 +11,7 @@ from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
 from mossquant.runner import Runner
 from mossquant.targets.target import get_target, target_of
+from mossquant.text.declared import TEXT_FILE
 from mossquant.text.text import Tokenizer
 
 __all__ = ["OpenModel", "open_model", "open_runner"]
@@ -41,9 +42,10 @@ class OpenModel:
             return Tokenizer.byte_level()
         if self.folder is None:
             raise InputError(f"{self.path} has no tokenizer, so the model takes token ids only; give one that has")
-        if info.tokenizer_sha256 is not None and not (self.folder / "tokenizer.json").is_file():
+        exported = {"tokenizer.json": info.tokenizer_sha256 is not None, TEXT_FILE: info.declares_text}
+        for file in (file for file, needed in exported.items() if needed and not (self.folder / file).is_file()):
             name = next(iter(info.files))
-            raise InputError(f"{self.folder} has no tokenizer.json, and {name} was exported with one: copy it there")
+            raise InputError(f"{self.folder} has no {file}, and {name} was exported with one: copy it there")
         return Tokenizer.for_folder(self.folder, info.vocab_size)
 
     @property

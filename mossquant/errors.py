@@ -7,7 +7,8 @@ other exception into 70, so raise `InputError` only where the input is at fault.
 
 from collections.abc import Iterable, Sequence
 
-_LISTED = 8
+LISTED = 8
+"""How many offenders a message prints."""
 _LONGEST, _END = 2000, 300
 
 
@@ -31,8 +32,8 @@ class InputError(ValueError):
             offenders: one short phrase each; the first eight are printed, the rest are counted.
             advice: what to do, one sentence.
         """
-        shown = "; ".join(offenders[:_LISTED])
-        rest = len(offenders) - _LISTED
+        shown = "; ".join(offenders[:LISTED])
+        rest = len(offenders) - LISTED
         more = f"; and {rest} more" if rest > 0 else ""
         return cls(f"{what}: {shown}{more}. {advice}")
 

@@ -48,6 +48,7 @@ class RunnerInfo:
         seen_text: SHA-256 of texts that the model was trained or calibrated on.
         tokenizer_sha256: of the `tokenizer.json` that a program was exported with; None where there was none, and for a
             checkpoint, whose own is beside it.
+        declares_text: whether a program was exported with a `text.json`; False for a checkpoint too.
     """
 
     path: str
@@ -66,6 +67,7 @@ class RunnerInfo:
     files: Mapping[str, str] = field(default_factory=dict)
     seen_text: tuple[str, ...] = ()
     tokenizer_sha256: str | None = None
+    declares_text: bool = False
 
     @property
     def bits_per_weight(self) -> float:

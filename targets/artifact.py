@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from mossquant.checkpoint.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256, write_json
+from mossquant.model.config import MAX_VOCABULARY
 from mossquant.targets.metadata import ProgramMetadata
+from mossquant.text.declared import TEXT_FILE, read_declared_text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = [
@@ -114,8 +116,8 @@ class Artifact:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the programs and their weights, without the tokenizer."""
-        return sum(record.bytes for name, record in self.files.items() if name != TOKENIZER)
+        """Bytes of the programs and their weights, without the tokenizer and what is declared about text."""
+        return sum(record.bytes for name, record in self.files.items() if name not in (TOKENIZER, TEXT_FILE))
 
     @classmethod
     def open(cls, folder: Path) -> "Artifact":
@@ -150,11 +152,14 @@ def check_beside(program: Path, files: Mapping[str, str], metadata: ProgramMetad
 
     Raises:
         InputError: the manifest is none, does not list these files with these hashes, or says something else about the
-            program; the tokenizer is another one, or too large for one, or the program has none.
+            program; the tokenizer or what is declared about text is another one, or too large, or the program has none.
     """
     if program.with_name(MANIFEST).is_file():
-        _check_listed(program, files, metadata.model_dump())
+        _check_listed(program, files, metadata.model_dump(mode="json"))
     check_tokenizer(program, metadata.tokenizer_sha256)
+    declared = read_declared_text(program.parent, MAX_VOCABULARY)  # whose ids are held against the program's
+    if declared is not None and declared != metadata.text:
+        raise InputError(f"{program.with_name(TEXT_FILE)} is not what {program.name} was exported with. {_AGAIN}")
 
 
 def _check_listed(program: Path, files: Mapping[str, str], model: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from mossquant.release import release
 from mossquant.targets.artifact import MANIFEST, TOKENIZER, Artifact, read_artifact_manifest, write_artifact_manifest
 from mossquant.targets.taken import check_held
 from mossquant.targets.target import Prepared, get_target, program_targets
+from mossquant.text.declared import TEXT_FILE
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 __all__ = ["Needs", "export", "export_needs"]
@@ -99,11 +100,11 @@ def export(
     needs = _needs(weights, prepared)
     dropped = _programs_there(destination) - set(names)
     check_space(destination, disk_bytes=needs.disk_bytes, memory_bytes=needs.memory_bytes)
-    tokenizer = weights.origin.tokenizer
     with new_folder(destination, force=force) as partial:
         exported = {name: lowering.write(partial) for name, lowering in prepared.items()}
-        if tokenizer is not None:
-            (partial / TOKENIZER).write_bytes(tokenizer.read_bytes())
+        for path in weights.origin.beside:
+            if path.name in (TOKENIZER, TEXT_FILE):
+                (partial / path.name).write_bytes(path.read_bytes())
         programs = {name: program.program for name, program in exported.items()}
         manifest = write_artifact_manifest(partial, release=release(), programs=programs)
     notes = [note for program in exported.values() for note in program.notes]

@@ -9,6 +9,7 @@ from typing import Any
 from mossquant.checkpoint.locate import Located
 from mossquant.model.config import MossNetConfig
 from mossquant.targets.metadata import ProgramMetadata
+from mossquant.text.declared import DeclaredText
 
 __all__ = ["FileRow", "InfoReport", "WeightsRow", "file_rows", "program_info"]
 
@@ -165,10 +166,26 @@ def program_info(
             ("state", metadata.state_format),
             *facts,
             ("tokenizer", _short_hashes({"tokenizer.json": tokenizer}) if tokenizer else "none"),
+            *text_facts(metadata.text),
             ("written by", f"mossquant {metadata.release}"),
         ),
         ledger=(),
     )
+
+
+def text_facts(declared: DeclaredText | None) -> list[tuple[str, str]]:
+    """What a model declares about its text: (name, value)."""
+    if declared is None:
+        return []
+    spelling = {token: f" {name}" for name, token in declared.special_tokens.items()}
+    begin, put = declared.beginning_of_text, "" if declared.add_beginning_of_text else "not "
+    facts = {
+        "end of text": ", ".join(f"{token}{spelling.get(token, '')}" for token in declared.end_of_text),
+        "beginning of text": "" if begin is None else f"{begin}{spelling.get(begin, '')}, {put}put in front of a text",
+        "special tokens": ", ".join(f"{token}{spelling[token]}" for token in sorted(spelling)),
+        "chat template": f"{len(declared.chat_template)} characters of Jinja" if declared.chat_template else "",
+    }
+    return [(name, value if len(value) < 400 else f"{value[:400]} …") for name, value in facts.items() if value]
 
 
 def _short_hashes(hashes: Mapping[str, str]) -> str:

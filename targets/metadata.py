@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every program of ours says about itself, whatever its target; each target adds what only it has."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from mossquant.checkpoint.manifest import FileName, Sha256
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.files.json import parse_json
+from mossquant.files.json import LARGEST_SMALL, parse_json
 from mossquant.files.outputs import file_sha256
 from mossquant.release import release
 from mossquant.runner import RunnerInfo
+from mossquant.text.declared import DeclaredText
 
 __all__ = ["Count", "ProgramMetadata", "activations_of", "common_metadata", "parsed", "runner_info"]
 
+# Characters of a text.json, of the megabyte that a program says about itself.
+_LARGEST_TEXT = LARGEST_SMALL // 2
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
@@ -39,6 +50,7 @@ class ProgramMetadata(BaseModel):
         target: what it was lowered to.
         runtime_minimum: oldest release of the runtime that it runs on.
         activations: format of the inputs of quantized linears, "mixed" for several; "fp32" where nothing is quantized.
+        text: what the model declares about its text, as in `text.json`; None, and then not written, where nothing.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
@@ -58,11 +70,19 @@ class ProgramMetadata(BaseModel):
     target: str
     runtime_minimum: str
     activations: str
+    text: DeclaredText | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if key != "text" or value is not None}
 
 
 def common_metadata(weights: Weights) -> dict[str, Any]:
     """The fields of `ProgramMetadata` for what is lowered."""
-    origin = weights.origin
+    origin, text = weights.origin, weights.origin.declared_text(weights.config.vocab_size)
+    if text is not None and len(text.to_json()) > _LARGEST_TEXT:
+        raise InputError(f"text.json of {origin.path} holds more than the {_LARGEST_TEXT} bytes that a program carries")
     return {
         "release": release(),
         "config": weights.config.to_json(torch_dtype=origin.torch_dtype),
@@ -73,6 +93,7 @@ def common_metadata(weights: Weights) -> dict[str, Any]:
         "source_files": dict(origin.files),
         "tokenizer_sha256": None if origin.tokenizer is None else file_sha256(origin.tokenizer),
         "seen_text": list(origin.seen_text),
+        "text": text,
     }
 
 
@@ -102,6 +123,7 @@ def runner_info(
         files=files,
         seen_text=tuple(metadata.seen_text),
         tokenizer_sha256=metadata.tokenizer_sha256,
+        declares_text=metadata.text is not None,
     )
 
 
@@ -118,7 +140,7 @@ M = TypeVar("M", bound=ProgramMetadata)
 def parsed(model: type[M], text: str, path: Path) -> M:
     """Metadata from JSON. Raises `InputError`: it is not what this release writes."""
     try:
-        return model.model_validate(parse_json(text))
+        return model.model_validate_json(json.dumps(parse_json(text)))
     except ValidationError as error:
         first = error.errors()[0]
         where, what = ".".join(map(str, first["loc"])) or "metadata", first["msg"].lower()

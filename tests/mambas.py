@@ -31,10 +31,11 @@ SIZES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def hugging_face(sizes: dict[str, Any], deviation: float = 0.1) -> MambaForCausalLM:
-    """A random Mamba in which norms, D and biases are not their initial values either."""
+def hugging_face(sizes: dict[str, Any], deviation: float = 0.1, *, vocab_size: int = 104) -> MambaForCausalLM:
+    """A random Mamba in which norms, D and biases are not their initial values either, and no token has a meaning."""
+    no_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(vocab_size=104, initializer_range=deviation, pad_token_id=None, **sizes))
+    model = MambaForCausalLM(MambaConfig(vocab_size=vocab_size, initializer_range=deviation, **no_tokens, **sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "norm_f.weight", "mixer.D", "conv1d.bias")):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A full-precision MossNet on disk: config and named tensors, memory-mapped, checked against one another.
 
-The folder holds `config.json`, `model.safetensors` (or shards with an index), and where there is one `tokenizer.json`
-and `training.json` (how it was made, with the hashes of the texts that it has seen).
+The folder holds `config.json`, `model.safetensors` (or shards with an index), and where there are any `tokenizer.json`,
+`text.json` (what the model declares about its text) and `training.json` (how it was made, with the hashes of the texts
+that it has seen).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mossquant.checkpoint.manifest import Sha256, read_stored
 from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, TensorWriter, all_finite, tensor_offenders
-from mossquant.checkpoint.weights import Origin, Weights, value
+from mossquant.checkpoint.weights import BESIDE, Origin, Weights, value
 from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256, write_json
 from mossquant.formats import NumberFormat, QuantizedTensor
@@ -26,7 +27,7 @@ from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import MossNet, parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
 
-_TOKENIZER, _TRAINING = "tokenizer.json", "training.json"
+_TRAINING = "training.json"
 
 
 class _SeenText(BaseModel):
@@ -84,9 +85,8 @@ class Checkpoint:
             broken = [name for name in specs if not all_finite(files.tensor(name))]
             offenders = [f"{name} holds NaN or infinite values" for name in broken]
         if offenders:
-            raise InputError.listing(
-                f"{folder} does not fit its config.json", offenders, "Export the checkpoint again, or mend the config."
-            )
+            advice = "Copy or save it again; names with a prefix (torch.compile, DDP) come in with `mossquant import`."
+            raise InputError.listing(f"{folder} does not fit its config.json", offenders, advice)
         return cls(folder, config, torch_dtype, specs, path or str(folder), files)
 
     @cached_property
@@ -108,7 +108,7 @@ class Checkpoint:
             files={name: file_sha256(self.folder / name) for name in ["config.json", *self._files.files]},
             training_text=seen_text(self.folder),
             calibration_text=(),
-            beside=tuple(path for path in (self.folder / _TOKENIZER, self.folder / _TRAINING) if path.is_file()),
+            beside=tuple(path for name in BESIDE if (path := self.folder / name).is_file()),
         )
 
     def format(self, name: str) -> NumberFormat | None:

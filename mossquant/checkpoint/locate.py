@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from mossquant.errors import InputError
+from mossquant.files.inputs import check_fetched
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.plan.capabilities import CAPABILITIES
 
@@ -86,6 +87,7 @@ def _locate(text: str, path: Path) -> Located:
         raise InputError(f"{text} holds neither config.json nor a program ({' or '.join(_PROGRAMS)}); {_ADVICE}")
     if not programs[0].is_file():
         raise InputError(f"{programs[0]} is not a file; give an artifact that `mossquant export` wrote")
+    check_fetched(programs[0])
     return Located(text, programs[0], _PROGRAMS[programs[0].suffix])
 
 

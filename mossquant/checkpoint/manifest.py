@@ -8,8 +8,10 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from mossquant.errors import InputError
+from mossquant.files.inputs import is_pointer
 from mossquant.files.json import LARGEST_SMALL, parse_stored, read_json
 from mossquant.files.outputs import file_sha256
+from mossquant.text.declared import TEXT_FILE
 
 Stored = TypeVar("Stored", bound=BaseModel)
 
@@ -57,7 +59,6 @@ class Manifest(_Strict):
     text: SeenText
 
 
-_TOKENIZER = "tokenizer.json"
 _REQUIRED = ("config.json", "recipe.yaml", "ledger.json")
 
 
@@ -91,14 +92,17 @@ def file_offenders(folder: Path, manifest: Manifest) -> list[str]:
 def record_offenders(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
     """Which of these files of a folder are missing, or of another size or hash.
 
-    A tokenizer that is not listed is one too: it would be used, and other files that are not listed are not.
+    A tokenizer or a text.json that is not listed is one too: it would be used, and other files that are not listed are
+    not.
     """
-    foreign = _TOKENIZER not in files and (folder / _TOKENIZER).exists()
-    offenders = [f"{_TOKENIZER} does not belong to it, take it away"] if foreign else []
+    foreign = (name for name in ("tokenizer.json", TEXT_FILE) if name not in files and (folder / name).exists())
+    offenders = [f"{name} does not belong to it, take it away" for name in foreign]
     for name, record in files.items():
         path = folder / name
         if not path.is_file():
             offenders.append(f"{name} is missing")
+        elif is_pointer(path):
+            offenders.append(f"{name} is a Git LFS pointer, run `git lfs pull`")
         elif path.stat().st_size != record.bytes:
             offenders.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.bytes}")
         elif file_sha256(path) != record.sha256:

@@ -6,7 +6,7 @@
     recipe.yaml         what was asked, as written
     ledger.json         what happened to each tensor (`mossquant.plan.plan`), with true and padded shapes
     manifest.json       sha256 and size of each file, versions, the parent's hashes, texts that the model has seen
-    tokenizer.json, training.json    copied from the checkpoint, where there are any
+    tokenizer.json, text.json, training.json    copied from the checkpoint, where there are any
 
 Opening checks all of it but the codes, which `check_codes` reads: nothing is believed that can be compared.
 """
@@ -22,7 +22,7 @@ from mossquant.checkpoint.checks import code_offenders, plan_offenders, structur
 from mossquant.checkpoint.manifest import Manifest, file_offenders, read_manifest
 from mossquant.checkpoint.packing import quantization_config, read_quantized, stored_names
 from mossquant.checkpoint.tensorfiles import TensorFiles
-from mossquant.checkpoint.weights import Origin
+from mossquant.checkpoint.weights import BESIDE, Origin
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, read_json
 from mossquant.formats import NumberFormat, QuantizedTensor
@@ -30,6 +30,7 @@ from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import tensor_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.plan import Plan
+from mossquant.text.declared import TEXT_FILE
 
 _AGAIN = "Copy the folder again, or quantize again."
 
@@ -109,7 +110,7 @@ class QuantizedCheckpoint:
     def origin(self) -> Origin:
         """What it is and was made from, as ledger and manifest record it."""
         manifest, files = self.manifest, self.manifest.files
-        beside = (self.folder / name for name in ("tokenizer.json", "training.json") if name in files)
+        beside = (self.folder / name for name in BESIDE if name in files)
         return Origin(
             path=self.path,
             kind="quantized checkpoint",
@@ -118,7 +119,7 @@ class QuantizedCheckpoint:
             parameters=self.plan.parameters,
             payload_bytes=self.plan.predicted_bytes,
             file_bytes=sum(files[name].bytes for name in self._files.files),
-            files={name: record.sha256 for name, record in files.items()},
+            files={name: record.sha256 for name, record in files.items() if name != TEXT_FILE},
             training_text=tuple(manifest.text.training),
             calibration_text=tuple(manifest.text.calibration),
             beside=tuple(beside),

@@ -5,6 +5,8 @@ Reading is memory-mapped, one tensor at a time. Writing holds one shard in memor
 above it shards of whole tensors are closed at 64 MB, in the order in which the tensors come.
 """
 
+import difflib
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mossquant.errors import InputError
+from mossquant.errors import LISTED, InputError
+from mossquant.files.inputs import check_fetched
 from mossquant.files.json import LARGEST, read_json
 from mossquant.files.outputs import write_json
 from mossquant.formats.dtypes import dtype_name
@@ -24,6 +27,8 @@ from mossquant.formats.dtypes import dtype_name
 ONE_FILE_BYTES = 256 * 10**6
 SHARD_BYTES = 64 * 10**6
 
+# Of tensors that are there, these are compared with one that is missing.
+_LONGEST_NAME, _COMPARED = 200, 1000
 # The library takes headers of up to 100 MB, and some ten times that in memory to read them.
 _LARGEST_HEADER = LARGEST
 
@@ -99,6 +104,7 @@ class TensorFiles:
         """
         listed = _weight_map(folder)
         shards = [_FILE] if listed is None else sorted(set(listed.values()))
+        check_fetched(*(folder / shard for shard in shards))
         self.files = shards if listed is None else sorted([*shards, _INDEX])
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -124,11 +130,7 @@ class TensorFiles:
             wrong = sorted(name for name in {**listed, **where} if listed.get(name) != where.get(name))
             offenders = [f"{_INDEX} does not say where {name[:80]} is" for name in wrong]
         if offenders:
-            raise InputError.listing(
-                f"{folder} cannot be read",
-                offenders,
-                "Copy the whole folder or export it again; an original Mamba comes in with `mossquant import`.",
-            )
+            raise InputError.listing(f"{folder} cannot be read", offenders, "Copy the whole folder again.")
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored."""
@@ -147,22 +149,33 @@ def tensor_offenders(
 ) -> list[str]:
     """Which tensors are missing, unexpected, or of another shape or type than needed.
 
+    One that is missing is named with the one that seems to stand in its place: of its shape, with the nearest name.
+
     Args:
         needed: tensor name → what it must be.
         shapes: tensor name → shape, of the tensors that are there.
         dtypes: tensor name → type of the same.
     """
-    offenders = [f"{name} is missing" for name in needed if name not in shapes]
-    offenders += [f"{name[:80]} is unexpected" for name in sorted(shapes) if name not in needed]
+    unexpected = sorted(name for name in shapes if name not in needed)
+    absent = [name for name in needed if name not in shapes]
+    missing = [f"{name} is missing" for name in absent]
+    for i, name in enumerate(absent[:LISTED]):
+        alike = [other for other in unexpected if shapes[other] == needed[name].shape and len(other) < _LONGEST_NAME]
+        for near in difflib.get_close_matches(name, alike[:_COMPARED], n=1):
+            unexpected.remove(near)
+            missing[i] += f" (there is {near})"
+    misfits = []
     for name, tensor in needed.items():
         if name not in shapes:
             continue
         if shapes[name] != tensor.shape:
-            offenders.append(f"{name} has shape {list(shapes[name])}, needs {list(tensor.shape)}")
+            misfits.append(f"{name} has shape {list(shapes[name])}, needs {list(tensor.shape)}")
         if dtypes[name] not in tensor.dtypes:
             allowed = " or ".join(dict.fromkeys(map(dtype_name, tensor.dtypes)))
-            offenders.append(f"{name} has dtype {dtype_name(dtypes[name])}, needs {allowed}")
-    return offenders
+            misfits.append(f"{name} has dtype {dtype_name(dtypes[name])}, needs {allowed}")
+    others = [f"{name[:80]} is unexpected" for name in unexpected]
+    in_turn = itertools.zip_longest(missing, others, misfits)  # so that what is listed first shows every kind
+    return [offender for turn in in_turn for offender in turn if offender is not None]
 
 
 class TensorWriter:

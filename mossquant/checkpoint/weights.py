@@ -16,6 +16,10 @@ from torch import Tensor
 from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.config import MossNetConfig
 from mossquant.model.tensors import TensorSpec
+from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
+
+BESIDE = ("tokenizer.json", TEXT_FILE, "training.json")
+"""What may lie beside the tensors of a checkpoint, and is taken along by what is made of it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Origin:
             state and a program are told from those of other models by these.
         training_text: SHA-256 of the texts that the model was trained on, as far as is known.
         calibration_text: SHA-256 of the texts that it was calibrated on.
-        beside: files that are taken along: tokenizer and training record, where there are any.
+        beside: those of `BESIDE` that there are.
     """
 
     path: str
@@ -64,6 +68,15 @@ class Origin:
     def tokenizer(self) -> Path | None:
         """The `tokenizer.json`, if there is one."""
         return next((path for path in self.beside if path.name == "tokenizer.json"), None)
+
+    def declared_text(self, vocab_size: int) -> DeclaredText | None:
+        """What the model, with `vocab_size` entries, declares about its text; None where nothing.
+
+        Raises:
+            InputError: `text.json` is damaged, or names ids that the model has not.
+        """
+        path = next((path for path in self.beside if path.name == TEXT_FILE), None)
+        return None if path is None else read_declared_text(path.parent, vocab_size)
 
 
 class Weights(Protocol):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mossquant.errors import InputError
 
+_POINTER = b"version https://git-lfs"
+
 
 def read_bytes(path: Path, *, largest: int, advice: str) -> bytes:
     """The content of a file.
@@ -28,4 +30,20 @@ def read_bytes(path: Path, *, largest: int, advice: str) -> bytes:
     if len(data) > largest:
         size = f"{largest >> 20} MB" if largest >= 1 << 20 else f"{largest >> 10} kB"
         raise InputError(f"{path} is larger than {size}; {advice}")
+    check_fetched(path)
     return data
+
+
+def check_fetched(*paths: Path) -> None:
+    """Refuse what Git LFS leaves in place of a file that was not fetched. Raises `InputError`, naming all of them."""
+    pointers = [f"{path} is a Git LFS pointer" for path in paths if is_pointer(path)]
+    if pointers:
+        raise InputError.listing("the files themselves are not here", pointers, "Run `git lfs pull`.")
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER

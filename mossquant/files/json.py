@@ -91,6 +91,7 @@ def validated(values: Any, schema: type[Stored], *, where: str, noun: str, advic
 
 
 def _complaints(error: ValidationError) -> list[str]:
+    """What is wrong with each value of a JSON that is not what a schema says."""
     offenders = []
     for item in error.errors(include_url=False):
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

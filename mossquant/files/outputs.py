@@ -21,7 +21,7 @@ from mossquant.files.json import LARGEST_SMALL, read_json
 
 # Names in a full-precision checkpoint, which has no manifest that lists them.
 _CHECKPOINT_FILES = re.compile(
-    r"(config|training|tokenizer)\.json|model(-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"(config|training|tokenizer|text)\.json|model(-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 _MANIFEST = "manifest.json"
 _KINDS = ("quantized checkpoint", "artifact")

@@ -9,6 +9,7 @@ type is asked for. Letters as in `mossquant.model`.
 
 import pickle
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,18 +19,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint.checkpoint import Checkpoint, seen_text, write_checkpoint
+from mossquant.checkpoint.checkpoint import seen_text, write_checkpoint
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, all_finite, tensor_offenders
 from mossquant.errors import InputError
+from mossquant.files.inputs import check_fetched
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
 from mossquant.importing.mamba_configs import SourceConfig, read_source_config
+from mossquant.importing.names import plain_names
+from mossquant.importing.text_files import converted_tokenizer, declared_text
 from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
+from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
 from mossquant.text.tokenizer import Tokenizer
 
+_HEAD = "lm_head.weight"
 _PICKLED = "pytorch_model.bin"
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _FLOATS = (*FLOAT_DTYPES.values(), torch.float64)
@@ -88,22 +94,22 @@ def import_mamba(
     check_free(output, force=force, inputs=[folder, *([] if tokenizer is None else [Path(tokenizer)])])
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise InputError.unknown("stored type", dtype, FLOAT_DTYPES)
-    values = read_config_json(folder)
-    mossnet = Checkpoint.open(folder) if values.get("model_type") == "mossnet" else None
-    if mossnet is None:
-        read = read_source_config(values, where=folder / "config.json")
-    else:
-        read = SourceConfig("mossnet", mossnet.config, True, "backbone.embeddings.weight", ())
+    read = read_source_config(read_config_json(folder), where=folder / "config.json")
     notes = list(read.notes)
-    words = _tokenizer(folder, Path(tokenizer) if tokenizer is not None else None, read.config.vocab_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = converted_tokenizer(folder, Path(scratch), notes) if tokenizer is None else None
+        words = _tokenizer(folder, converted if tokenizer is None else Path(tokenizer), read.config.vocab_size)
+        declared = _declared(folder, words, read, notes)
+        stored_words = None if words is None else words.read_bytes()
     if words is None and read.config.vocab_size != 256:
         notes.append("no tokenizer.json: the model takes token ids only, until it is imported with --tokenizer FILE")
-    tensors = TensorFiles(folder) if mossnet is not None else _open(folder)
-    names = _names(read, tensors)
+    tensors = _open(folder)
+    names = _names(read, tensors, folder)
     _check_structure(folder, read.config, names, tensors)
     stored = _stored_type(folder, dtype, {tensors.dtypes[name] for name in names.values()}, notes)
     _check_values(folder, read.config, names, tensors, stored)
-    if mossnet is not None:
+    training = folder / "training.json" if read.layout == "mossnet" else None
+    if training is not None:
         seen_text(folder)  # is taken along, and so must be readable
 
     written, count = 0, len(tensor_specs(read.config))
@@ -119,10 +125,12 @@ def import_mamba(
 
     with new_folder(output, force=force) as partial:
         write_checkpoint(partial, read.config, tensor, dtype=stored)
-        if words is not None:
-            shutil.copyfile(words, partial / "tokenizer.json")
-        if mossnet is not None and (folder / "training.json").is_file():
-            shutil.copyfile(folder / "training.json", partial / "training.json")
+        if stored_words is not None:
+            (partial / "tokenizer.json").write_bytes(stored_words)
+        if declared != DeclaredText():
+            (partial / TEXT_FILE).write_text(declared.to_json(), encoding="utf-8", newline="")
+        if training is not None and training.is_file():
+            shutil.copyfile(training, partial / training.name)
     return Imported(output, read.layout, read.config, dtype_name(stored), parameter_count(read.config), tuple(notes))
 
 
@@ -138,6 +146,19 @@ def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None
             "give the tokenizer that the model was trained with (--tokenizer FILE)"
         )
     return path
+
+
+def _declared(folder: Path, words: Path | None, read: SourceConfig, notes: list[str]) -> DeclaredText:
+    """What the model declares about its text, checked against its tokenizer; what is left out joins the notes."""
+    vocab_size = read.config.vocab_size
+    if read.layout == "mossnet":
+        declared = read_declared_text(folder, vocab_size) or DeclaredText()
+    else:
+        declared, left_out = declared_text(folder, None if words is None else Tokenizer.from_file(words), vocab_size)
+        notes += left_out
+    if words is not None:
+        Tokenizer.from_file(words, declared)
+    return declared
 
 
 def _open(folder: Path) -> "_Tensors":
@@ -157,6 +178,7 @@ class _Pickled:
 
     def __init__(self, path: Path) -> None:
         """Read the file. Nothing in it is run: tensors are all that may be unpickled."""
+        check_fetched(path)
         advice = "save the state_dict of the model"
         try:
             with zipfile.ZipFile(path) as file:  # torch.save's format since PyTorch 1.6
@@ -193,24 +215,24 @@ class _Pickled:
 _Tensors = TensorFiles | _Pickled
 
 
-def _names(read: SourceConfig, tensors: _Tensors) -> dict[str, str]:
-    """Our name → the source's; a tensor that we fill with zeros is left out."""
-    names = {
-        spec.name: spec.name for spec in tensor_specs(read.config) if read.conv_bias or spec.role != "ssm.conv_bias"
-    }
-    # Hugging Face reads the original's singular as well.
-    either = ("backbone.embeddings.weight", "backbone.embedding.weight")
-    names[either[0]] = next((name for name in either if name in tensors.shapes), read.embeddings)
-    return names
+def _names(read: SourceConfig, tensors: _Tensors, folder: Path) -> dict[str, str]:
+    """Our name → the source's; a tensor that we fill with zeros is left out, a tied head that is there is in."""
+    plain = plain_names(tensors.shapes, str(folder))
+    specs = [spec.name for spec in tensor_specs(read.config) if read.conv_bias or spec.role != "ssm.conv_bias"]
+    if set(specs) - set(plain) == {_HEAD} and len(plain) < len(specs):
+        raise InputError(
+            f"{folder} holds the model without its head ({_HEAD}), which its config.json says is not tied to the "
+            "embedding; save the whole model (MambaForCausalLM)"
+        )
+    head = [_HEAD] if _HEAD in plain else []
+    return {name: plain.get(name, name) for name in dict.fromkeys([*specs, *head])}
 
 
 def _check_structure(folder: Path, config: MossNetConfig, names: Mapping[str, str], tensors: _Tensors) -> None:
-    specs = {spec.name: spec for spec in tensor_specs(config)}
-    needed = {own: NeededTensor(specs[name].shape, _FLOATS) for name, own in names.items()}
-    shapes = dict(tensors.shapes)
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)  # a tied head may be in the file once more; `_check_values` compares it
-    _refuse(folder, tensor_offenders(needed, shapes, tensors.dtypes))
+    shapes = {spec.name: spec.shape for spec in tensor_specs(config)}
+    table = shapes["backbone.embeddings.weight"]  # of a tied head too, which `_check_values` compares
+    needed = {stored: NeededTensor(shapes.get(name, table), _FLOATS) for name, stored in names.items()}
+    _refuse(folder, tensor_offenders(needed, tensors.shapes, tensors.dtypes))
 
 
 def _check_values(
@@ -223,10 +245,11 @@ def _check_values(
             offenders.append(f"{name} holds NaN or infinite values")
         elif tensor.dtype != stored and not all_finite(tensor.to(stored)):
             offenders.append(f"{name} holds values too large for {dtype_name(stored)}")
-    if config.tie_word_embeddings and "lm_head.weight" in tensors.shapes:
-        table = names["backbone.embeddings.weight"]
-        if not torch.equal(tensors.tensor("lm_head.weight"), tensors.tensor(table)):
-            offenders.append(f"lm_head.weight differs from {table}, though the config says that they are tied")
+    if config.tie_word_embeddings and _HEAD in names:
+        head, table = names[_HEAD], names["backbone.embeddings.weight"]
+        same_type = tensors.dtypes[head] == tensors.dtypes[table]
+        if not same_type or not torch.equal(tensors.tensor(head), tensors.tensor(table)):
+            offenders.append(f"{head} differs from {table}, though the config says that they are tied")
     _refuse(folder, offenders)
 
 

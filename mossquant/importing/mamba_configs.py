@@ -38,14 +38,12 @@ class SourceConfig:
         layout: "Hugging Face", "state-spaces" or "mossnet".
         config: the shape as a MossNet.
         conv_bias: whether the convolution has a bias.
-        embeddings: the layout's name of the embedding table.
         notes: what the user should know, a sentence each.
     """
 
     layout: str
     config: MossNetConfig
     conv_bias: bool
-    embeddings: str
     notes: tuple[str, ...]
 
 
@@ -105,12 +103,16 @@ class _Original(_Keys):
 
 
 def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfig:
-    """Read the content of a Mamba's `config.json`, in either layout.
+    """Read the content of a Mamba's `config.json`, in either layout, or of a MossNet's.
+
+    Whole numbers may be written as floats (`"expand": 2.0`).
 
     Raises:
         InputError: another kind of model, or keys with values that no MossNet computes; all offenders at once.
     """
-    kind = values.get("model_type")
+    values, kind = whole_numbers(values), values.get("model_type")
+    if kind == "mossnet":
+        return SourceConfig("mossnet", MossNetConfig.from_json(values, where=str(where)), True, ())
     if kind == "mamba":
         return _hugging_face(validated(values, _HuggingFace, where=str(where), noun=_NOUN, advice=_ADVICE), where)
     if kind is None and "d_model" in values and "n_layer" in values:
@@ -122,6 +124,15 @@ def read_source_config(values: Mapping[str, Any], *, where: Path) -> SourceConfi
     )
 
 
+def whole_numbers(value: Any) -> Any:
+    """A JSON value in which whole numbers that are written as floats are integers."""
+    if isinstance(value, dict):
+        return {key: whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _hugging_face(keys: _HuggingFace, where: Path) -> SourceConfig:
     inner = keys.expand * keys.hidden_size
     if keys.intermediate_size not in (None, inner):
@@ -129,7 +140,7 @@ def _hugging_face(keys: _HuggingFace, where: Path) -> SourceConfig:
         raise InputError.listing(f"{where} is not {_NOUN}", [offender], _ADVICE)
     unknown = keys.others(_HUGGING_FACE_UNUSED)
     notes = [f"keys of config.json that have no effect here: {', '.join(unknown)}"] if unknown else []
-    return _understood("Hugging Face", _shape(keys), keys.use_conv_bias, "backbone.embeddings.weight", notes, where)
+    return _understood("Hugging Face", _shape(keys), keys.use_conv_bias, notes, where)
 
 
 def _original(keys: _Original, where: Path) -> SourceConfig:
@@ -139,7 +150,7 @@ def _original(keys: _Original, where: Path) -> SourceConfig:
     if unknown:
         raise InputError.listing(f"{where} is not {_NOUN}", [f"unknown key {key}" for key in unknown], _ADVICE)
     shape = {**_shape(keys), **_shape(ssm), "vocab_size": -(-keys.vocab_size // multiple) * multiple}
-    return _understood("state-spaces", shape, ssm.conv_bias, "backbone.embedding.weight", [], where)
+    return _understood("state-spaces", shape, ssm.conv_bias, [], where)
 
 
 def _shape(keys: _Keys) -> dict[str, Any]:
@@ -147,11 +158,9 @@ def _shape(keys: _Keys) -> dict[str, Any]:
     return {name: value for name, value in keys if name in MossNetConfig.__dataclass_fields__}
 
 
-def _understood(
-    layout: str, shape: dict[str, Any], conv_bias: bool, embeddings: str, notes: list[str], where: Path
-) -> SourceConfig:
+def _understood(layout: str, shape: dict[str, Any], conv_bias: bool, notes: list[str], where: Path) -> SourceConfig:
     if not conv_bias:
         notes = [*notes, "the convolutions have no bias: zeros are stored, which compute the same"]
     config = MossNetConfig(**{**shape, "time_step_rank": shape["time_step_rank"] or -(-shape["hidden_size"] // 16)})
     checked = MossNetConfig.from_json(config.to_json(torch_dtype="float32"), where=f"{where}, read as a MossNet,")
-    return SourceConfig(layout, checked, conv_bias, embeddings, tuple(notes))
+    return SourceConfig(layout, checked, conv_bias, tuple(notes))

@@ -115,7 +115,7 @@ class MossNetConfig:
             )
         names = [field.name for field in fields(cls)]
         stored = {"version": 1, **dict.fromkeys(names), **values}  # no default stands in for a key that is missing
-        noun, advice = "a valid MossNet config", "Mend the file or export it again."
+        noun, advice = "a valid MossNet config", "Mend the file or copy the folder again."
         file = parse_stored(stored, _File, where=where, noun=noun, advice=advice)
         config = cls(**{name: getattr(file, name) for name in names})
         contradictions = config._contradictions()
@@ -167,7 +167,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is not there, so {folder} is no checkpoint; give a checkpoint folder, or the name tiny"
         )
-    values = read_json(path, largest=LARGEST_SMALL, advice="mend the file or export it again")
+    values = read_json(path, largest=LARGEST_SMALL, advice="mend the file or copy it again")
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object; this is not a model config")
     return values

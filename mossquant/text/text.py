@@ -64,9 +64,9 @@ class Text:
     ids: Tokens | None = None
 
     @classmethod
-    def of(cls, name: str, data: bytes) -> "Text":
-        """The text `data`, known to the user as `name`."""
-        return cls(name, data, hashlib.sha256(data).hexdigest())
+    def of(cls, name: str, data: bytes, *, special: bool = False, document_separator: str | None = None) -> "Text":
+        """The text `data`, known to the user as `name`; see `Text` for how it is read."""
+        return cls(name, data, hashlib.sha256(data).hexdigest(), special, document_separator)
 
     @classmethod
     def from_ids(cls, path: Path) -> "Text":

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Tokenizer:
         end_of_text: the token that ends a text, or begins one that has no other beginning, or None.
         ends: every token that ends a text.
         beginning_of_text: the token that is put in front of every new text, or None.
+        left_out: sections of the file that ask for what is not done: padding, truncation.
         special_tokens: spelling → token of those that stand for no text. Text never encodes to them, not even by
             spelling them out, unless that is asked for.
     """
@@ -85,6 +87,7 @@ class Tokenizer:
         self._library = library
         self._fallback_bytes: dict[int, bytes] = {}
         ends = declared.end_of_text
+        self.left_out = [name for name in ("padding", "truncation") if getattr(library, name, None) is not None]
         if library is None:
             self.vocab_size = _BYTES
             silent = self.special_tokens.values()
@@ -160,6 +163,28 @@ class Tokenizer:
                 "give the tokenizer that the model was trained with"
             )
         return tokenizer
+
+    @cached_property
+    def added(self) -> tuple[list[int], list[int]]:
+        """The tokens that the file's own post-processor puts (in front of a text, behind it)."""
+        if self._library is None:
+            return [], []
+        with _library_errors("the tokenizer cannot encode a letter"):
+            encoding = self._library.encode("a")
+        ids, added = encoding.ids, encoding.special_tokens_mask
+        front = next((i for i, put in enumerate(added) if not put), len(ids))
+        behind = next((i for i, put in enumerate(reversed(added[front:])) if not put), 0)
+        return ids[:front], ids[len(ids) - behind :]
+
+    def token(self, spelling: str) -> int | None:
+        """The token of this spelling, None where there is none."""
+        token: int | None = None if self._library is None else self._library.token_to_id(spelling)
+        return token
+
+    def spelling(self, token: int) -> str | None:
+        """The spelling of a token in the file, None where there is none."""
+        spelling: str | None = None if self._library is None else self._library.id_to_token(token)
+        return spelling
 
     @property
     def takes_any_bytes(self) -> bool:

@@ -9,7 +9,7 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import Weights
 from mossquant.formats.dtypes import dtype_name
-from mossquant.targets.info_report import InfoReport, WeightsRow, file_rows
+from mossquant.targets.info_report import InfoReport, WeightsRow, file_rows, text_facts
 from mossquant.targets.target import active_share
 
 __all__ = ["info"]
@@ -69,7 +69,7 @@ def _report(
         rows=_merged(rows),
         files=file_rows(located.path, origin.files),
         sections={},
-        facts=tuple(facts),
+        facts=(*facts, *text_facts(origin.declared_text(weights.config.vocab_size))),
         ledger=ledger,
     )
 

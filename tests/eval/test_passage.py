@@ -61,7 +61,7 @@ def test_special_tokens_are_what_the_library_makes_of_them_where_that_is_asked_f
 
 def test_documents_are_split_at_the_end_of_text_token(model: Path) -> None:
     _declare(model)
-    text = replace(Text.of("a text", b"ab\n---\nc\n---\n\n---\nd"), document_separator="\n---\n")
+    text = Text.of("a text", b"ab\n---\nc\n---\n\n---\nd", document_separator="\n---\n")
     passage = _passage(model, text)
     assert passage.tokens[0].tolist() == [*_library("ab"), _STOP, *_library("c"), _STOP, _STOP, *_library("d")]
     assert passage.lengths is not None
@@ -71,7 +71,7 @@ def test_documents_are_split_at_the_end_of_text_token(model: Path) -> None:
 def test_a_separator_needs_an_end_of_text_token(tmp_path: Path) -> None:
     write_model(tmp_path / "bytes", random_model(replace(_CONFIG, vocab_size=256)))
     with pytest.raises(InputError, match="no end-of-text token"):
-        _passage(tmp_path / "bytes", replace(Text.of("a text", b"a|b"), document_separator="|"))
+        _passage(tmp_path / "bytes", Text.of("a text", b"a|b", document_separator="|"))
 
 
 def test_every_stream_begins_with_the_declared_beginning_of_text(model: Path) -> None:
@@ -83,7 +83,7 @@ def test_every_stream_begins_with_the_declared_beginning_of_text(model: Path) ->
 
 def test_token_ids_need_no_tokenizer_and_measure_as_their_text_does(model: Path, tmp_path: Path) -> None:
     ids = _library(_TEXT)
-    by_text = perplexity(model, text=replace(Text.of("a text", _TEXT.encode()), special=True))
+    by_text = perplexity(model, text=Text.of("a text", _TEXT.encode(), special=True))
     (model / "tokenizer.json").unlink()
     np.save(tmp_path / "ids.npy", np.array(ids, np.uint16))
     by_ids = perplexity(model, text=Text.from_ids(tmp_path / "ids.npy"))

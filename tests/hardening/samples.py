@@ -20,6 +20,7 @@ from mossquant.files.outputs import write_json
 from mossquant.model.config import MossNetConfig
 from mossquant.plan.recipe import Recipe
 from mossquant.targets.onnx import save as onnx_save
+from mossquant.text.declared import DeclaredText
 from mossquant.text.text import train_tokenizer
 
 __all__ = ["TEXT", "make_samples"]
@@ -59,6 +60,15 @@ def make_samples(folder: Path) -> None:
         folder / "checkpoint", random_model(CONFIG, seed=7, dtype=torch.float32), dtype=torch.bfloat16
     )
     tokenizer = train_tokenizer([TEXT], CONFIG.vocab_size, checkpoint / "tokenizer.json")
+    declared = DeclaredText(
+        end_of_text=(0, 5),
+        beginning_of_text=0,
+        add_beginning_of_text=True,
+        special_tokens={"<|endoftext|>": 0},
+        token_names={"eos_token": "<|endoftext|>"},
+        chat_template="{% for turn in messages %}{{ turn.content }}{% endfor %}",
+    )
+    (checkpoint / "text.json").write_text(declared.to_json())
     seen = [{"name": "seen.txt", "bytes": 9, "sha256": "0" * 64}]
     write_json(checkpoint / "training.json", {"version": 1, "tokenizer_sha256": tokenizer.sha256, "text": seen})
     with _set(tensorfiles, ONE_FILE_BYTES=0, SHARD_BYTES=20_000):

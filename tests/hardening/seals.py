@@ -47,6 +47,8 @@ def _reseal_program(program: Path) -> None:
             data |= {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         if isinstance(values["tokenizer_sha256"], str) and (folder / "tokenizer.json").is_file():
             values["tokenizer_sha256"] = file_sha256(folder / "tokenizer.json")
+        if isinstance(values.get("text"), dict) and (folder / "text.json").is_file():
+            values["text"] = json.loads((folder / "text.json").read_bytes())
     except (DecodeError, StopIteration, ValueError, LookupError, TypeError, RecursionError):
         return
     if json.dumps(values) != json.dumps(json.loads(prop.value)):
