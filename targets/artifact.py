@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mossquant.checkpoint.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.errors import InputError
@@ -52,12 +52,16 @@ class Port(_Strict):
 
 
 class Runtime(_Strict):
-    """What runs the program: operators by domain, the version of each domain, the oldest release that has them."""
+    """What runs the program: operators by domain, the version of each domain, the oldest release that has them.
+
+    `session` says what must be on in the runtime for the activations of the plan and for speed; nothing if empty.
+    """
 
     name: str
     minimum: str
     domains: dict[str, int]
     operators: dict[str, list[str]]
+    session: list[str] = Field(default=[], exclude_if=lambda needs: not needs)
 
 
 class MethodPorts(_Strict):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`export`: lower a checkpoint, quantized or not, to an artifact of one target or of several; and what that needs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +51,17 @@ class Needs:
 
 
 def export_needs(
-    model: str | Path | Weights, *, target: str | Sequence[str] = "onnx", activations: Activations | None = None
+    model: str | Path | Weights,
+    *,
+    target: str | Sequence[str] = "onnx",
+    activations: Activations | None = None,
+    scales: str | None = None,
 ) -> Needs:
     """What `export` would need; arguments and errors are those of `export`. Writes nothing."""
     names = _named(target)
+    options = _checked_options(names, scales=scales)
     weights = open_weights(model, verb="export", check_codes=True)
-    return _needs(weights, _prepare(weights, names, activations, None))
+    return _needs(weights, _prepare(weights, names, activations, None, options))
 
 
 def export(
@@ -65,6 +70,7 @@ def export(
     *,
     target: str | Sequence[str] = "onnx",
     activations: Activations | None = None,
+    scales: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -81,6 +87,8 @@ def export(
         activations: format of the inputs of quantized linears: "int8", as the target rounds them at run time, or
             "fp32"; None takes what the plan of the quantized checkpoint says, or the target's own int8 where the plan
             says one that it does not have.
+        scales: of onnx: "folded", which None is too: in their own type, made fp32 when onnxruntime folds constants; or
+            "initializers": larger, as fast without folding (docs/onnx.md).
         force: replace what is at `output`.
         progress: called after each tensor, or stage.
 
@@ -93,10 +101,11 @@ def export(
             work.
     """
     names, destination = _named(target), Path(output)
+    options = _checked_options(names, scales=scales)
     inputs = [locate(model).path] if isinstance(model, str | Path) else []
     check_free(destination, force=force, inputs=inputs)
     weights = open_weights(model, verb="export", check_codes=True)
-    prepared = _prepare(weights, names, activations, progress)
+    prepared = _prepare(weights, names, activations, progress, options)
     needs = _needs(weights, prepared)
     dropped = _programs_there(destination) - set(names)
     check_space(destination, disk_bytes=needs.disk_bytes, memory_bytes=needs.memory_bytes)
@@ -140,8 +149,29 @@ def _named(target: str | Sequence[str]) -> list[str]:
     return names
 
 
+def _checked_options(names: Sequence[str], **given: str | None) -> dict[str, str]:
+    """The options that were given, each one of a target in `names`.
+
+    Raises:
+        InputError: no such target has the option, or not with this value.
+    """
+    options = {option: value for option, value in given.items() if value is not None}
+    for option, value in options.items():
+        having = {name: own[option] for name in program_targets() if option in (own := get_target(name).options)}
+        known = [choice for name, choices in having.items() if name in names for choice in choices]
+        if not known:
+            raise InputError(f"--{option} is for {', '.join(having)} and not for {', '.join(names)}; leave it out")
+        if value not in known:
+            raise InputError.unknown(f"--{option} value", value, known)
+    return options
+
+
 def _prepare(
-    weights: Weights, names: Sequence[str], activations: Activations | None, progress: Progress | None
+    weights: Weights,
+    names: Sequence[str],
+    activations: Activations | None,
+    progress: Progress | None,
+    options: Mapping[str, str],
 ) -> dict[str, Prepared]:
     """Check all that can be checked before any work."""
     origin = weights.origin
@@ -151,7 +181,10 @@ def _prepare(
             "leave --activations out, or run `mossquant quantize` first"
         )
     check_held(weights, names, planned_activations=activations is None)
-    return {name: get_target(name).prepare(weights, activations=activations, progress=progress) for name in names}
+    return {
+        name: get_target(name).prepare(weights, activations=activations, progress=progress, options=options)
+        for name in names
+    }
 
 
 def _needs(weights: Weights, prepared: dict[str, Prepared]) -> Needs:

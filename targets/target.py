@@ -5,7 +5,7 @@ Each is `TARGET` of `target.py` in the folder of its name, and is imported where
 needs no onnxruntime. Which there are stands in `mossquant.plan.capabilities`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -58,18 +58,36 @@ class Target:
         name: of its folder, and in the capabilities.
         runtime: the package that runs what it lowers to.
         computes_all: kinds of block ("ssm", "mlp") of which it computes every expert at every token.
+        options: its own options of `export`, and the values of each, the default first.
     """
 
-    def __init__(self, name: str, *, runtime: str, computes_all: Collection[str] = ()) -> None:
-        self.name, self.runtime, self._computes_all = name, runtime, computes_all
+    def __init__(
+        self,
+        name: str,
+        *,
+        runtime: str,
+        computes_all: Collection[str] = (),
+        options: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.name, self.runtime, self._computes_all, self.options = name, runtime, computes_all, options or {}
 
-    def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+    def prepare(
+        self,
+        weights: Weights,
+        *,
+        activations: Activations | None,
+        progress: Progress | None,
+        options: Mapping[str, str] | None = None,
+    ) -> Prepared:
         """Check all that can be checked before lowering weights that the target can hold, and say what it needs.
+
+        Options of other targets are left to them.
 
         Raises:
             InputError: a package is missing, or the target does not have these activations.
         """
-        prepared: Prepared = self._module("export").prepare(weights, activations=activations, progress=progress)
+        own = {name: value for name, value in (options or {}).items() if name in self.options}
+        prepared: Prepared = self._module("export").prepare(weights, activations=activations, progress=progress, **own)
         return prepared
 
     def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:

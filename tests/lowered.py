@@ -150,7 +150,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made: dict[tuple[str, str | None, Activations | None, str], Lowered] = {}
+        self._made: dict[tuple[str, str | None, Activations | None, str, str | None], Lowered] = {}
 
     def __call__(
         self,
@@ -159,14 +159,15 @@ class Workshop:
         activations: Activations | None = None,
         *,
         target: str = "onnx",
+        scales: str | None = None,
     ) -> Lowered:
         """The model lowered; without a recipe in full precision (its checkpoint is stored in bf16)."""
-        key = (model, recipe, activations, target)
+        key = (model, recipe, activations, target, scales)
         if key not in self._made:
             checkpoint = self.checkpoint(model, recipe)
             artifact = once(
-                checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}"),
-                lambda folder: export(checkpoint, folder, target=target, activations=activations),
+                checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}-{scales}"),
+                lambda folder: export(checkpoint, folder, target=target, activations=activations, scales=scales),
             )
             self._made[key] = Lowered(MODELS[model], checkpoint, artifact, target)
         return self._made[key]

@@ -149,6 +149,10 @@ def export(
     activations: Annotated[
         Literal["int8", "fp32"] | None, typer.Option(help="inputs of the linears; as planned if not given")
     ] = None,
+    scales: Annotated[
+        Literal["folded", "initializers"] | None,
+        typer.Option(help="of onnx: folded at load (if not given), or larger initializers, as fast without folding"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
     force: options.Force = False,
 ) -> None:
@@ -162,12 +166,14 @@ def export(
 
     targets = [name.strip() for name in target.split(",")]
     if dry_run:
-        terminal.show(needs_table(export_needs(model, target=targets, activations=activations)))
+        terminal.show(needs_table(export_needs(model, target=targets, activations=activations, scales=scales)))
         return
     if output is None:
         raise InputError(options.NO_OUTPUT)
     with terminal.bar("lowering") as shown:
-        artifact = run(model, output, target=targets, activations=activations, force=force, progress=shown)
+        artifact = run(
+            model, output, target=targets, activations=activations, scales=scales, force=force, progress=shown
+        )
     for note in artifact.notes:
         terminal.say(note)
     programs = [artifact.program(name) for name in artifact.targets]

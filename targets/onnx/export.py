@@ -12,6 +12,7 @@ from mossquant.progress import Progress
 from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
 from mossquant.targets.metadata import activations_of, common_metadata
 from mossquant.targets.onnx.graph import OPSETS
+from mossquant.targets.onnx.initializers import SESSION, Scales
 from mossquant.targets.onnx.lower import lower
 from mossquant.targets.onnx.metadata import RUNTIME_MINIMUM, Metadata
 from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save_data, save_program
@@ -26,10 +27,12 @@ _METADATA_BYTES = 1 << 16
 _STANDARD = "ai.onnx"
 
 
-def prepare(weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+def prepare(
+    weights: Weights, *, activations: Activations | None, progress: Progress | None, scales: Scales = "folded"
+) -> Prepared:
     """Lower weights to a graph; what writes it, writes weights beside it where they are large."""
     taken = Taken(weights, get_capabilities("onnx"), activations)
-    model, weight_bytes = lower(taken, list(weights.specs.values()), progress)
+    model, weight_bytes = lower(taken, list(weights.specs.values()), progress, scales)
 
     def write(folder: Path) -> Exported:
         data = save_data(model, folder) if external(weight_bytes) else None
@@ -46,16 +49,19 @@ def prepare(weights: Weights, *, activations: Activations | None, progress: Prog
             minimum=RUNTIME_MINIMUM,
             domains={domain or _STANDARD: opset for domain, opset in OPSETS.items()},
             operators=_operators(model),
+            session=SESSION[scales],
         )
         record = ProgramRecord(file=PROGRAM, methods={"run": ports}, runtime=runtime, model=metadata.model_dump())
         changed = changed_inputs(weights, taken) if activations is None else ()
-        return Exported(record, tuple(f"{PROGRAM}: {note}" for note in (*changed, *_notes(taken))))
+        return Exported(record, tuple(f"{PROGRAM}: {note}" for note in (*changed, *_notes(taken, scales))))
 
     # The metadata, which lies in the program, names every file of the source.
     return Prepared(write, disk_bytes(model, weight_bytes) + _METADATA_BYTES, memory_bytes(model, weight_bytes))
 
 
-def _notes(weights: Weights) -> tuple[str, ...]:
+def _notes(weights: Weights, scales: Scales) -> tuple[str, ...]:
+    if scales == "initializers" and not any(map(weights.format, weights.specs)):
+        return ("nothing is quantized, so that --scales changes nothing",)
     slow = [
         name
         for name, spec in weights.specs.items()

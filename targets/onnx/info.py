@@ -5,8 +5,8 @@ import onnx
 
 from mossquant.checkpoint.locate import Located
 from mossquant.targets.info_report import InfoReport, program_info
-from mossquant.targets.onnx.initializers import SCALE
-from mossquant.targets.onnx.metadata import Opened, initializers
+from mossquant.targets.onnx.initializers import SCALE, SESSION
+from mossquant.targets.onnx.metadata import Opened, graphs, initializers
 from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.structure import data_bytes
 from mossquant.targets.onnx.target import TARGET
@@ -28,8 +28,18 @@ def info(located: Located) -> InfoReport:
         weight_bytes=metadata.weight_bytes,
         files=opened.hashes,
         sections=sections(opened),
-        facts=[("runs on", f"onnxruntime {metadata.runtime_minimum} and later")],
+        facts=[("runs on", f"onnxruntime {metadata.runtime_minimum} and later"), ("session", _session(opened))],
     )
+
+
+def _session(opened: Opened) -> str:
+    """What a session must have on, by the matmuls in the graph: older releases made codes alone constant."""
+    stored = {tensor.name for tensor in initializers(opened.proto.graph)}
+    nodes = [node for graph in graphs(opened.proto.graph) for node in graph.node if node.op_type == "MatMulNBits"]
+    if any(node.input[1] in stored and node.input[2] not in stored for node in nodes):
+        return "constant folding on, else logits are zero: export again"
+    needs = SESSION["initializers" if nodes and all(node.input[2] in stored for node in nodes) else "folded"]
+    return f"{' and '.join(needs)} on, else right but slow"
 
 
 def sections(opened: Opened) -> dict[str, int]:

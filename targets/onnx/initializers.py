@@ -8,6 +8,11 @@
 Scales and kept tensors are stored in their own type: a bf16 initializer behind Cast, a row's scale [N, 1] behind
 Expand. onnxruntime folds these and the decoded tensors when it loads the file, so that a step runs none of them.
 
+onnxruntime packs codes that are constant for int8 activations, and reads zeros for scales where these are not constant
+(microsoft/onnxruntime#22284). So a matmul's codes lie behind a Reshape that changes nothing: a session that folds the
+scales folds them too, and one that doesn't has neither, packs nothing and computes with fp32 activations. Or both are
+initializers (`Scales`): the scales as fp32, one a block.
+
 An initializer is called after its tensor, in a layer without `backbone.` and `.weight`; its scales end in `.scale`.
 Experts that are stacked in one matmul are `experts.FIRST-LAST`.
 """
@@ -29,9 +34,13 @@ from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
 from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_matrix, to_numpy
 from mossquant.targets.taken import activation_of
 
-__all__ = ["SCALE", "Initializers", "Stack", "initializer_name"]
+__all__ = ["SCALE", "SESSION", "Initializers", "Scales", "Stack", "initializer_name"]
 
 Stack = Literal["outputs", "inputs"]
+Scales = Literal["folded", "initializers"]
+"""Scales of matmuls: in their own type, folded to fp32 at load; or stored as fp32."""
+SESSION: dict[Scales, list[str]] = {"folded": ["constant folding", "prepacking"], "initializers": ["prepacking"]}
+"""What a session must have on for the activations of the plan, and for speed."""
 SCALE = ".scale"
 
 
@@ -51,11 +60,12 @@ class Initializers:
 
     Attributes:
         weights: where they come from.
+        scales: how those of matmuls are stored.
         stored_bytes: bytes of all initializers made so far.
     """
 
-    def __init__(self, weights: Weights, progress: Progress | None = None) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights, progress: Progress | None = None, scales: Scales = "folded") -> None:
+        self.weights, self.scales = weights, scales
         self.stored_bytes = 0
         self._progress, self._written = progress, 0
         self._matrices: dict[str, tuple[Value, Value]] = {}
@@ -100,6 +110,8 @@ class Initializers:
             y = graph.op("FusedMatMul", [x, weight], {"transB": 1}, domain=MICROSOFT, name=name)
             return y if bias is None else graph.op("Add", [y, bias])
         codes, scales = self._matrix(graph, names, number_format, stack)
+        if self.scales == "folded":
+            codes = graph.reshape(codes, 0, 0, 0)
         attributes = {"K": columns, "N": rows, "bits": number_format.bits, "block_size": number_format.activation_block}
         if activation_of(self.weights, names[0]) == "int8_block":
             attributes["accuracy_level"] = 4
@@ -160,8 +172,8 @@ class Initializers:
             return packed_matrix((self.weights.quantized(member) for member in names), shape, axis=axis)
 
         codes = self._store(graph, name, ir.DataType.UINT8, shape, read)
-        if number_format.group_size is not None:
-            scales = self._scales(graph, names, number_format, stack, (N, beside * blocks))
+        if number_format.group_size is not None or self.scales == "initializers":
+            scales = self._scales(graph, names, number_format, stack, (N, beside * blocks), matmul=True)
         else:
             row_scales = self._scales(graph, names, number_format, stack, (N, beside, 1))
             spread = graph.op("Expand", [row_scales, graph.ints(N, beside, blocks)])
@@ -170,15 +182,24 @@ class Initializers:
         return codes, scales
 
     def _scales(
-        self, graph: Graph, names: Sequence[str], number_format: NumberFormat, stack: Stack, shape: tuple[int, ...]
+        self,
+        graph: Graph,
+        names: Sequence[str],
+        number_format: NumberFormat,
+        stack: Stack,
+        shape: tuple[int, ...],
+        *,
+        matmul: bool = False,
     ) -> Value:
         """Scales of a run as fp32, in this shape."""
+        dtype = torch.float32 if matmul and self.scales == "initializers" else number_format.scale_dtype
 
         def read() -> NDArray[np.generic]:
-            axis = 0 if stack == "outputs" else 1
-            return to_numpy(torch.cat([self.weights.quantized(member).scales for member in names], axis)).reshape(shape)
+            parts = [self.weights.quantized(member).scales.to(dtype) for member in names]
+            scales = torch.cat(parts, 0 if stack == "outputs" else 1)
+            return to_numpy(scales.repeat_interleave(math.prod(shape) // scales.numel(), 1)).reshape(shape)
 
-        kind = DTYPES[number_format.scale_dtype]
+        kind = DTYPES[dtype]
         return _as_float(graph, self._store(graph, initializer_name(names) + SCALE, kind, shape, read))
 
     def _float(self, graph: Graph, names: Sequence[str], shape: tuple[int, int], stack: Stack) -> Value:

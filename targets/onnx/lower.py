@@ -20,7 +20,7 @@ from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec, Use, outside_blocks
 from mossquant.progress import Progress
 from mossquant.targets.onnx.graph import IR_VERSION, Graph, Value
-from mossquant.targets.onnx.initializers import Initializers
+from mossquant.targets.onnx.initializers import Initializers, Scales
 from mossquant.targets.onnx.mixer import lower_mixer
 from mossquant.targets.onnx.mlp import lower_mlp
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS, state_shape
@@ -37,16 +37,19 @@ of rows u [B · T, D] normed, the residual stream x [B · T, D], the block's ten
 """
 
 
-def lower(weights: Weights, specs: list[TensorSpec], progress: Progress | None = None) -> tuple[ir.Model, int]:
+def lower(
+    weights: Weights, specs: list[TensorSpec], progress: Progress | None = None, scales: Scales = "folded"
+) -> tuple[ir.Model, int]:
     """The model of `weights`, which are not yet read, and the bytes of its initializers.
 
     Args:
         weights: the tensors.
         specs: what they are, `mossquant.model.mossnet.tensor_specs` of the config.
         progress: called when a weight is read, which is when the model is written.
+        scales: how those of matmuls are stored.
     """
     config = weights.config
-    graph, initializers = Graph("mossnet"), Initializers(weights, progress)
+    graph, initializers = Graph("mossnet"), Initializers(weights, progress, scales)
     tokens = graph.input(TOKENS, ir.DataType.INT64, ["B", "T"])
     first_logit = graph.input(FIRST_LOGIT, ir.DataType.INT64, [1])
     carried_specs = state_specs(config)

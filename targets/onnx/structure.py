@@ -191,8 +191,10 @@ def _is_in_a_format(tensor: onnx.TensorProto, scales: onnx.TensorProto | None, m
         width = known.activation_block * known.bits // 8
         packed = (TensorProto.UINT8, width, rows * blocks_of(known, columns) * width)
         single = (TensorProto.INT8, last, rows * known.padded_columns(columns))
-        wanted = DTYPES[known.scale_dtype], rows * known.groups(columns)
-        if (tensor.data_type, last, count) in (packed, single) and (scales.data_type, math.prod(scales.dims)) == wanted:
+        own = DTYPES[known.scale_dtype], rows * known.groups(columns)
+        spread = TensorProto.FLOAT, rows * blocks_of(known, columns)
+        held = scales.data_type, math.prod(scales.dims)
+        if (tensor.data_type, last, count) in (packed, single) and held in (own, spread):
             return True
     return False
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch as a target, the reference: it runs weights as they are, and lowers nothing."""
 
+from collections.abc import Mapping
+
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
@@ -15,7 +17,14 @@ __all__ = ["TARGET"]
 
 
 class _Torch(Target):
-    def prepare(self, weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+    def prepare(
+        self,
+        weights: Weights,
+        *,
+        activations: Activations | None,
+        progress: Progress | None,
+        options: Mapping[str, str] | None = None,
+    ) -> Prepared:
         raise InputError(f"{weights.origin.path} runs in PyTorch as it is; export it to another target")
 
     def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:

@@ -32,6 +32,14 @@ def test_targets_that_cannot_be_lowered_to(checkpoint_folder: Path) -> None:
             export_needs(checkpoint_folder, target=names)
 
 
+def test_an_option_is_for_the_targets_that_have_it(checkpoint_folder: Path) -> None:
+    with pytest.raises(InputError, match="--scales is for onnx and not for executorch; leave it out"):
+        export_needs(checkpoint_folder, target="executorch", scales="folded")
+    with pytest.raises(InputError, match="unknown --scales value 'none'; known values: folded, initializers"):
+        export_needs(checkpoint_folder, scales="none")
+    assert get_target("onnx").options == {"scales": ("folded", "initializers")}
+
+
 def test_active_share_counts_the_chosen_experts() -> None:
     active = sum(
         spec.count * (0.5 if spec.expert is not None else 1.0)
