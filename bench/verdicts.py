@@ -252,9 +252,10 @@ def collect(folder: Path, what: str, models: int) -> None:
             plain = None if activations == "fp32" else TorchRunner.open(Path(made) / "quantized")
             exact = TorchRunner.open(Path(made) / "quantized", dtype=torch.float64)
             tokens = text(seed, stream + 1)
+            way = {"positions": positions, "unquantized_activations": plain}
             if what == "right":
                 artifact = OnnxRunner(Path(made) / "onnx", threads=1)
-                kept(folder / f"right-{seed}.npz", measure(reference, artifact, tokens, positions, plain))
+                kept(folder / f"right-{seed}.npz", measure(reference, artifact, tokens, **way))
             else:
                 for name, artifact, twin in faults(seed, config, Path(made), activations):
                     if isinstance(twin, TorchRunner | Seam) and moved(twin, exact, tokens[:1200]) < MATTERS:
@@ -262,7 +263,7 @@ def collect(folder: Path, what: str, models: int) -> None:
                         continue
                     # A few repetitions show that rounding does not explain a fault.
                     with mock.patch.object(steps_module, "EXPLAINED_AT_MOST", 20):
-                        found = measure(reference, artifact, tokens, positions, plain)
+                        found = measure(reference, artifact, tokens, **way)
                     kept(folder / f"fault-{seed}-{name.replace('/', ' of ')}.npz", found)
         (folder / f"{what}-{seed}.done").touch()
         print(f"{what} {seed}", flush=True)

@@ -35,7 +35,7 @@ from mossquant.runner import Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import Text
 
-__all__ = ["STAGES", "Check", "Measured", "ParityReport", "judged", "measure", "parity", "parity_of"]
+__all__ = ["STAGES", "Check", "Measured", "ParityReport", "judged", "measure", "parity"]
 
 SURE = 4.0
 """Standard errors by which a statistic must lie beyond its bound before it fails: by chance once in 1,700 with
@@ -183,7 +183,7 @@ def parity(
             f"the text has {passage.predicted} tokens to predict, too few for {positions} positions; give a longer "
             "text, or fewer with --positions"
         )
-    checks = parity_of(
+    measured = measure(
         reference,
         program.runner,
         passage.tokens[0],
@@ -199,7 +199,7 @@ def parity(
         text_sha256=passage.sha256,
         positions=compared_positions(passage.tokens.shape[1], positions),
         stream=passage.predicted,
-        checks=checks,
+        checks=judged(measured),
     )
 
 
@@ -227,28 +227,13 @@ class Measured(NamedTuple):
     parted: float
 
 
-def parity_of(
-    reference: TorchRunner,
-    artifact: Runner,
-    tokens: Tokens,
-    *,
-    positions: int,
-    unquantized_activations: Runner | None,
-    at_once: int = 1,
-    on_stage: Callable[[str], None] = lambda stage: None,
-) -> tuple[Check, ...]:
-    """The checks of two Runners on tokens [T]; arguments as `measure`."""
-    unquantized = unquantized_activations
-    return judged(measure(reference, artifact, tokens, positions, unquantized, at_once=at_once, on_stage=on_stage))
-
-
 def measure(
     reference: TorchRunner,
     artifact: Runner,
     tokens: Tokens,
+    *,
     positions: int,
     unquantized_activations: Runner | None,
-    *,
     at_once: int = 1,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Measured:

@@ -22,8 +22,8 @@ from mossquant.eval.parity import (
     Check,
     Measured,
     judged,
+    measure,
     parity,
-    parity_of,
 )
 from mossquant.eval.parity_measures import forms, growth
 from mossquant.formats.activations import int8_block
@@ -60,7 +60,7 @@ def _check(folder: Path, tokens: Tokens, artifact: Runner, *, quantized_activati
     plain = TorchRunner.open(folder)
     reference = TorchRunner.open(folder, activations="planned") if quantized_activations else plain
     unquantized = plain if quantized_activations else None
-    return list(parity_of(reference, artifact, tokens, positions=POSITIONS, unquantized_activations=unquantized))
+    return list(judged(measure(reference, artifact, tokens, positions=POSITIONS, unquantized_activations=unquantized)))
 
 
 def _failed(checks: list[Check]) -> set[str]:
