@@ -58,6 +58,8 @@ ROUTER_TIE_SHARE = 0.05
 """… and at most so many of the positions may be."""
 FREE_PPL_PCT = 0.1
 """Difference of perplexity in per cent, either way, below which none matters: decisions are made by whole per cents."""
+LARGEST_RISE = 700.0
+"""Nats whose exponential is still a number; a loss is at most `mossquant.eval.scores.MOST_NATS`."""
 FREE_KL_SHARE_OF_COST = 0.5
 """Largest mean KL over the stream, as a share of what the activation formats themselves cost; or …"""
 FREE_KL_OF_ROUNDING = 1.5
@@ -316,7 +318,7 @@ def _free_run_checks(measured: Measured) -> tuple[list[Check], float]:
     rises = FREE_PPL_PCT / 100
     if measured.rounding_rise is not None:
         rises = max(rises, abs(float(measured.rounding_rise.mean())) + _margin(windows, measured.rounding_rise))
-    most = 100 * math.expm1(rises + _margin(windows, rise))
+    most = 100 * math.expm1(min(rises + _margin(windows, rise), LARGEST_RISE))
     percent = 100 * math.expm1(abs(float(rise.mean())))
     checks = [_statistic("free run: difference of perplexity, %", percent, most, len(windows.counts))]
     mean = float(kl.mean())
@@ -353,6 +355,8 @@ def _free_run_checks(measured: Measured) -> tuple[list[Check], float]:
 
 def _share(name: str, counted: NDArray[Any], most: float) -> Check:
     """A share of positions, which fails where Wilson's interval of `SURE` leaves `most` out."""
+    if counted.size == 0:  # repetitions were used up where routers are near a tie
+        return Check(name, 0.0, note="not judged: no position")
     return Check(name, float(counted.mean()), most + SURE * math.sqrt(most * (1 - most) / counted.size))
 
 

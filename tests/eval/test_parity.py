@@ -221,6 +221,16 @@ def test_few_windows_are_reported_and_not_judged() -> None:
     assert check.value > 1
 
 
+def test_a_wild_artifact_and_positions_near_ties_alone_are_judged() -> None:
+    wild = _simulated(0)
+    steps = wild.steps._replace(unexplained=np.full(2000, np.nan))
+    rise = np.where(np.arange(20_000) < 19_000, 0.0, 5e3)[None]
+    checks = {check.name: check for check in judged(wild._replace(steps=steps, rise=rise, kl=wild.kl + rise))}
+    assert "free run: mean KL" in _failed_names(wild._replace(kl=wild.kl + 100))
+    assert checks["one step: … that rounding does not explain"].note == "not judged: no position"
+    assert all(np.isfinite(check.value) for check in checks.values())
+
+
 def test_figures_lie_within_their_intervals(folder: Path, tokens: Tokens) -> None:
     checks = _check(folder, tokens, TorchRunner.open(folder, activations="planned", scan="sequential"))
     named = {check.name: check for check in checks}
