@@ -6,10 +6,12 @@ and KL(reference ‖ artifact) and the states after it are compared.
 
 With quantized activations fp32 rounding decides about a code now and then (`mossquant.eval.noise`). Whether that is
 what happened is tested: the reference repeats the step with noise before the codes. If rounding was it, some repetition
-falls as the artifact did, and then agrees with it to `EXPLAINED_KL`; an error of arithmetic agrees with none. Where a
-router nearly chose otherwise, rounding decides as well; such positions are known from the reference alone.
+falls as the artifact did, and then agrees with it to `EXPLAINED_KL` and `EXPLAINED_STATE`; an error of arithmetic
+agrees with none. Where a router nearly chose otherwise, rounding decides as well; such positions are known from the
+reference alone.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from typing import NamedTuple
@@ -24,19 +26,21 @@ from mossquant.runner import Arrays, Floats, Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import streams
 
-__all__ = ["EXPLAINED_KL", "OneStep", "compared_positions", "one_step"]
+__all__ = ["EXPLAINED_KL", "EXPLAINED_STATE", "OneStep", "compared_positions", "one_step"]
 
 LANES = 8
 """Parts of the text that the reference walks side by side."""
 STATES_AT_ONCE = 64
 """States that are written into the artifact at a time."""
-VARIANTS = (16, 64)
-"""Repetitions of a step with noise, the second number where the first did not do; a code at the border falls the other
-way in about every third."""
+VARIANTS = (16, 256)
+"""Repetitions of a step with noise, the second number where the first did not do: k equal values of a block that lie
+at a border fall together in one of k + 1, and a row may have such values in two of its blocks."""
 EXPLAINED_KL = 1e-7
 """KL up to which two steps count as equal; what fp32 rounding leaves without such a code is below 1e-11."""
-EXPLAINED_AT_MOST = 600
-"""Positions that are repeated; where more differ, rounding is not what is wrong, and the rest counts as unexplained."""
+EXPLAINED_STATE = 1e-5
+"""Relative difference of states up to which two steps count as equal; fp32 rounding leaves below 5e-6."""
+EXPLAINED_AT_MOST = 100
+"""Positions that are repeated; the rest is not asked about."""
 
 
 class OneStep(NamedTuple):
@@ -46,13 +50,14 @@ class OneStep(NamedTuple):
         kl: KL(reference ‖ artifact), nats.
         margin: distance of the nearest router from another choice of experts.
         state_error: largest difference of a state array after the step ÷ largest value of that array.
-        unexplained: the KL is above `EXPLAINED_KL`, and rounding before the codes does not explain it.
+        unexplained: 1 where the step differs (`EXPLAINED_KL`, `EXPLAINED_STATE`) and rounding before the codes does not
+            explain it, else 0; NaN after `EXPLAINED_AT_MOST` repetitions.
     """
 
     kl: NDArray[np.float64]
     margin: NDArray[np.float64]
     state_error: NDArray[np.float64]
-    unexplained: NDArray[np.bool_]
+    unexplained: NDArray[np.float64]
 
 
 def one_step(reference: TorchRunner, artifact: Runner, tokens: Tokens, *, positions: int) -> OneStep:
@@ -125,18 +130,37 @@ class _Rounding:
         self._runner = with_noise(reference)
         self._left = EXPLAINED_AT_MOST
 
-    def explains(self, position: _Position, logits: Floats) -> bool:
-        """Whether one of the repetitions is what the artifact computed, logits [V]."""
-        if self._runner is None or self._left == 0:
-            return False
+    def unexplained(self, position: _Position, logits: Floats, after: Arrays) -> float:
+        """Whether no repetition is what the artifact computed, logits [1, 1, V] and states; NaN if none was made."""
+        if self._runner is None:
+            return 1.0
+        if self._left == 0:
+            return math.nan
         self._left -= 1
-        artifact = Predictions(logits[None])
         for count in VARIANTS:
             state = self._runner.write({name: np.repeat(value, count, 0) for name, value in position.before.items()})
-            repeated, _ = self._runner(np.repeat(position.token, count, 0), state)
-            if (divergence.kl(Predictions(repeated[:, 0]), artifact) <= EXPLAINED_KL).any():
-                return True
-        return False
+            repeated, state = self._runner(np.repeat(position.token, count, 0), state)
+            found = np.repeat(logits, count, 0), {name: np.repeat(value, count, 0) for name, value in after.items()}
+            if _equal(*_apart(repeated, self._runner.read(state), *found)).any():
+                return 0.0
+        return 1.0
+
+
+def _apart(
+    expected: Floats, expected_after: Arrays, found: Floats, found_after: Arrays
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """KL of logits [n, 1, V], and largest relative difference of the states after them: [n], [n]."""
+    error = np.zeros(len(expected))
+    for name, value in expected_after.items():
+        axes = tuple(range(1, value.ndim))
+        largest = np.maximum(np.abs(value).max(axes, initial=0), np.finfo(np.float32).tiny)
+        error = np.maximum(error, np.abs(found_after[name] - value).max(axes, initial=0) / largest)
+    return divergence.kl(Predictions(expected), Predictions(found))[:, 0], error
+
+
+def _equal(kl: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray[np.bool_]:
+    # Written so that what is not a number is not equal.
+    return (kl <= EXPLAINED_KL) & (error <= EXPLAINED_STATE)
 
 
 def _rows(arrays: Arrays, rows: slice) -> Arrays:
@@ -148,18 +172,12 @@ def _stack(parts: Sequence[Arrays]) -> dict[str, NDArray[np.float32]]:
 
 
 def _step(artifact: Runner, positions: Sequence[_Position], rounding: _Rounding) -> OneStep:
-    before, token, expected_logits, after, margin = zip(*positions, strict=True)
+    before, token, expected, after, margin = zip(*positions, strict=True)
     logits, state = artifact(np.concatenate(token), artifact.write(_stack(before)), logits="last")
-    kl = divergence.kl(Predictions(np.concatenate(expected_logits)), Predictions(logits))[:, 0]
     stepped = artifact.read(state)
-    error = np.zeros(len(positions))
-    for name, value in _stack(after).items():
-        axes = tuple(range(1, value.ndim))
-        largest = np.maximum(np.abs(value).max(axes, initial=0), np.finfo(np.float32).tiny)
-        error = np.maximum(error, np.abs(stepped[name] - value).max(axes, initial=0) / largest)
-    # Written so that a KL that is not a number is unexplained too.
-    unexplained = [
-        not own_kl <= EXPLAINED_KL and not rounding.explains(position, own_logits[0])
-        for position, own_kl, own_logits in zip(positions, kl, logits, strict=True)
-    ]
-    return OneStep(kl, np.concatenate(margin).astype(np.float64), error, np.array(unexplained))
+    kl, error = _apart(np.concatenate(expected), _stack(after), logits, stepped)
+    unexplained = np.zeros(len(positions))
+    for i in map(int, np.flatnonzero(~_equal(kl, error))):
+        row = slice(i, i + 1)
+        unexplained[i] = rounding.unexplained(positions[i], logits[row], _rows(stepped, row))
+    return OneStep(kl, np.concatenate(margin).astype(np.float64), error, unexplained)

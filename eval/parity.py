@@ -14,17 +14,18 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.noise import with_noise
-from mossquant.eval.one_step import EXPLAINED_KL, OneStep, compared_positions, one_step
+from mossquant.eval.one_step import EXPLAINED_KL, EXPLAINED_STATE, OneStep, compared_positions, one_step
 from mossquant.eval.open import open_model
 from mossquant.eval.parity_measures import continuation, forms, growth
 from mossquant.eval.passage import held_out_passage
@@ -34,9 +35,14 @@ from mossquant.runner import Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import Text
 
-__all__ = ["STAGES", "Check", "ParityReport", "parity", "parity_of"]
+__all__ = ["STAGES", "Check", "Measured", "ParityReport", "judged", "measure", "parity"]
 
-ONE_STEP_MEDIAN_KL = 1e-7
+SURE = 4.0
+"""Standard errors by which a statistic must lie beyond its bound before it fails: by chance once in 1,700 with
+`LEAST_WINDOWS` windows (Student's t), once in 14,000 with the 79 of the default; five checks are statistics."""
+LEAST_WINDOWS = 16
+"""Windows (`mossquant.eval.windows`) below which a statistic of the free run is reported and not judged."""
+ONE_STEP_MEDIAN_KL = EXPLAINED_KL
 """Median KL of one step: fp32 rounding."""
 ONE_STEP_UNEXPLAINED_SHARE = 0.01
 """Positions at which one step differs and rounding before the codes does not explain it."""
@@ -44,27 +50,37 @@ ONE_STEP_LARGE_KL = 1e-4
 """A step above this is a code that fell the other way and mattered; how many do is a property of model and text."""
 ONE_STEP_MAX_KL_FP32 = 1e-5
 """Largest KL of one step with fp32 activations."""
-ONE_STEP_MEDIAN_STATE = 1e-5
+ONE_STEP_MEDIAN_STATE = EXPLAINED_STATE
 """Median relative difference of the states after one step: a state that is not carried differs by about 1."""
 ROUTER_TIE = 1e-4
 """A router nearer than this to another choice may flip by rounding; such positions are counted apart …"""
 ROUTER_TIE_SHARE = 0.05
 """… and at most so many of the positions may be."""
-FREE_PPL_PCT, FREE_PPL_TOKENS = 0.1, 20_000
-"""Largest difference of perplexity over a stream of so many tokens, in per cent; over a shorter one it is left to
-chance as the inverse of the root of its length, and so is the bound."""
+FREE_PPL_PCT = 0.1
+"""Difference of perplexity in per cent, either way, below which none matters: decisions are made by whole per cents."""
+LARGEST_RISE = 700.0
+"""Nats whose exponential is still a number; a loss is at most `mossquant.eval.scores.MOST_NATS`."""
 FREE_KL_SHARE_OF_COST = 0.5
 """Largest mean KL over the stream, as a share of what the activation formats themselves cost; or …"""
 FREE_KL_OF_ROUNDING = 1.5
-"""… relative to the reference against itself with other rounding, if that is more."""
+"""… relative to the reference against itself with other rounding, if that is more; or …"""
+FREE_KL = 1e-6
+"""… in nats, below which none matters: a thousandth of what int8 weights cost."""
 FREE_KL_FP32 = 1e-5
 """Largest mean KL over the stream with fp32 activations."""
+GROWTH_SHARE = 0.1
+"""Growth of the mean KL in 10,000 tokens below which none matters, as a share of what the mean may be."""
 SETTLING = 1024
 """Tokens at the stream's beginning that are left out of the slope: both start from the same state."""
-FORM_TOKENS = 256
-"""Tokens that are read in one call, token by token and split."""
+FORM_TOKENS, SPLIT_TOKENS = 256, 1100
+"""Tokens that are read in one call and token by token, and in one call and split: more than a Runner's own pieces."""
+FORM_OF_ROUNDING = 2
+"""Largest mean KL of two forms, relative to the window in which other rounding did most, if that is more than the free
+run's bound: so few tokens are one window."""
 PROMPTS, PROMPT_TOKENS, CONTINUED = 4, 64, 64
-"""Greedy continuations that must be identical with fp32 activations."""
+"""Greedy continuations, which must be identical with fp32 activations …"""
+CONTINUED_SHARE = 1 / PROMPTS
+"""… but for one, which may part where two tokens are equally likely."""
 
 STAGES = ("one step", "free run", "forms", "continuation")
 """What is measured, in this order."""
@@ -72,11 +88,12 @@ STAGES = ("one step", "free run", "forms", "continuation")
 
 @dataclass(frozen=True)
 class Check:
-    """One measured value against its bound; `bound` is None for a figure that is only reported."""
+    """One measured value against its bound; `bound` is None for a figure that is only reported, `note` may say why."""
 
     name: str
     value: float
     bound: float | None = None
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -168,7 +185,7 @@ def parity(
             f"the text has {passage.predicted} tokens to predict, too few for {positions} positions; give a longer "
             "text, or fewer with --positions"
         )
-    checks = parity_of(
+    measured = measure(
         reference,
         program.runner,
         passage.tokens[0],
@@ -184,11 +201,35 @@ def parity(
         text_sha256=passage.sha256,
         positions=compared_positions(passage.tokens.shape[1], positions),
         stream=passage.predicted,
-        checks=checks,
+        checks=judged(measured),
     )
 
 
-def parity_of(
+class Measured(NamedTuple):
+    """What is judged. Arrays of the free run are [1, T], a value a predicted token, in nats.
+
+    Attributes:
+        steps: single steps.
+        rise: loss of the artifact − loss of the reference.
+        kl: KL(reference ‖ artifact).
+        rounding: KL(reference ‖ reference with other rounding); None with fp32 activations, as the next two.
+        rounding_rise: loss of the reference with other rounding − its loss.
+        cost: KL(reference with fp32 activations ‖ reference).
+        forms: KL(one call ‖ other form) [t] by the form's name.
+        parted: share of the greedily continued tokens that differ.
+    """
+
+    steps: OneStep
+    rise: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    rounding: NDArray[np.float64] | None
+    rounding_rise: NDArray[np.float64] | None
+    cost: NDArray[np.float64] | None
+    forms: dict[str, NDArray[np.float64]]
+    parted: float
+
+
+def measure(
     reference: TorchRunner,
     artifact: Runner,
     tokens: Tokens,
@@ -197,8 +238,8 @@ def parity_of(
     unquantized_activations: Runner | None,
     at_once: int = 1,
     on_stage: Callable[[str], None] = lambda stage: None,
-) -> tuple[Check, ...]:
-    """The checks of two Runners on tokens [T].
+) -> Measured:
+    """Run two Runners on tokens [T].
 
     Args:
         reference: models the artifact's arithmetic.
@@ -209,69 +250,84 @@ def parity_of(
         at_once: Runners that work at the same time.
         on_stage: is given each of `STAGES` when it is done.
     """
-    exact = unquantized_activations is None
-    checks = _one_step_checks(one_step(reference, artifact, tokens, positions=positions), exact=exact)
+    steps = one_step(reference, artifact, tokens, positions=positions)
     on_stage(STAGES[0])
-    free, bound = _free_run_checks(reference, artifact, tokens, unquantized_activations, at_once=at_once)
-    checks += free
+    noisy = None if unquantized_activations is None else with_noise(reference)
+    runners = [reference, artifact, *([noisy] if noisy is not None else [])]
+    expected, run, *noisy_run = score(runners, tokens[None], at_once=at_once)
+    rounding = rounding_rise = cost = None
+    if unquantized_activations is not None and noisy_run:
+        rounding, rounding_rise = noisy_run[0].kl, noisy_run[0].nll - expected.nll
+        cost = score([unquantized_activations, reference], tokens[None], at_once=at_once)[1].kl
     on_stage(STAGES[1])
-    for name, kl in forms(artifact, tokens[:FORM_TOKENS]).items():
-        checks.append(Check(f"{name} against one call: mean KL over {len(kl)} tokens", float(kl.mean()), bound))
+    read = forms(artifact, tokens, every=FORM_TOKENS, split=SPLIT_TOKENS)
     on_stage(STAGES[2])
     starts = np.linspace(0, max(0, len(tokens) - PROMPT_TOKENS), PROMPTS).astype(int)
     prompts = np.stack([tokens[start : start + PROMPT_TOKENS] for start in starts])
-    expected = continuation(reference, prompts, steps=CONTINUED)
+    wanted = continuation(reference, prompts, steps=CONTINUED)
     continued = np.concatenate([continuation(artifact, prompt[None], steps=CONTINUED) for prompt in prompts])
-    name, share = (
-        f"greedy continuation of {CONTINUED} tokens: share that differs",
-        float((continued != expected).mean()),
-    )
     on_stage(STAGES[3])
-    return (*checks, Check(name, share, 0.0 if exact else None))
+    parted = float((continued != wanted).mean())
+    return Measured(steps, run.nll - expected.nll, run.kl, rounding, rounding_rise, cost, read, parted)
+
+
+def judged(measured: Measured) -> tuple[Check, ...]:
+    """The checks of what was measured."""
+    exact = measured.cost is None
+    free, bound = _free_run_checks(measured)
+    most = bound
+    if measured.rounding is not None:
+        windows = Windows(*measured.rounding.shape)
+        most = max(most, FORM_OF_ROUNDING * float((windows.sums(measured.rounding) / windows.counts).max()))
+    parted = f"greedy continuation of {CONTINUED} tokens: share that differs"
+    return (
+        *_one_step_checks(measured.steps, exact=exact),
+        *free,
+        *(
+            Check(f"{name} against one call: mean KL over {len(kl)} tokens", float(kl.mean()), most)
+            for name, kl in measured.forms.items()
+        ),
+        Check(parted, measured.parted, CONTINUED_SHARE if exact else None),
+    )
 
 
 def _one_step_checks(steps: OneStep, *, exact: bool) -> list[Check]:
     tied = steps.margin < ROUTER_TIE
     counted = tied if tied.all() else ~tied
-    kl, state_error = steps.kl[counted], steps.state_error[counted]
-    checks = [Check("one step: median KL", float(np.median(kl)), ONE_STEP_MEDIAN_KL)]
-    if not exact:
-        large, unexplained = kl > ONE_STEP_LARGE_KL, steps.unexplained[counted]
-        checks += [
-            Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float((kl > EXPLAINED_KL).mean())),
-            Check("one step: … that rounding does not explain", float(unexplained.mean()), ONE_STEP_UNEXPLAINED_SHARE),
-            Check(f"one step: share of positions with KL above {ONE_STEP_LARGE_KL:g}", float(large.mean())),
-            *_interval(f"one step: share above {ONE_STEP_LARGE_KL:g}", share_interval(int(large.sum()), len(large))),
-        ]
-    state = "one step: median relative difference of the state"
+    kl, state_error, unexplained = steps.kl[counted], steps.state_error[counted], steps.unexplained[counted]
+    large, asked = kl > ONE_STEP_LARGE_KL, unexplained[np.isnan(unexplained).cumsum() == 0]
     return [
-        *checks,
+        Check("one step: median KL", float(np.median(kl)), ONE_STEP_MEDIAN_KL),
+        Check(f"one step: share of positions with KL above {EXPLAINED_KL:g}", float((kl > EXPLAINED_KL).mean())),
+        _share("one step: … that rounding does not explain", asked, ONE_STEP_UNEXPLAINED_SHARE),
+        Check(f"one step: share of positions with KL above {ONE_STEP_LARGE_KL:g}", float(large.mean())),
+        *_interval(f"one step: share above {ONE_STEP_LARGE_KL:g}", share_interval(int(large.sum()), len(large))),
         Check("one step: largest KL", float(kl.max()), ONE_STEP_MAX_KL_FP32 if exact else None),
-        Check(state, float(np.median(state_error)), ONE_STEP_MEDIAN_STATE),
-        Check("one step: share of positions with a router near a tie", float(tied.mean()), ROUTER_TIE_SHARE),
+        Check(
+            "one step: median relative difference of the state", float(np.median(state_error)), ONE_STEP_MEDIAN_STATE
+        ),
+        _share("one step: share of positions with a router near a tie", tied, ROUTER_TIE_SHARE),
         Check("one step: largest KL at such a position", float(steps.kl[tied].max(initial=0.0))),
     ]
 
 
-def _free_run_checks(
-    reference: TorchRunner, artifact: Runner, tokens: Tokens, unquantized: Runner | None, *, at_once: int
-) -> tuple[list[Check], float]:
+def _free_run_checks(measured: Measured) -> tuple[list[Check], float]:
     """The checks of the free run, and the bound that it puts on a mean KL."""
-    noisy = with_noise(reference)
-    runners = [reference, artifact, *([noisy] if noisy is not None else [])]
-    expected, run, *noisy_run = score(runners, tokens[None], at_once=at_once)
-    rise = abs(100 * math.expm1(run.nll.mean() - expected.nll.mean()))
-    mean = float(run.kl.mean())
-    most = FREE_PPL_PCT * math.sqrt(max(1.0, FREE_PPL_TOKENS / run.nll.size))
-    checks = [Check("free run: difference of perplexity, %", rise, most)]
-    if unquantized is None or not noisy_run:
+    kl, rise, rounding, cost = measured.kl, measured.rise, measured.rounding, measured.cost
+    windows = Windows(*kl.shape)
+    rises = FREE_PPL_PCT / 100
+    if measured.rounding_rise is not None:
+        rises = max(rises, abs(float(measured.rounding_rise.mean())) + _margin(windows, measured.rounding_rise))
+    most = 100 * math.expm1(min(rises + _margin(windows, rise), LARGEST_RISE))
+    percent = 100 * math.expm1(abs(float(rise.mean())))
+    checks = [_statistic("free run: difference of perplexity, %", percent, most, len(windows.counts))]
+    mean = float(kl.mean())
+    if rounding is None or cost is None:
         return [*checks, Check("free run: mean KL", mean, FREE_KL_FP32)], FREE_KL_FP32
-    cost, rounding = score([unquantized, reference], tokens[None], at_once=at_once)[1].kl, noisy_run[0].kl
     mean_cost, mean_rounding = float(cost.mean()), float(rounding.mean())
-    bound = max(FREE_KL_SHARE_OF_COST * mean_cost, FREE_KL_OF_ROUNDING * mean_rounding)
-    windows = Windows(*run.kl.shape)
+    bound = max(FREE_KL_SHARE_OF_COST * mean_cost, FREE_KL_OF_ROUNDING * mean_rounding, FREE_KL)
     checks += [
-        Check("free run: mean KL", mean, bound),
+        _statistic("free run: mean KL", mean, bound + _margin(windows, kl), len(windows.counts)),
         Check("free run: mean KL of the reference to itself with other rounding", mean_rounding),
         Check("what quantized activations themselves cost: mean KL", mean_cost),
         *_interval("what quantized activations cost", windows.interval(cost)),
@@ -279,23 +335,46 @@ def _free_run_checks(
     if mean_cost > 0:  # a model may be one that no activation changes
         checks += [
             Check("free run: mean KL as a share of that cost", mean / mean_cost),
-            *_interval("free run: share of that cost", windows.ratio_interval(run.kl, cost)),
+            *_interval("free run: share of that cost", windows.ratio_interval(kl, cost)),
         ]
-    for name, values, limit in (
-        ("free run: growth of KL per 10,000 tokens", run.kl, None),
-        ("free run: growth beyond that of other rounding", run.kl - rounding, 0.0),
+    for name, values, floor in (
+        ("free run: growth of KL per 10,000 tokens", kl, None),
+        ("free run: growth beyond that of other rounding", kl - rounding, GROWTH_SHARE * bound),
     ):
         slope = growth(values[0], skip=SETTLING)
         if slope is None:
             checks.append(Check(f"{name}: not measured, tokens are too few", float(values.size)))
-        else:
-            checks += [Check(name, slope[0]), *_interval(name, slope[1], low_at_most=limit)]
+            continue
+        per_10k, error, count = slope
+        checks += [
+            Check(name, per_10k) if floor is None else _statistic(name, per_10k, floor + SURE * error, count),
+            *_interval(name, Interval(per_10k - 2 * error, per_10k + 2 * error)),
+        ]
     return checks, bound
 
 
-def _interval(name: str, interval: Interval | None, *, low_at_most: float | None = None) -> list[Check]:
+def _share(name: str, counted: NDArray[Any], most: float) -> Check:
+    """A share of positions, which fails where Wilson's interval of `SURE` leaves `most` out."""
+    if counted.size == 0:  # repetitions were used up where routers are near a tie
+        return Check(name, 0.0, note="not judged: no position")
+    return Check(name, float(counted.mean()), most + SURE * math.sqrt(most * (1 - most) / counted.size))
+
+
+def _margin(windows: Windows, values: NDArray[np.float64]) -> float:
+    """`SURE` standard errors of the mean of values [1, T]; 0 where there is one window."""
+    return SURE * (windows.standard_error(values) or 0.0)
+
+
+def _statistic(name: str, value: float, most: float, count: int) -> Check:
+    """A figure over so many windows, judged where they are enough."""
+    if count < LEAST_WINDOWS:
+        return Check(name, value, note=f"not judged: {count} of {LEAST_WINDOWS} windows")
+    return Check(name, value, most)
+
+
+def _interval(name: str, interval: Interval | None) -> list[Check]:
     """The interval of a figure; nothing where there is none."""
     if interval is None:
         return []
     low, high = interval
-    return [Check(f"{name}: 95 % interval from", low, low_at_most), Check(f"{name}: 95 % interval to", high)]
+    return [Check(f"{name}: 95 % interval from", low), Check(f"{name}: 95 % interval to", high)]

@@ -12,25 +12,26 @@ from numpy.typing import NDArray
 from mossquant import divergence
 from mossquant.divergence import Predictions
 from mossquant.eval.scores import advance
-from mossquant.eval.windows import RESAMPLES, WINDOW, Interval
+from mossquant.eval.windows import WINDOW
 from mossquant.runner import Runner, Tokens
 
 __all__ = ["continuation", "forms", "growth"]
 
-_SPLIT = (0, 1, 8, 72)
+_SPLIT = (0, 1, 8, 72, 333, 777)
 """Where the calls of a split prefill begin."""
-_SEED = 0
 
 
-def growth(values: NDArray[np.float64], *, skip: int) -> tuple[float, Interval] | None:
-    """Least squares slope of values [T] over position, of means of windows, bootstrapped over windows.
+def growth(values: NDArray[np.float64], *, skip: int) -> tuple[float, float, int] | None:
+    """Least squares slope of values [T] over position, of means of windows.
+
+    One window, however large, moves such a slope by less than two of its standard errors.
 
     Args:
         values: one value a position.
         skip: positions left out at the beginning, where two runs from one state have not yet drifted apart.
 
     Returns:
-        The change per 10,000 tokens, with its 95 % interval; None for fewer than three windows.
+        The change per 10,000 tokens, its standard error and the number of windows; None for fewer than three.
     """
     kept = values[skip:]
     windows = len(kept) // WINDOW
@@ -38,29 +39,36 @@ def growth(values: NDArray[np.float64], *, skip: int) -> tuple[float, Interval] 
         return None
     means = kept[: windows * WINDOW].reshape(windows, WINDOW).mean(1)
     position = np.arange(windows) * WINDOW / 10_000
-    draws = np.random.default_rng(_SEED).integers(0, windows, (RESAMPLES, windows))
-    x, y = position[draws], means[draws]
-    x_centred = x - x.mean(1, keepdims=True)
-    spread = np.square(x_centred).sum(1)
-    slopes = (x_centred * y).sum(1)[spread > 0] / spread[spread > 0]
-    centred = position - position.mean()
-    low, high = np.percentile(slopes, (2.5, 97.5))
-    return float(centred @ means / np.square(centred).sum()), Interval(float(low), float(high))
+    position -= position.mean()
+    spread = np.square(position).sum()
+    slope = position @ means / spread
+    residual = means - means.mean() - slope * position
+    return float(slope), float(np.sqrt(np.square(residual).sum() / (windows - 2) / spread)), windows
 
 
-def forms(runner: Runner, tokens: Tokens) -> dict[str, NDArray[np.float64]]:
-    """Read tokens [T] in one call, token by token and in uneven calls: KL(one call ‖ other form) at every position."""
-    length = len(tokens)
-    plans = {"token by token": list(range(length)), "split": [start for start in _SPLIT if start < length]}
-    whole, _ = advance(runner, tokens[None], runner.initial_state(1), logits="all")
-    original = Predictions(whole[0])
+def forms(runner: Runner, tokens: Tokens, *, every: int, split: int) -> dict[str, NDArray[np.float64]]:
+    """Read tokens [T] in other forms than one call: KL(one call ‖ other form) at every position.
+
+    Args:
+        runner: what reads.
+        tokens: what is read.
+        every: tokens that are read token by token.
+        split: tokens that are read in uneven calls.
+    """
+    length = min(len(tokens), split)
+    plans = {
+        "token by token": list(range(min(length, every))),
+        "split": [start for start in _SPLIT if start < length],
+    }
     divergences = {}
     for name, starts in plans.items():
+        stop = starts[-1] + 1 if name == "token by token" else length
+        whole, _ = advance(runner, tokens[None, :stop], runner.initial_state(1), logits="all")
         state, parts = runner.initial_state(1), []
-        for start, stop in zip(starts, [*starts[1:], length], strict=True):
-            part, state = advance(runner, tokens[None, start:stop], state, logits="all")
+        for start, end in zip(starts, [*starts[1:], stop], strict=True):
+            part, state = advance(runner, tokens[None, start:end], state, logits="all")
             parts.append(part[0])
-        divergences[name] = divergence.kl(original, Predictions(np.concatenate(parts)))
+        divergences[name] = divergence.kl(Predictions(whole[0]), Predictions(np.concatenate(parts)))
     return divergences
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mossquant.errors import printable
 
-__all__ = ["DASH", "Head", "grid", "left", "right", "spaced"]
+__all__ = ["DASH", "Head", "figure", "grid", "left", "right", "spaced"]
 
 Head = tuple[str, Literal["left", "right"]]
 """Name and alignment of a column. What is on the right are figures: they are never broken."""
@@ -21,6 +21,11 @@ DASH = "—"
 """Where there is no value."""
 _LEAST_WIDTH = 12
 """Of a column whose lines may be broken."""
+
+
+def figure(value: float, form: str) -> str:
+    """A perplexity or a difference of two, which says nothing above a million."""
+    return "> 10^6" if value > 1e6 else format(value, form)
 
 
 def left(*names: str) -> list[Head]:

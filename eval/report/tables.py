@@ -8,7 +8,7 @@ from rich.table import Table
 from mossquant.eval.bench import BenchReport, Speed
 from mossquant.eval.compare import Candidate, ComparisonReport
 from mossquant.eval.perplexity import PerplexityReport
-from mossquant.eval.report.grid import DASH, grid, left, right, spaced
+from mossquant.eval.report.grid import DASH, figure, grid, left, right, spaced
 from mossquant.eval.verify import VerifyReport
 from mossquant.targets.export import Needs
 from mossquant.targets.info_report import InfoReport
@@ -26,7 +26,7 @@ def perplexity_table(report: PerplexityReport) -> Table:
         ("text", f"{report.text}, SHA-256 {report.text_sha256[:_HASH_SHOWN]}{seen}"),
         ("tokens predicted", f"{report.tokens:,} in {_streams(report.streams)}{bytes_read}"),
         ("nats a token", f"{report.nats_per_token:.4f} {error}"),
-        ("perplexity", f"{report.perplexity:.4f}"),
+        ("perplexity", figure(report.perplexity, ".4f") + _says_nothing(report.perplexity)),
         ("bits a byte", DASH if report.bits_per_byte is None else f"{report.bits_per_byte:.4f}"),
     ]
     return grid(left("", ""), rows, header=False)
@@ -36,22 +36,24 @@ def comparison_table(report: ComparisonReport) -> Table:
     """The original and every candidate; intervals stand below what they belong to."""
     base = report.baseline
     size = _size(base.bytes, base.bits_per_weight)
-    rows = [(f"{base.path}\noriginal, {base.weights}", f"{base.perplexity:.3f}", DASH, DASH, DASH, size)]
+    rows = [(f"{base.path}\noriginal, {base.weights}", figure(base.perplexity, ".3f"), DASH, DASH, DASH, size)]
     for candidate in report.candidates:
         interval, failed = candidate.ppl_increase_ci95, "\nabove the gate" if candidate.gate_failed else ""
         between = "" if interval is None else f"[{interval.low:+.2f}, {interval.high:+.2f}]"
         rows.append(
             (
                 f"{candidate.path}\n{_kind(candidate.kind, candidate.activations)}",
-                f"{candidate.perplexity:.3f}",
-                f"{candidate.ppl_increase_pct:+.2f}\n{between}{failed}",
+                figure(candidate.perplexity, ".3f"),
+                f"{figure(candidate.ppl_increase_pct, '+.2f')}\n{between}{failed}",
                 _divergence(candidate),
                 f"{100 * candidate.top1_agreement:.1f}",
                 _size(candidate.bytes, candidate.bits_per_weight),
             )
         )
     seen = "; seen by " + ", ".join(report.seen_by) if report.seen_by else ""
-    caption = f"{report.text}, {report.tokens:,} tokens in {_streams(report.streams)}{seen}; intervals are 95 %"
+    nothing = _says_nothing(base.perplexity, *(candidate.perplexity for candidate in report.candidates))
+    where = f"{report.text}, {report.tokens:,} tokens in {_streams(report.streams)}"
+    caption = f"{where}{seen}; intervals are 95 %{nothing}"
     columns = right("perplexity", "increase, %", "KL,\nnats a token", "same\ntop, %", "weights, MB\nbits a weight")
     return grid([*left(""), *columns], rows, caption=caption)
 
@@ -81,8 +83,9 @@ def parity_table(report: VerifyReport) -> Table:
         if artifact.parity is None:
             rows.append(("  graph", "not compared: nothing was run", "", ""))
         for check in artifact.checks:
-            bound, verdict = ("", "") if check.bound is None else (f"{check.bound:.3g}", _verdict(check.passed))
-            rows.append((f"  {check.name}", f"{check.value:.3g}", bound, verdict))
+            bound, verdict = ("", "") if check.bound is None else (figure(check.bound, ".3g"), _verdict(check.passed))
+            name = f"  {check.name}" + (f" ({check.note})" if check.note else "")
+            rows.append((name, figure(check.value, ".3g"), bound, verdict))
     verdicts = [row[3] for row in rows if row[3]]
     caption = f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
     return grid([*left("check"), *right("found", "at most"), *left("")], rows, caption=caption)
@@ -170,6 +173,10 @@ def scaled(first: float, *others: float) -> tuple[list[float], int]:
 
 def _kind(kind: str, activations: str) -> str:
     return f"{kind}, {activations} activations"
+
+
+def _says_nothing(*perplexities: float) -> str:
+    return "; a perplexity above 10^6 is as good as no prediction" if max(perplexities) > 1e6 else ""
 
 
 def _verdict(passed: bool) -> str:

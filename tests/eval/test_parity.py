@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
@@ -14,8 +15,16 @@ from mossquant.checkpoint.inputs import activation_model
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval import one_step as one_step_module
 from mossquant.eval.noise import with_noise
-from mossquant.eval.one_step import EXPLAINED_KL, compared_positions, one_step
-from mossquant.eval.parity import ONE_STEP_MAX_KL_FP32, ONE_STEP_MEDIAN_STATE, Check, parity, parity_of
+from mossquant.eval.one_step import EXPLAINED_KL, OneStep, compared_positions, one_step
+from mossquant.eval.parity import (
+    ONE_STEP_MAX_KL_FP32,
+    ONE_STEP_MEDIAN_STATE,
+    Check,
+    Measured,
+    judged,
+    measure,
+    parity,
+)
 from mossquant.eval.parity_measures import forms, growth
 from mossquant.formats.activations import int8_block
 from mossquant.runner import Arrays, Floats, LogitsWanted, Runner, State, Tokens
@@ -38,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _few_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where a fault is planted every position differs; a few of them show that rounding does not explain it.
-    monkeypatch.setattr(one_step_module, "EXPLAINED_AT_MOST", 40)
+    monkeypatch.setattr(one_step_module, "EXPLAINED_AT_MOST", 10)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def _check(folder: Path, tokens: Tokens, artifact: Runner, *, quantized_activati
     plain = TorchRunner.open(folder)
     reference = TorchRunner.open(folder, activations="planned") if quantized_activations else plain
     unquantized = plain if quantized_activations else None
-    return list(parity_of(reference, artifact, tokens, positions=POSITIONS, unquantized_activations=unquantized))
+    return list(judged(measure(reference, artifact, tokens, positions=POSITIONS, unquantized_activations=unquantized)))
 
 
 def _failed(checks: list[Check]) -> set[str]:
@@ -146,16 +155,80 @@ def test_a_fault_in_the_activations_fails(folder: Path, tokens: Tokens, fault: s
     assert "one step" in _failed(_check(folder, tokens[:SHORT], artifact))
 
 
-def test_a_state_that_is_not_carried_fails_the_free_run_and_the_forms(folder: Path, tokens: Tokens) -> None:
+def test_a_state_that_is_not_carried_fails_one_step_and_the_forms(folder: Path, tokens: Tokens) -> None:
     artifact = Forgetful(TorchRunner.open(folder, activations="planned"))
     failed = _failed(_check(folder, tokens[:SHORT], artifact))
-    assert {"free run", "one step", "token by token against one call", "split against one call"} <= failed
+    assert {"one step", "token by token against one call", "split against one call"} <= failed
 
 
-def test_a_divergence_that_grows_fails(folder: Path, tokens: Tokens) -> None:
-    checks = _check(folder, tokens, Noisy(TorchRunner.open(folder, activations="planned"), growing=1e-5))
-    failed = [check.name for check in checks if not check.passed]
-    assert "free run: growth beyond that of other rounding: 95 % interval from" in failed
+def _simulated(seed: int, length: int = 20_000) -> Measured:
+    """What a right artifact and other rounding leave: mostly nothing, now and then a code, with a heavy tail."""
+    generator = np.random.default_rng(seed)
+
+    def stream() -> NDArray[np.float64]:
+        codes = generator.random((1, length)) < 0.1
+        values: NDArray[np.float64] = 1e-5 * codes * generator.pareto(1.2, (1, length))
+        return values
+
+    kl, rounding = stream(), stream()
+    signs = generator.choice([-1.0, 1.0], (2, 1, length))
+    still = np.zeros(2000)
+    steps = OneStep(still, still + 1, still, (generator.random(2000) < 0.005).astype(np.float64))
+    rises = signs * np.sqrt(2 * np.stack([kl, rounding]))
+    return Measured(steps, rises[0], kl, rounding, rises[1], np.full((1, length), 1e-4), {"split": kl[0, :256]}, 0.0)
+
+
+def _failed_names(measured: Measured) -> list[str]:
+    return [check.name for check in judged(measured) if not check.passed]
+
+
+def test_chance_fails_nothing() -> None:
+    """`bench/verdicts.py` counts it on real artifacts."""
+    assert [_failed_names(_simulated(seed)) for seed in range(40)] == [[]] * 40
+
+
+FAULTS_OF_A_STREAM = {
+    "free run: growth beyond that of other rounding": lambda m: m._replace(kl=m.kl + 2e-8 * np.arange(m.kl.size)),
+    "free run: mean KL": lambda m: m._replace(kl=m.kl + 2 * m.cost),
+    "free run: difference of perplexity, %": lambda m: m._replace(rise=m.rise + 0.003),
+    "one step: … that rounding does not explain": lambda m: m._replace(
+        steps=m.steps._replace(unexplained=m.steps.unexplained + (np.arange(2000) % 40 == 0))
+    ),
+    "split against one call: mean KL over 256 tokens": lambda m: m._replace(forms={"split": m.forms["split"] + 0.01}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_A_STREAM)
+def test_what_is_more_than_chance_fails_its_own_check(name: str) -> None:
+    assert all(name in _failed_names(FAULTS_OF_A_STREAM[name](_simulated(seed))) for seed in range(3))
+
+
+def test_what_is_too_small_to_matter_fails_nothing() -> None:
+    """However sure it is: every token differs by the same, and the more the later it comes."""
+    small = _simulated(0)
+    kl = 1e-9 * (1 + np.arange(20_000)[None] / 20_000)
+    assert (
+        _failed_names(small._replace(kl=kl, rise=np.full_like(kl, 5e-4), rounding=0 * kl, cost=0 * kl, forms={})) == []
+    )
+
+
+def test_few_windows_are_reported_and_not_judged() -> None:
+    few, name = _simulated(0, 2000), "free run: mean KL"
+    faulty = few._replace(kl=few.kl + 1.0, rise=few.rise + 1.0)
+    assert _failed_names(faulty) == []
+    check = next(check for check in judged(faulty) if check.name == name)
+    assert (check.bound, check.note) == (None, "not judged: 8 of 16 windows")
+    assert check.value > 1
+
+
+def test_a_wild_artifact_and_positions_near_ties_alone_are_judged() -> None:
+    wild = _simulated(0)
+    steps = wild.steps._replace(unexplained=np.full(2000, np.nan))
+    rise = np.where(np.arange(20_000) < 19_000, 0.0, 5e3)[None]
+    checks = {check.name: check for check in judged(wild._replace(steps=steps, rise=rise, kl=wild.kl + rise))}
+    assert "free run: mean KL" in _failed_names(wild._replace(kl=wild.kl + 100))
+    assert checks["one step: … that rounding does not explain"].note == "not judged: no position"
+    assert all(np.isfinite(check.value) for check in checks.values())
 
 
 def test_figures_lie_within_their_intervals(folder: Path, tokens: Tokens) -> None:
@@ -171,7 +244,6 @@ def test_figures_lie_within_their_intervals(folder: Path, tokens: Tokens) -> Non
         assert low.value <= named[figure].value <= high.value
         assert low.value < high.value
         assert low.bound is high.bound is None
-    assert named["free run: growth beyond that of other rounding: 95 % interval from"].bound == 0
 
 
 def test_a_state_array_that_is_not_written_fails_one_step(folder: Path, tokens: Tokens) -> None:
@@ -234,24 +306,32 @@ def test_a_code_that_rounding_turned_is_explained_and_a_fault_is_not(folder: Pat
     turned = steps.kl > EXPLAINED_KL
     # Noise is what would explain it; here each step has noise of its own, which another repetition must find again.
     assert turned.sum() >= 3
-    assert steps.unexplained.sum() <= 0.2 * turned.sum()
+    assert np.nansum(steps.unexplained) <= 0.2 * turned.sum()
     assert with_noise(TorchRunner.open(folder)) is None
 
 
 def test_growth_sees_a_trend_and_no_trend() -> None:
     noise = np.abs(np.random.default_rng(0).standard_normal(20_000)) * 1e-5
-    level, trend = growth(noise, skip=1024), growth(noise + np.arange(20_000) * 1e-9, skip=1024)
-    assert level is not None
-    assert level[1].low <= 0
-    assert trend is not None
-    assert trend[0] == pytest.approx(1e-5, rel=0.1)
-    assert trend[1].low > 0
+    for trend in (0.0, 1e-9):
+        found = growth(noise + np.arange(20_000) * trend, skip=1024)
+        assert found is not None
+        slope, error, windows = found
+        assert windows == (20_000 - 1024) // 256
+        assert slope == pytest.approx(1e4 * trend, abs=3 * error)
+        assert (slope > 4 * error) == (trend > 0)
     assert growth(noise[:600], skip=0) is None
 
 
+def test_one_window_is_no_growth() -> None:
+    values = np.zeros(5120)
+    values[-10:] = 1.0
+    found = growth(values, skip=0)
+    assert found is not None
+    assert found[0] < 2 * found[1]
+
+
 def test_forms_of_a_faithful_runner_agree(folder: Path, tokens: Tokens) -> None:
-    divergences = forms(TorchRunner.open(folder), tokens[:100])
-    assert set(divergences) == {"token by token", "split"}
+    divergences = forms(TorchRunner.open(folder), tokens, every=60, split=100)
+    assert {name: len(kl) for name, kl in divergences.items()} == {"token by token": 60, "split": 100}
     for kl in divergences.values():
-        assert kl.shape == (100,)
         assert np.abs(kl).max() < 1e-8

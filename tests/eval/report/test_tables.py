@@ -2,6 +2,7 @@
 """Tables show the figures of their reports and break no figure in eighty columns."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def test_perplexity(byte_model: Path, text_file: Path) -> None:
     assert f"{report.perplexity:.4f}" in text
     assert f"{report.bits_per_byte:.4f}" in text
     assert "2,999 in one stream" in text
+    lost = _text(tables.perplexity_table(replace(report, perplexity=2.7e17)))
+    assert "> 10^6; a perplexity above 10^6 is as good as no prediction" in " ".join(lost.split())
 
 
 def test_comparison(byte_model: Path, other_byte_model: Path, text_file: Path) -> None:
@@ -52,6 +55,9 @@ def test_comparison(byte_model: Path, other_byte_model: Path, text_file: Path) -
     assert text.count("above the gate") == 2
     assert f"{report.candidates[0].ppl_increase_pct:+.2f}" in text
     assert "—" in text
+    assert "no prediction" not in text
+    lost = replace(report, baseline=replace(report.baseline, perplexity=2.7e17))
+    assert "no prediction" in " ".join(_text(tables.comparison_table(lost)).split())
 
 
 def test_parity() -> None:
@@ -59,6 +65,7 @@ def test_parity() -> None:
         Check("one step: median KL", 3e-13, 1e-7),
         Check("free run: mean KL", 1e-3, 1e-4),
         Check("a figure", 1, None),
+        Check("another", 2.7e17, note="not judged: 8 of 16 windows"),
     )
     parity = ParityReport("int4", "onnx", "int8_block", "0" * 64, 1, 1, checks)
     good = ArtifactVerdict("good [red]", WeightsReport("good", 138, 1, ()), None)
@@ -66,6 +73,8 @@ def test_parity() -> None:
     report = VerifyReport("int4", (good, bad))
     text = _text(tables.parity_table(report))
     assert text.count("FAILED") == 1
+    assert "(not judged: 8 of 16" in text
+    assert "> 10^6" in text
     assert "good [red]" in text
     assert "not compared: nothing was run" in text
     assert not report.passed
