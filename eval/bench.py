@@ -22,8 +22,6 @@ from mossquant.targets.child import Child
 from mossquant.targets.target import target_of
 from mossquant.targets.trial import passed
 
-__all__ = ["BenchReport", "Speed", "Timing", "bench"]
-
 
 @dataclass(frozen=True)
 class Speed:

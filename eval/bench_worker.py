@@ -21,8 +21,6 @@ from mossquant.targets.child import serve
 from mossquant.targets.target import target_of
 from mossquant.targets.trial import accept
 
-__all__ = ["main"]
-
 _SEED = 0
 
 

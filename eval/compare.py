@@ -29,8 +29,6 @@ from mossquant.progress import Progress
 from mossquant.runner import RunnerInfo
 from mossquant.text.text import Text
 
-__all__ = ["Baseline", "Candidate", "ComparisonReport", "PairedDifference", "compare", "paired_difference"]
-
 
 @dataclass(frozen=True)
 class Baseline:

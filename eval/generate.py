@@ -32,8 +32,6 @@ from mossquant.text.chat import render_chat
 from mossquant.text.text import Tokenizer
 from mossquant.text.tokenizer import decode_utf8
 
-__all__ = ["Generation", "StopReason", "continue_text", "generate", "sample"]
-
 StopReason = Literal["max_tokens", "stop", "end_of_text"]
 
 

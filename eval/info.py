@@ -7,8 +7,6 @@ from mossquant.checkpoint.locate import locate
 from mossquant.targets.info_report import InfoReport
 from mossquant.targets.target import target_of
 
-__all__ = ["info"]
-
 
 def info(path: str | Path) -> InfoReport:
     """Say what is at a PATH argument.

@@ -14,8 +14,6 @@ import torch
 
 from mossquant.targets.target import runtimes
 
-__all__ = ["copy_bandwidth", "cpu_count", "machine", "peak_rss_mb", "shared_out"]
-
 _COPY_BYTES = 256 << 20
 """Size of the copied block: far above every cache."""
 _COPIES = 5

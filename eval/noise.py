@@ -12,8 +12,6 @@ from torch import Tensor
 
 from mossquant.targets.torch.runner import TorchRunner
 
-__all__ = ["NOISE", "with_noise"]
-
 NOISE = 2e-7
 """Size of the noise, relative to a value and to the root mean square of its vector: three fp32 roundings."""
 _SEED = 0

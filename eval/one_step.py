@@ -26,8 +26,6 @@ from mossquant.runner import Arrays, Floats, Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import streams
 
-__all__ = ["EXPLAINED_KL", "EXPLAINED_STATE", "OneStep", "compared_positions", "one_step"]
-
 LANES = 8
 """Parts of the text that the reference walks side by side."""
 STATES_AT_ONCE = 64

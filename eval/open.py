@@ -14,8 +14,6 @@ from mossquant.targets.target import get_target, target_of
 from mossquant.text.declared import TEXT_FILE
 from mossquant.text.text import Tokenizer
 
-__all__ = ["OpenModel", "open_model", "open_runner"]
-
 
 @dataclass(frozen=True)
 class OpenModel:

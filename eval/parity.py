@@ -35,8 +35,6 @@ from mossquant.runner import Runner, Tokens
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import Text
 
-__all__ = ["STAGES", "Check", "Measured", "ParityReport", "judged", "measure", "parity"]
-
 SURE = 4.0
 """Standard errors by which a statistic must lie beyond its bound before it fails: by chance once in 1,700 with
 `LEAST_WINDOWS` windows (Student's t), once in 14,000 with the 79 of the default; five checks are statistics."""
@@ -113,6 +111,7 @@ class ParityReport:
         positions: positions of the one-step comparison.
         stream: tokens of the free run.
         checks: every measured value with its bound.
+        notes: what the user should know about the text, a sentence each.
     """
 
     reference: str
@@ -122,6 +121,7 @@ class ParityReport:
     positions: int
     stream: int
     checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -202,6 +202,7 @@ def parity(
         positions=compared_positions(passage.tokens.shape[1], positions),
         stream=passage.predicted,
         checks=judged(measured),
+        notes=passage.notes,
     )
 
 

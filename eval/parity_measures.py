@@ -15,8 +15,6 @@ from mossquant.eval.scores import advance
 from mossquant.eval.windows import WINDOW
 from mossquant.runner import Runner, Tokens
 
-__all__ = ["continuation", "forms", "growth"]
-
 _SPLIT = (0, 1, 8, 72, 333, 777)
 """Where the calls of a split prefill begin."""
 

@@ -17,8 +17,6 @@ from mossquant.eval.open import OpenModel
 from mossquant.runner import Tokens
 from mossquant.text.text import Text, bundled_text, read_text, streams
 
-__all__ = ["Passage", "held_out_passage"]
-
 
 @dataclass(frozen=True)
 class Passage:

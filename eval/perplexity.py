@@ -20,8 +20,6 @@ from mossquant.eval.windows import WINDOW, Windows
 from mossquant.progress import Progress
 from mossquant.text.text import Text
 
-__all__ = ["PerplexityReport", "perplexity"]
-
 
 @dataclass(frozen=True)
 class PerplexityReport:

@@ -21,8 +21,6 @@ from mossquant.errors import InputError
 from mossquant.progress import Progress
 from mossquant.runner import Floats, LogitsWanted, Runner, State, Tokens
 
-__all__ = ["LOGITS_BYTES", "MOST_NATS", "Scores", "advance", "not_finite", "score"]
-
 LOGITS_BYTES = 256_000_000
 """Most memory for logits at a time, of all Runners together."""
 

@@ -21,8 +21,6 @@ from mossquant.targets.target import target_of
 from mossquant.targets.weights_report import WeightsReport
 from mossquant.text.text import Text
 
-__all__ = ["ArtifactVerdict", "VerifyReport", "verify"]
-
 
 @dataclass(frozen=True)
 class ArtifactVerdict:
@@ -70,6 +68,12 @@ class VerifyReport:
     def passed(self) -> bool:
         """Whether every artifact passed."""
         return all(artifact.passed for artifact in self.artifacts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the text, each once."""
+        reports = [artifact.parity for artifact in self.artifacts if artifact.parity is not None]
+        return tuple(dict.fromkeys(note for report in reports for note in report.notes))
 
     def failures(self) -> list[str]:
         """One line for each thing that failed."""

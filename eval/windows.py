@@ -17,8 +17,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RESAMPLES", "WINDOW", "Interval", "Windows", "share_interval"]
-
 WINDOW = 256
 """Predicted tokens a window."""
 RESAMPLES = 2000

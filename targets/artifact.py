@@ -20,19 +20,6 @@ from mossquant.targets.metadata import ProgramMetadata
 from mossquant.text.declared import TEXT_FILE, read_declared_text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
-__all__ = [
-    "Artifact",
-    "ArtifactManifest",
-    "MethodPorts",
-    "Port",
-    "ProgramRecord",
-    "Runtime",
-    "check_beside",
-    "check_tokenizer",
-    "read_artifact_manifest",
-    "write_artifact_manifest",
-]
-
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from mossquant.errors import InputError
 
-__all__ = ["Child", "serve"]
-
 Answer = dict[str, Any]
 
 

@@ -20,8 +20,6 @@ from mossquant.targets.target import Prepared, get_target, program_targets
 from mossquant.text.declared import TEXT_FILE
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
-__all__ = ["Needs", "export", "export_needs"]
-
 _MANIFEST_BYTES = 1 << 17
 """Of a manifest: it names files, operators, inputs and outputs."""
 

@@ -11,8 +11,6 @@ from mossquant.model.config import MossNetConfig
 from mossquant.targets.metadata import ProgramMetadata
 from mossquant.text.declared import DeclaredText
 
-__all__ = ["FileRow", "InfoReport", "WeightsRow", "file_rows", "program_info"]
-
 
 @dataclass(frozen=True)
 class WeightsRow:

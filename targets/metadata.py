@@ -24,8 +24,6 @@ from mossquant.release import release
 from mossquant.runner import RunnerInfo
 from mossquant.text.declared import DeclaredText
 
-__all__ = ["Count", "ProgramMetadata", "activations_of", "common_metadata", "parsed", "runner_info"]
-
 # Characters of a text.json, of the megabyte that a program says about itself.
 _LARGEST_TEXT = LARGEST_SMALL // 2
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]

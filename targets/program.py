@@ -29,8 +29,6 @@ from mossquant.model.mixer import Mixer
 from mossquant.model.mlp import Mlp
 from mossquant.model.tensors import TensorSpec, Use, outside_blocks
 
-__all__ = ["METHODS", "Matrices", "MethodName", "Model", "Scan"]
-
 MethodName = Literal["prefill", "score", "decode"]
 METHODS: tuple[MethodName, ...] = ("prefill", "score", "decode")
 

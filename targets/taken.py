@@ -9,8 +9,6 @@ from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Activations, Capabilities, Held, check
 
-__all__ = ["Taken", "activation_of", "changed_inputs", "check_held"]
-
 
 class Taken(View):
     """A view of weights in which every planned activation format is one that a target has.

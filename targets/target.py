@@ -23,8 +23,6 @@ from mossquant.targets.artifact import ProgramRecord
 from mossquant.targets.info_report import InfoReport
 from mossquant.targets.weights_report import WeightsReport
 
-__all__ = ["Exported", "Prepared", "Target", "active_share", "get_target", "program_targets", "runtimes", "target_of"]
-
 
 @dataclass(frozen=True)
 class Exported:

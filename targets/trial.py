@@ -26,8 +26,6 @@ from typing import Any
 from mossquant.errors import InputError
 from mossquant.targets.child import Child, serve
 
-__all__ = ["EXTRA_BYTES", "SECONDS", "accept", "passed", "start", "try_apart"]
-
 SECONDS = 120.0
 """How long loading a program and all calls may take; one that runs longer does not end."""
 EXTRA_BYTES = 1 << 30

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from mossquant.checkpoint.weights import Weights
 from mossquant.files.space import row_blocks
 
-__all__ = ["WeightsReport", "first_difference"]
-
 
 @dataclass(frozen=True)
 class WeightsReport:

@@ -16,21 +16,6 @@ import torch
 
 from mossquant.cli import main as cli
 
-__all__ = [
-    "COMMAND",
-    "Outcome",
-    "command",
-    "forked",
-    "making",
-    "process",
-    "reading",
-    "refused",
-    "started",
-    "streamed",
-    "tree",
-    "writing",
-]
-
 # -P: the folder that pytest runs in must not hide the installed package.
 COMMAND = [sys.executable, "-P", "-m", "mossquant"]
 

@@ -3,8 +3,6 @@
 
 from pathlib import Path
 
-__all__ = ["KEPT", "KEPT_ONNX", "KEPT_PTE"]
-
 KEPT = Path(__file__).parent / "fixtures" / "94c55b8"
 """checkpoint, int4, artifact."""
 KEPT_ONNX, KEPT_PTE = KEPT / "artifact" / "model.onnx", KEPT / "artifact" / "model.pte"

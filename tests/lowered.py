@@ -24,8 +24,6 @@ from mossquant.targets.target import target_of
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.targets.weights_report import WeightsReport
 
-__all__ = ["MODELS", "RECIPES", "Lowered", "Workshop", "read_back", "relative"]
-
 WIDE = MossNetConfig(
     vocab_size=80,
     hidden_size=48,

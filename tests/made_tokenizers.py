@@ -7,8 +7,6 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-__all__ = ["MADE", "SPECIAL", "byte_level", "save"]
-
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _BYTE_TOKENS = [f"<0x{value:02X}>" for value in range(256)]
 _WORDS = ("▁Hello", "▁world", "▁the", "▁größer", "漢字")

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-__all__ = ["SIZES", "hugging_face", "save_hugging_face", "save_original"]
-
 # name: (sizes, deviation of the initial weights). dt_rank is ⌈hidden/16⌉: 3, 6, 9, 48, 5, 7.
 SIZES: dict[str, tuple[dict[str, Any], float]] = {
     "48 tied": ({"hidden_size": 48, "num_hidden_layers": 2}, 0.1),

@@ -12,8 +12,6 @@ import torch
 
 from mossquant.files.space import trim_heap
 
-__all__ = ["anonymous_bytes", "grown"]
-
 _SAMPLE_SECONDS = 0.0005
 
 

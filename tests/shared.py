@@ -5,8 +5,6 @@ import fcntl
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["once"]
-
 
 def once(folder: Path, make: Callable[[Path], object]) -> Path:
     """The folder, made by the first process that asks for it; the others wait. Not to be changed by who gets it."""

@@ -12,8 +12,6 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import MossNet, tensor_specs
 from mossquant.plan.plan import Plan
 
-__all__ = ["CONFIGS", "SMALL", "Planned", "difference", "input_format", "random_model", "random_tokens", "write_model"]
-
 SMALL = MossNetConfig(
     vocab_size=53,
     hidden_size=20,

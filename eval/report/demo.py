@@ -33,8 +33,6 @@ from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.export import export
 from mossquant.text.text import Tokenizer, bundled_text
 
-__all__ = ["demo"]
-
 RECIPES = ("int8", "int4")
 TARGETS = ("onnx", "executorch")
 """What the quantized models are lowered to; the original, to compare with, to the first alone."""

@@ -17,8 +17,6 @@ from mossquant.eval.report.grid import DASH, grid, left, right
 from mossquant.eval.report.tables import scaled, scientific
 from mossquant.formats.dtypes import SHORT_NAMES
 
-__all__ = ["DemoReport", "DemoRow", "demo_table"]
-
 
 @dataclass(frozen=True)
 class DemoRow:

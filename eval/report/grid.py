@@ -12,8 +12,6 @@ from rich.text import Text
 
 from mossquant.errors import printable
 
-__all__ = ["DASH", "Head", "figure", "grid", "left", "right", "spaced"]
-
 Head = tuple[str, Literal["left", "right"]]
 """Name and alignment of a column. What is on the right are figures: they are never broken."""
 

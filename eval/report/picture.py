@@ -10,8 +10,6 @@ from rich.terminal_theme import TerminalTheme
 from mossquant.eval.report.demo_report import DemoReport, demo_table
 from mossquant.files.outputs import new_file
 
-__all__ = ["write_picture"]
-
 _WIDTH = 80
 """Characters a line: the table without a break."""
 

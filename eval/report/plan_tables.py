@@ -14,8 +14,6 @@ from mossquant.plan.entries import TensorEntry
 from mossquant.plan.plan import Plan, make_plan
 from mossquant.plan.recipe import Recipe, Rule, recipes
 
-__all__ = ["plan_tables", "recipe_tables"]
-
 
 def plan_tables(plan: Plan) -> list[Table | str]:
     """A plan before it is executed, or the ledger after: by role, the reasons, and by format."""

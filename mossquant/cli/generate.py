@@ -12,8 +12,6 @@ from mossquant.cli.terminal import ReaderGone, command_line, terminal
 from mossquant.errors import InputError
 from mossquant.files.json import read_json
 
-__all__ = ["generate"]
-
 _MOST_PROMPT = 1 << 24  # bytes
 
 

@@ -23,8 +23,6 @@ from mossquant.cli.terminal import ReaderGone, drop_stdout, terminal
 from mossquant.errors import InputError
 from mossquant.release import release
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="mossquant",
     add_completion=False,

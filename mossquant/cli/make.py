@@ -10,8 +10,6 @@ from mossquant.cli import options
 from mossquant.cli.terminal import command_line, terminal
 from mossquant.errors import InputError
 
-__all__ = ["demo", "export", "import_", "quantize", "recipes", "train"]
-
 
 def demo(
     output: options.Output = Path("demo"),

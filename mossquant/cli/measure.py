@@ -9,8 +9,6 @@ from mossquant.cli import options
 from mossquant.cli.terminal import terminal
 from mossquant.errors import InputError
 
-__all__ = ["bench", "compare", "info", "perplexity", "verify"]
-
 _GATE_FAILED = 1
 """Exit status: accuracy or parity."""
 

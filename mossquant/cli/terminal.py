@@ -21,8 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mossquant.errors import printable
 
-__all__ = ["ReaderGone", "Terminal", "command_line", "drop_stdout", "terminal"]
-
 _PIPED_WIDTH = 10_000
 _SECONDS_A_LINE = 10
 _NOISE = 2000

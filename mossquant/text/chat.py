@@ -20,8 +20,6 @@ from mossquant.errors import InputError, printable
 from mossquant.files.json import validated
 from mossquant.text.declared import DeclaredText
 
-__all__ = ["Message", "render_chat"]
-
 _LARGEST = 1 << 24
 """Most characters of a conversation as text."""
 

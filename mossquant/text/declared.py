@@ -14,8 +14,6 @@ from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, parse_stored, read_json
 from mossquant.model.config import MAX_VOCABULARY
 
-__all__ = ["TEXT_FILE", "DeclaredText", "read_declared_text"]
-
 TEXT_FILE = "text.json"
 
 _ADVICE = "Import the original again, or take the file away."

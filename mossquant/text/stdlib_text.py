@@ -20,18 +20,6 @@ from typing import Any
 
 from mossquant.errors import InputError
 
-__all__ = [
-    "NOT_SOURCE",
-    "SEPARATOR",
-    "Split",
-    "join_modules",
-    "load_split",
-    "read_modules",
-    "stdlib_folder",
-    "stdlib_paths",
-    "training_text",
-]
-
 SPLIT_VERSION = 1
 PYTHON = (3, 11)
 

@@ -28,8 +28,6 @@ from mossquant.files.outputs import new_file
 from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
 from mossquant.text.tokenizer_checks import LARGEST_TOKENIZER, parts_of, tokenizer_offenders
 
-__all__ = ["END_OF_TEXT", "MOST_RECENT", "StreamDecoder", "Tokenizer", "Tokens", "decode_utf8", "train_tokenizer"]
-
 Tokens = npt.NDArray[np.int64]
 
 END_OF_TEXT = "<|endoftext|>"

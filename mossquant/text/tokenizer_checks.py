@@ -15,8 +15,6 @@ from mossquant.errors import InputError
 from mossquant.files.json import parse_json
 from mossquant.model.config import MAX_VOCABULARY
 
-__all__ = ["LARGEST_TOKENIZER", "check_tokenizer_size", "parts_of", "tokenizer_offenders"]
-
 LARGEST_TOKENIZER = 1 << 25
 """Most bytes; the largest tokenizers in use, of a quarter of a million tokens, are about as large."""
 

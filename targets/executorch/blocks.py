@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.export.graph_signature import InputSpec
 
-__all__ = ["Traced", "repeated"]
-
 _OF_BLOCK = re.compile(r"(\w+)\.(\d+)\.(.+)")
 _INNER = re.compile(r"(.+)\.parametrizations\.(\w+)\.original(\d+)")
 """How torch.export names the tensors that a quantized weight consists of."""

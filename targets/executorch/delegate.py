@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from mossquant.formats.nibbles import unpack_nibbles
 from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
-__all__ = ["Delegate", "Linear", "array", "read_delegate", "sizes"]
-
 _FULLY_CONNECTED = 2  # of the union XNodeUnion
 _QUANTIZED_VALUE = 2  # of the union XValueUnion
 _PER_CHANNEL, _PER_GROUP = 1, 4  # of the union XNNQuantParams

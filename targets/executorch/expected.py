@@ -19,8 +19,6 @@ from mossquant.model.tensors import TensorSpec, Use, outside_blocks
 from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.matrices import runs_of
 
-__all__ = ["Expected", "Held", "expected_constants", "expected_linears"]
-
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) was computed where the program was made, to within a rounding or two of any other exp."""
 

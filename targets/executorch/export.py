@@ -21,8 +21,6 @@ from mossquant.targets.program import METHODS, MethodName
 from mossquant.targets.taken import Taken, changed_inputs
 from mossquant.targets.target import Exported, Prepared
 
-__all__ = ["PROGRAM", "prepare"]
-
 PROGRAM = "model.pte"
 
 _LAYER_BYTES, _LINEAR_BYTES = 1 << 17, 1 << 13

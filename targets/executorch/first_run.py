@@ -12,8 +12,6 @@ import torch
 
 from mossquant.targets.executorch.packages import load_method, load_program, load_runtime
 
-__all__ = ["run"]
-
 _FEW = 3
 
 load_runtime()

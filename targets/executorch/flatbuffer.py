@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DamagedError", "Table", "root"]
-
 
 class DamagedError(ValueError):
     """A flatbuffer that points outside itself, or is none of ours."""

@@ -6,8 +6,6 @@ from mossquant.targets.executorch.open import open_program, weight_bytes
 from mossquant.targets.executorch.target import TARGET
 from mossquant.targets.info_report import InfoReport, program_info
 
-__all__ = ["info"]
-
 
 def info(located: Located) -> InfoReport:
     """Say what a .pte is. Raises `InputError` where it is none of ours, or not what its manifest says."""

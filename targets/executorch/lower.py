@@ -25,8 +25,6 @@ from mossquant.targets.executorch.program_file import METADATA
 from mossquant.targets.executorch.scan import loop, step
 from mossquant.targets.program import Model, Scan
 
-__all__ = ["CHUNK", "lower", "lower_module"]
-
 CHUNK = get_capabilities("executorch").limits.max_chunk or 1
 """Most tokens of one call of prefill or score. Memory is planned for so many, so that it is a limit of the file."""
 

@@ -22,8 +22,6 @@ from mossquant.formats import QuantizedTensor
 from mossquant.formats.nibbles import pack_nibbles
 from mossquant.targets.executorch.packages import intx_tensor
 
-__all__ = ["XnnpackMatrices", "runs_of"]
-
 _CAT = 4
 """Tensors that XNNPACK puts side by side in one node."""
 _TABLE_RANGE = {4: (-8, 7), 8: (-128, 127)}

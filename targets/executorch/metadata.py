@@ -6,8 +6,6 @@ from typing import Literal
 from mossquant.targets.executorch.packages import EXECUTORCH
 from mossquant.targets.metadata import Count, ProgramMetadata
 
-__all__ = ["Metadata"]
-
 
 class Metadata(ProgramMetadata):
     """What the program is.

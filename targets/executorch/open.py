@@ -17,8 +17,6 @@ from mossquant.targets.metadata import parsed
 from mossquant.targets.program import METHODS
 from mossquant.targets.trial import EXTRA_BYTES, start, try_apart
 
-__all__ = ["Opened", "open_program", "open_to_run", "read_metadata", "weight_bytes"]
-
 _READ = "mossquant.targets.executorch.program_file:read"
 _RUN = "mossquant.targets.executorch.first_run:run"
 _READING_SECONDS, _READING_BYTES = 20.0, 1 << 28

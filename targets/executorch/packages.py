@@ -15,17 +15,6 @@ from torch import Tensor
 from mossquant.errors import InputError
 from mossquant.formats import NumberFormat
 
-__all__ = [
-    "EXECUTORCH",
-    "TORCHAO",
-    "check_packages",
-    "intx_tensor",
-    "load_method",
-    "load_program",
-    "load_runtime",
-    "set_threads",
-]
-
 EXECUTORCH, TORCHAO = "1.4.1", "0.18.0"
 """Releases that this target was written for and tested with."""
 

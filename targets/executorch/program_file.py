@@ -24,8 +24,6 @@ from mossquant.files.json import LARGEST_SMALL, parse_json
 from mossquant.targets.executorch.delegate import Delegate, array, read_delegate, sizes
 from mossquant.targets.executorch.flatbuffer import DamagedError, Table, root
 
-__all__ = ["CONSTANTS", "METADATA", "WEIGHTS", "PlanMethod", "ProgramFile", "read"]
-
 METADATA = "mossquant"
 """A method that takes nothing and returns what the program says about itself, as JSON."""
 

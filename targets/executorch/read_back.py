@@ -22,8 +22,6 @@ from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
 from mossquant.targets.weights_report import WeightsReport, first_difference
 
-__all__ = ["check_linears", "read_back"]
-
 _Array = TypeVar("_Array", bound=Held)
 _SCALARS = 16
 """Constants of so few values belong to shapes and formulas, not to tensors."""

@@ -32,8 +32,6 @@ from mossquant.targets.executorch.open import open_to_run, weight_bytes
 from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
 from mossquant.targets.metadata import runner_info
 
-__all__ = ["ExecutorchRunner", "open_runner"]
-
 
 class ExecutorchRunner:
     """A `mossquant.runner.Runner` of a .pte file or the artifact folder that holds it."""

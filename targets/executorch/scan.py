@@ -11,8 +11,6 @@ measured (`bench/executorch_scan.py`): beyond a few tokens this is the fastest, 
 import torch
 from torch import Tensor
 
-__all__ = ["loop", "step"]
-
 
 def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """One token."""

@@ -3,6 +3,4 @@
 
 from mossquant.targets.target import Target
 
-__all__ = ["TARGET"]
-
 TARGET = Target("executorch", runtime="executorch", computes_all=("ssm", "mlp"))

@@ -19,8 +19,6 @@ from mossquant.targets.onnx.save import disk_bytes, external, memory_bytes, save
 from mossquant.targets.taken import Taken, changed_inputs
 from mossquant.targets.target import Exported, Prepared
 
-__all__ = ["PROGRAM", "prepare"]
-
 PROGRAM = "model.onnx"
 
 _METADATA_BYTES = 1 << 16

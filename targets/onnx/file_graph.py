@@ -21,8 +21,6 @@ from onnx import numpy_helper
 from mossquant.formats.nibbles import unpack_nibbles
 from mossquant.targets.onnx.metadata import Opened, graphs
 
-__all__ = ["FileGraph", "Matrix", "expanded", "holders", "stored_array"]
-
 Array = NDArray[Any]
 # What comes of sizes, types or attributes that do not fit: the file is damaged, and holds no such value.
 _DAMAGE = (ValueError, LookupError, TypeError, OverflowError)

@@ -13,8 +13,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["IR_VERSION", "MICROSOFT", "OPSETS", "Attribute", "Graph", "Value"]
-
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 21, MICROSOFT: 1}
 IR_VERSION = 10

@@ -11,8 +11,6 @@ from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.structure import data_bytes
 from mossquant.targets.onnx.target import TARGET
 
-__all__ = ["info", "sections"]
-
 _CODES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 

@@ -34,8 +34,6 @@ from mossquant.targets.onnx.graph import MICROSOFT, Graph, Value
 from mossquant.targets.onnx.packing import DTYPES, blocks_of, packed_matrix, to_numpy
 from mossquant.targets.taken import activation_of
 
-__all__ = ["SCALE", "SESSION", "Initializers", "Scales", "Stack", "initializer_name"]
-
 Stack = Literal["outputs", "inputs"]
 Scales = Literal["folded", "initializers"]
 """Scales of matmuls: in their own type, folded to fp32 at load; or stored as fp32."""

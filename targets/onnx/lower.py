@@ -26,8 +26,6 @@ from mossquant.targets.onnx.mlp import lower_mlp
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS, state_shape
 from mossquant.targets.onnx.shapes import Shapes
 
-__all__ = ["BLOCKS", "lower"]
-
 BLOCKS: dict[type[Block], Callable[..., tuple[Value, dict[str, Value]]]] = {Mixer: lower_mixer, Mlp: lower_mlp}
 """How each kind of block is lowered.
 

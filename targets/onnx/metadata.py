@@ -17,17 +17,6 @@ from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.targets.metadata import Count, ProgramMetadata, parsed
 
-__all__ = [
-    "METADATA_KEY",
-    "RUNTIME_MINIMUM",
-    "DataFile",
-    "Metadata",
-    "Opened",
-    "graphs",
-    "initializers",
-    "read_program",
-]
-
 METADATA_KEY = "mossquant"
 RUNTIME_MINIMUM = "1.23.2"
 """Oldest onnxruntime that runs these graphs: GatherBlockQuantized with `bits` is the newest operator in them."""

@@ -20,8 +20,6 @@ from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.routing import route
 from mossquant.targets.onnx.shapes import Shapes
 
-__all__ = ["lower_mixer", "softplus"]
-
 
 def lower_mixer(
     graph: Graph,

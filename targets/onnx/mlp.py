@@ -15,8 +15,6 @@ from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.routing import route
 from mossquant.targets.onnx.shapes import Shapes
 
-__all__ = ["lower_mlp"]
-
 
 def lower_mlp(
     graph: Graph,

@@ -12,8 +12,6 @@ from mossquant.targets.onnx.metadata import Metadata, Opened, read_program
 from mossquant.targets.onnx.structure import check_structure, check_values
 from mossquant.targets.trial import EXTRA_BYTES, try_apart
 
-__all__ = ["open_program", "open_to_run"]
-
 _RUN = "mossquant.targets.onnx.session:run"
 
 

@@ -23,8 +23,6 @@ from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.formats.nibbles import pack_nibbles
 
-__all__ = ["DTYPES", "blocks_of", "packed_codes", "packed_matrix", "padded_codes", "to_numpy"]
-
 _ONNX_NAMES = {"float32": "FLOAT"}
 DTYPES = {dtype: ir.DataType[_ONNX_NAMES.get(name, name.upper())] for name, dtype in FLOAT_DTYPES.items()}
 """ONNX's type for each float type of ours."""

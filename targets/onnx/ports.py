@@ -10,8 +10,6 @@ head at every position. Letters as in `mossquant.model`.
 
 from mossquant.model.tensors import StateSpec
 
-__all__ = ["FIRST_LOGIT", "LOGITS", "STATE_OUT", "TOKENS", "state_shape"]
-
 TOKENS, FIRST_LOGIT, LOGITS, STATE_OUT = "tokens", "first_logit", "logits", ".out"
 
 

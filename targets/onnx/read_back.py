@@ -23,8 +23,6 @@ from mossquant.targets.onnx.open import open_program
 from mossquant.targets.onnx.packing import to_numpy
 from mossquant.targets.weights_report import WeightsReport, first_difference
 
-__all__ = ["read_back"]
-
 _EXP_TOLERANCE = 1e-6
 """Relative: −exp(A_log) is computed when the file is loaded, to within a rounding or two of any other exp."""
 _MISSING = "is not in the file"

@@ -5,8 +5,6 @@ from mossquant.targets.onnx.graph import Graph, Value
 from mossquant.targets.onnx.initializers import Initializers
 from mossquant.targets.onnx.shapes import Shapes
 
-__all__ = ["route"]
-
 
 def route(graph: Graph, initializers: Initializers, shapes: Shapes, u: Value, router: str, chosen: int) -> Value:
     """Gates [B · T, X] of rows u [B · T, D]: softmax over the `chosen` largest logits, zero elsewhere."""

@@ -32,8 +32,6 @@ from mossquant.targets.onnx.open import open_to_run
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS
 from mossquant.targets.onnx.session import open_session
 
-__all__ = ["OnnxRunner", "open_runner"]
-
 ROWS_AT_ONCE = 512
 """Rows (B · T) in one run of the graph: bounds the memory of a long prefill, and costs no speed."""
 

@@ -14,8 +14,6 @@ import onnx_ir as ir
 from mossquant.files.outputs import file_sha256
 from mossquant.targets.onnx.metadata import DataFile
 
-__all__ = ["DATA", "EXTERNAL_ABOVE", "disk_bytes", "external", "memory_bytes", "save_data", "save_program"]
-
 DATA = "model.onnx.data"
 EXTERNAL_ABOVE = 200 * 10**6
 """Bytes of weights above which they lie in a file of their own, which onnxruntime maps into memory."""

@@ -14,8 +14,6 @@ import onnxruntime as ort
 
 from mossquant.targets.onnx.ports import FIRST_LOGIT, STATE_OUT, TOKENS
 
-__all__ = ["open_session", "run"]
-
 _CALLS = ((1, 1, -1), (2, 3, 0), (1, 64, 0))
 """(B, T, first logit): a step, streams side by side, and enough tokens for what grows with them."""
 

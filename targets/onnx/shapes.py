@@ -6,8 +6,6 @@ import onnx_ir as ir
 
 from mossquant.targets.onnx.graph import Graph, Value
 
-__all__ = ["Shapes"]
-
 
 class Shapes:
     """Shape tensors made once from tokens [B, T]."""

@@ -29,8 +29,6 @@ from mossquant.targets.onnx.metadata import METADATA_KEY, DataFile, Opened, grap
 from mossquant.targets.onnx.packing import DTYPES, blocks_of
 from mossquant.targets.onnx.ports import FIRST_LOGIT, LOGITS, STATE_OUT, TOKENS, state_shape
 
-__all__ = ["OPERATORS", "check_structure", "check_values", "data_bytes"]
-
 OPERATORS = {
     "": {
         "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Gather", "Gemm", "Identity", "If",

@@ -3,6 +3,4 @@
 
 from mossquant.targets.target import Target
 
-__all__ = ["TARGET"]
-
 TARGET = Target("onnx", runtime="onnxruntime", computes_all=("ssm",), options={"scales": ("folded", "initializers")})

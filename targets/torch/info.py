@@ -12,8 +12,6 @@ from mossquant.formats.dtypes import dtype_name
 from mossquant.targets.info_report import InfoReport, WeightsRow, file_rows, text_facts
 from mossquant.targets.target import active_share
 
-__all__ = ["info"]
-
 
 def info(located: Located) -> InfoReport:
     """Say what a checkpoint is. Raises `InputError` where it is damaged."""

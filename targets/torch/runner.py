@@ -37,8 +37,6 @@ from mossquant.runner import (
     checked_tokens,
 )
 
-__all__ = ["TorchRunner"]
-
 ROWS_AT_ONCE = 2048
 """Rows (B · T) that go through the model in one piece: bounds the memory of a long prefill, and keeps matmuls large."""
 

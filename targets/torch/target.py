@@ -13,8 +13,6 @@ from mossquant.targets.target import Prepared, Target
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.targets.weights_report import WeightsReport
 
-__all__ = ["TARGET"]
-
 
 class _Torch(Target):
     def prepare(

@@ -21,8 +21,6 @@ from hardening.cases import make_case, run_case
 from hardening.guard import cap_memory
 from hardening.samples import make_samples
 
-__all__ = ["main"]
-
 
 def main() -> int:
     """Run; the exit status is 1 where a case failed."""

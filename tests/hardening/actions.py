@@ -17,8 +17,6 @@ from mossquant.eval.open import open_model
 from mossquant.eval.report.tables import info_tables
 from mossquant.files.outputs import json_bytes
 
-__all__ = ["ACTIONS", "Action", "Place"]
-
 _TOKENS = 24
 
 

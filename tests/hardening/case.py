@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-__all__ = ["Damage", "Mutator", "one_of"]
-
 
 @dataclass(frozen=True)
 class Damage:

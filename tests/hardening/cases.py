@@ -16,8 +16,6 @@ from hardening.seals import reseal
 
 from mossquant.errors import InputError
 
-__all__ = ["Case", "Outcome", "make_case", "run_case"]
-
 _ORDER = tuple(kind for kind in KINDS for _ in range(kind.weight))
 _TRIED = 2
 

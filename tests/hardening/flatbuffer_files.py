@@ -12,8 +12,6 @@ from random import Random
 from hardening.case import Damage, one_of
 from hardening.raw import mutate_bytes
 
-__all__ = ["mutate_flatbuffer", "tables"]
-
 _LARGEST_TABLE = 512
 _WORDS = (0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFC, 1 << 20)
 

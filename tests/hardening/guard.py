@@ -14,8 +14,6 @@ from pathlib import Path
 
 from mossquant.targets import trial
 
-__all__ = ["EXTRA_MB", "SECONDS", "Cost", "cap_memory", "measured"]
-
 EXTRA_MB = 1000
 """A case may not take more than this above what the process had before."""
 SECONDS = trial.SECONDS + 60

@@ -8,8 +8,6 @@ from hardening.case import Damage, one_of
 from hardening.raw import mutate_bytes
 from hardening.values import RAW, as_json, mutate_tree
 
-__all__ = ["mutate_json", "mutate_json_text"]
-
 
 def mutate_json_text(random: Random, text: str) -> tuple[str, str]:
     """JSON with damage, and what was done."""

@@ -16,8 +16,6 @@ from hardening.tokenizer_files import mutate_tokenizer
 from hardening.yaml_files import mutate_yaml
 from hardening.zip_files import mutate_zip
 
-__all__ = ["KINDS", "Kind"]
-
 
 @dataclass(frozen=True)
 class Kind:

@@ -14,8 +14,6 @@ from hardening.json_files import mutate_json_text
 from hardening.raw import mutate_bytes
 from onnx import TensorProto
 
-__all__ = ["mutate_onnx"]
-
 _INTS = (0, 1, -1, 2, 3, 7, 8, 16, 31, 64, 127, 2**20, 2**31 - 1, 2**31, -(2**31), 10**12, 10**18, 2**63 - 1, -(2**63))
 _OPERATORS = (
     *("Expand", "Tile", "Range", "ConstantOfShape", "Loop", "Scan", "If", "Identity", "Gather", "ScatterND", "Reshape"),

@@ -5,8 +5,6 @@ from random import Random
 
 from hardening.case import Damage
 
-__all__ = ["mutate_bytes"]
-
 _FOREIGN = (
     b"",
     b"\x00",

@@ -11,8 +11,6 @@ from hardening.json_files import mutate_json_text
 from hardening.raw import mutate_bytes
 from hardening.values import as_json
 
-__all__ = ["mutate_safetensors"]
-
 _SIZES = (0, -1, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**18, 10**30)
 _LENGTHS = (0, 1, 2, 8, 2**20, 10**8, 2**31, 2**63, 2**64 - 1)
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "U16", "C64", "F4", "", "float")

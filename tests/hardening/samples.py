@@ -23,8 +23,6 @@ from mossquant.targets.onnx import save as onnx_save
 from mossquant.text.declared import DeclaredText
 from mossquant.text.text import train_tokenizer
 
-__all__ = ["TEXT", "make_samples"]
-
 TEXT = "def add(first, second):\n    return first + second  # größer\n\n\nclass Box:\n    pass\n" * 40
 
 CONFIG = MossNetConfig(

@@ -14,8 +14,6 @@ from google.protobuf.message import DecodeError
 
 from mossquant.files.outputs import file_sha256
 
-__all__ = ["reseal"]
-
 
 def reseal(folder: Path) -> None:
     """Hashes and sizes in an .onnx of the files beside it, then in `manifest.json` of every file."""

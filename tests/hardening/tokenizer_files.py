@@ -8,8 +8,6 @@ from typing import Any
 from hardening.case import Damage, one_of
 from hardening.json_files import mutate_json
 
-__all__ = ["mutate_tokenizer"]
-
 _IDS = (288, 289, 1 << 22, 50_000_000, 2**31 - 1, 2**32 - 1, 0, 3)
 _REGEXES = ("", "(x+x+)+y", "(a*)*b", "(?:a|a)*$", "((a{1,1000}){1,1000}){1,1000}", "[", "\\s*" * 40, "(?=.)", "^|$")
 _PARTS: dict[str, tuple[Any, ...]] = {

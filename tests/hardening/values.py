@@ -11,8 +11,6 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-__all__ = ["RAW", "Raw", "as_json", "hostile", "mutate_tree", "places"]
-
 RAW = (
     "NaN",
     "Infinity",

@@ -9,8 +9,6 @@ from hardening.case import Damage, one_of
 from hardening.raw import mutate_bytes
 from hardening.values import as_json, mutate_tree
 
-__all__ = ["mutate_yaml"]
-
 _LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20))
 _RULE = '  - {role: "*", format: int4_g32}\n'
 _TRAPS = {

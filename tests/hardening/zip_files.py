@@ -8,8 +8,6 @@ from random import Random
 from hardening.case import Damage, one_of
 from hardening.raw import mutate_bytes
 
-__all__ = ["mutate_zip"]
-
 
 def _entries(random: Random, data: bytes) -> Damage:
     """The zip written again, every checksum right, with one entry changed."""

@@ -7,18 +7,6 @@ with its absolute value. It is what rounding errors scale with, whatever cancels
 
 from math import sqrt
 
-__all__ = [
-    "EXP_ULPS",
-    "F32_TINY",
-    "F32_UNIT",
-    "F64_RELATIVE",
-    "SILU_ULPS",
-    "SOFTPLUS_ULPS",
-    "exp_relative",
-    "f32_accumulated",
-    "f32_roundings",
-]
-
 F32_UNIT = 2.0**-24
 """Largest relative error of one fp32 rounding."""
 
