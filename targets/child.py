@@ -94,7 +94,7 @@ def serve(answer: Callable[[Answer], Answer], prepare: Callable[[], object] = la
         print("ready", file=answers, flush=True)
         for line in sys.stdin:
             try:
-                found = answer(json.loads(line))
+                reply = answer(json.loads(line))
             except InputError as error:
-                found = {"refused": str(error)}
-            print(json.dumps(found), file=answers, flush=True)
+                reply = {"refused": str(error)}
+            print(json.dumps(reply), file=answers, flush=True)

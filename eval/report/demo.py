@@ -6,7 +6,7 @@ on files of these hashes; it times again. What is written is read back at once; 
 written, and has the same hashes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from mossquant.eval.bench import bench
 from mossquant.eval.compare import ComparisonReport, compare
 from mossquant.eval.generate import generate
 from mossquant.eval.report.demo_report import DemoReport
+from mossquant.eval.report.lowering import Lowering, lower_all
 from mossquant.eval.report.picture import write_picture
-from mossquant.eval.verify import verify
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.files.outputs import check_free, new_file, write_json
 from mossquant.plan.recipe import Recipe
@@ -30,7 +30,6 @@ from mossquant.progress import Progress
 from mossquant.release import release
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.executorch.packages import check_packages
-from mossquant.targets.export import export
 from mossquant.text.text import Tokenizer, bundled_text
 
 RECIPES = ("int8", "int4")
@@ -90,27 +89,28 @@ def demo(
             quantize(
                 BUNDLED, path, recipe=recipe, force=path.exists(), progress=_stage(f"quantizing to {recipe}:", progress)
             )
-    artifacts: dict[str, dict[str, Path]] = {}
-    hashes: dict[str, Any] = {BUNDLED: dict(original.origin.files)}
-    for name, path in folders.items():
-        source, targets = checkpoints.get(name), ("onnx",) if name == "original" else TARGETS
-        weights = original if source is None else open_weights(source, verb="demo")
-        artifact = _current_artifact(path, targets, weights)
-        if artifact is not None:
-            say(f"{path}: kept, its hashes match")
-        else:
-            say(f"{path}: lowering {source or BUNDLED} to {' and '.join(targets)}")
-            shown = _stage(f"lowering {source.name if source else BUNDLED}:", progress)
-            artifact = export(source or BUNDLED, path, target=targets, force=path.exists(), progress=shown)
-            read_back = verify(source or BUNDLED, [artifact.program(target) for target in targets], weights_only=True)
-            if not read_back.passed:
-                # Its hashes match and we wrote it: a fault of the lowering, not of the user.
-                raise RuntimeError(f"{path} does not hold its checkpoint's weights: {read_back.failures()[0]}")
-        artifacts[name] = {target: artifact.program(target) for target in targets}
-        hashes[str(path)] = [
-            dict(weights.origin.files),
+    works = [
+        Lowering(str(checkpoints.get(name, BUNDLED)), str(path), ("onnx",) if name == "original" else TARGETS)
+        for name, path in folders.items()
+    ]
+    sources = [original if work.source == BUNDLED else open_weights(work.source, verb="demo") for work in works]
+    stale = [work for work, source in zip(works, sources, strict=True) if not _is_current_artifact(work, source)]
+    for work in works:
+        making = f"lowering {work.source} to {' and '.join(work.targets)}"
+        say(f"{work.output}: {making if work in stale else 'kept, its hashes match'}")
+    lower_all(stale, _stage("lowering:", progress))
+    current = [Artifact.open(Path(work.output)) for work in works]
+    artifacts = {
+        name: {target: artifact.program(target) for target in work.targets}
+        for name, work, artifact in zip(folders, works, current, strict=True)
+    }
+    hashes = {
+        str(artifact.folder): [
+            dict(source.origin.files),
             {file: record.sha256 for file, record in artifact.files.items()},
         ]
+        for source, artifact in zip(sources, current, strict=True)
+    }
     candidates = [*checkpoints.values(), *(path for programs in artifacts.values() for path in programs.values())]
     measured = {"release": release(), "tokens": tokens, "threads": threads, "files": hashes}
     comparison = _kept_comparison(folder / _MEASURED, measured)
@@ -172,21 +172,21 @@ def _is_current_checkpoint(path: Path, recipe: str, original: Weights) -> bool:
     )
 
 
-def _current_artifact(path: Path, targets: Sequence[str], source: Weights) -> Artifact | None:
-    """The artifact at a path, if it is whole and what this release makes of this source for these targets."""
+def _is_current_artifact(work: Lowering, source: Weights) -> bool:
+    """Whether the artifact of a lowering is whole, and what this release makes of this source."""
+    path = Path(work.output)
     if not path.exists():
-        return None
+        return False
     try:
-        artifact = Artifact.open(path)
+        manifest = Artifact.open(path).manifest
     except InputError:
-        return None
-    manifest, files = artifact.manifest, dict(source.origin.files)
-    is_current = (
+        return False
+    files = dict(source.origin.files)
+    return (
         manifest.release == release()
-        and list(manifest.programs) == list(targets)
+        and list(manifest.programs) == list(work.targets)
         and all(program.model.get("source_files") == files for program in manifest.programs.values())
     )
-    return artifact if is_current else None
 
 
 def _kept_comparison(path: Path, measured: dict[str, Any]) -> ComparisonReport | None:

@@ -62,7 +62,7 @@ def ran(
             said=said.append,
             progress=lambda name, done, total: told.append(name),
         )
-        stages = ["quantizing to int8:", "quantizing to int4:", "lowering tiny:", "lowering tiny-int4:", "measuring:"]
+        stages = ["quantizing to int8:", "quantizing to int4:", "lowering:", "measuring:"]
         assert all(any(name.startswith(stage) for name in told) for stage in stages), told
         yield folder / "out", report, said
 
