@@ -91,6 +91,8 @@ class ComparisonReport:
         tokens: predicted tokens.
         streams: independent streams.
         seen_by: models that were trained or calibrated on this text.
+        special: whether special tokens that the text spells were taken for tokens.
+        document_separator: what stood between its documents, None where they were not told apart.
         notes: what the user should know, a sentence each.
         baseline: the original.
         candidates: in the order given.
@@ -103,6 +105,8 @@ class ComparisonReport:
     tokens: int
     streams: int
     seen_by: tuple[str, ...]
+    special: bool
+    document_separator: str | None
     notes: tuple[str, ...]
     baseline: Baseline
     candidates: tuple[Candidate, ...]
@@ -121,6 +125,8 @@ class ComparisonReport:
             "tokens": self.tokens,
             "streams": self.streams,
             "seen_by": list(self.seen_by),
+            "special": self.special,
+            "document_separator": self.document_separator,
             "notes": list(self.notes),
         }
         return {
@@ -142,6 +148,8 @@ class ComparisonReport:
             tokens=text["tokens"],
             streams=text["streams"],
             seen_by=tuple(text["seen_by"]),
+            special=text["special"],
+            document_separator=text["document_separator"],
             notes=tuple(text["notes"]),
             baseline=TypeAdapter(Baseline).validate_python(stored["baseline"]),
             candidates=TypeAdapter(tuple[Candidate, ...]).validate_python(stored["candidates"]),
@@ -223,6 +231,8 @@ def compare(
         tokens=passage.predicted,
         streams=streams,
         seen_by=passage.seen_by,
+        special=passage.special,
+        document_separator=passage.document_separator,
         notes=passage.notes,
         baseline=Baseline(info.path, info.kind, info.weights, ppl, info.weight_bytes, info.bits_per_weight),
         candidates=tuple(

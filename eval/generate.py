@@ -239,11 +239,11 @@ def _notes(
     """What `Generation.notes` says of special tokens that are spelled."""
     if special:
         return ()
-    letters = "taken as letters; --special takes it for the token"
+    letters = "taken as letters; --special takes them for tokens"
     parts = [("the prompt", prompt, letters)]
     parts += [("a stop string", string, letters) for string in stop if string not in tokenizer.special_tokens]
     for turn in messages or ():
-        parts.append((f"a message of {turn['role']}", turn["content"], "taken for the token, as in the template"))
+        parts.append((f"a message of {turn['role']}", turn["content"], "taken for tokens, as in the template"))
     spelled = [(where, tokenizer.special_in(text), taken) for where, text, taken in parts]
     return tuple(f"{where} spells {', '.join(names[:8])}, {taken}" for where, names, taken in spelled if names)
 

@@ -52,6 +52,12 @@ class OpenModel:
         return self.tokenizer.sha256 == file_sha256(asset_folder(BUNDLED) / "tokenizer.json")
 
 
+def has_bundled_tokenizer(folder: Path) -> bool:
+    """Whether a folder's tokenizer is the one of the bundled model."""
+    own, bundled = folder / "tokenizer.json", asset_folder(BUNDLED) / "tokenizer.json"
+    return own.is_file() and file_sha256(own) == file_sha256(bundled)
+
+
 def open_model(
     source: str | Path | Located | Weights, *, activations: str | None = None, threads: int | None = None
 ) -> OpenModel:
@@ -61,9 +67,9 @@ def open_model(
     if isinstance(source, str | Path):
         source = locate(source)
     if not isinstance(source, Located):
-        tokenizer = source.origin.tokenizer
+        beside = source.origin.beside
         runner = get_target("torch").open(source, activations=activations, threads=threads)
-        return OpenModel(runner, None if tokenizer is None else tokenizer.parent)
+        return OpenModel(runner, beside[0].parent if beside else None)
     runner = target_of(source).open(source, activations=activations, threads=threads)
     is_program = source.path.is_file()
     if is_program and activations not in (None, runner.info.activations):

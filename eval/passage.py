@@ -28,6 +28,8 @@ class Passage:
         seen_by: paths of the models that were trained or calibrated on this text.
         tokens: [S, L].
         lengths: [S, L], bytes of text that each token stands for; None where token ids were given.
+        special: whether special tokens that the text spells were taken for tokens.
+        document_separator: what stood between its documents, None where they were not told apart.
         notes: what the user should know, a sentence each.
     """
 
@@ -36,6 +38,8 @@ class Passage:
     seen_by: tuple[str, ...]
     tokens: Tokens
     lengths: Tokens | None
+    special: bool
+    document_separator: str | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,7 +81,10 @@ def held_out_passage(
     if tokens is not None and tokens < 2 * streams_wanted:
         raise InputError(f"{tokens} tokens are too few for {streams_wanted} streams of two or more; give more tokens")
     by_ids = isinstance(text, Text) and text.ids is not None
-    kinds = [(None if by_ids else model.tokenizer.sha256, model.runner.info.vocab_size) for model in models]
+    kinds = [
+        (None if by_ids else (model.tokenizer.sha256, model.tokenizer.beginning_of_text), model.runner.info.vocab_size)
+        for model in models
+    ]
     first, *others = [f"{model.path} (vocabulary {model.runner.info.vocab_size})" for model in models]
     others = [other for other, kind in zip(others, kinds[1:], strict=True) if kind != kinds[0]]
     if others:
@@ -113,10 +120,11 @@ def held_out_passage(
         raise InputError(f"{source.name} has {len(ids)} tokens, {tokens} were asked for; give a longer text or fewer")
     cut = streams(ids[:tokens], streams_wanted)
     counts = None if lengths is None else streams(lengths[:tokens], streams_wanted)
-    if begins is not None and counts is not None:
+    if begins is not None and counts is not None and not (source.special and cut[0, 0] == begins):
         front = ((0, 0), (1, 0))
         cut, counts = np.pad(cut, front, constant_values=begins), np.pad(counts, front)
-    return Passage(source.name, source.sha256, seen_by, cut, counts, notes)
+    how = source.special, source.document_separator
+    return Passage(source.name, source.sha256, seen_by, cut, counts, *how, notes)
 
 
 def _text(model: OpenModel, text: str | Path | Text | None) -> Text:

@@ -40,6 +40,8 @@ class PerplexityReport:
         perplexity: exp(nats_per_token).
         bits_per_byte: loss in bits per byte of text; None where token ids were given.
         text_bytes: bytes of the predicted tokens, None likewise.
+        special: whether special tokens that the text spells were taken for tokens.
+        document_separator: what stood between its documents, None where they were not told apart.
         notes: what the user should know, a sentence each.
     """
 
@@ -57,6 +59,8 @@ class PerplexityReport:
     perplexity: float
     bits_per_byte: float | None
     text_bytes: int | None
+    special: bool
+    document_separator: str | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -110,5 +114,7 @@ def perplexity(
         perplexity=math.exp(nats),
         bits_per_byte=passage.predicted_bytes and float(nll.sum()) / math.log(2) / passage.predicted_bytes,
         text_bytes=passage.predicted_bytes,
+        special=passage.special,
+        document_separator=passage.document_separator,
         notes=passage.notes,
     )

@@ -5,12 +5,13 @@ The manifest says what a consumer has to know without opening a program: files w
 its methods, the operators that the runtime must have, and the oldest release of it that does.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mossquant.checkpoint.manifest import FileName, FileRecord, read_stored, record_offenders
 from mossquant.errors import InputError
@@ -146,14 +147,14 @@ def check_beside(program: Path, files: Mapping[str, str], metadata: ProgramMetad
             program; the tokenizer or what is declared about text is another one, or too large, or the program has none.
     """
     if program.with_name(MANIFEST).is_file():
-        _check_listed(program, files, metadata.model_dump(mode="json"))
+        _check_listed(program, files, metadata)
     check_tokenizer(program, metadata.tokenizer_sha256)
     declared = read_declared_text(program.parent, MAX_VOCABULARY)  # whose ids are held against the program's
     if declared is not None and declared != metadata.text:
         raise InputError(f"{program.with_name(TEXT_FILE)} is not what {program.name} was exported with. {_AGAIN}")
 
 
-def _check_listed(program: Path, files: Mapping[str, str], model: Mapping[str, Any]) -> None:
+def _check_listed(program: Path, files: Mapping[str, str], metadata: ProgramMetadata) -> None:
     path = program.with_name(MANIFEST)
     manifest = read_artifact_manifest(path)
     listed = {name: record.sha256 for name, record in manifest.files.items()}
@@ -166,7 +167,11 @@ def _check_listed(program: Path, files: Mapping[str, str], model: Mapping[str, A
         raise InputError.listing(f"{program.parent} is not what its manifest.json says", changed, _AGAIN)
     records = [record for record in manifest.programs.values() if record.file == program.name]
     # A release that knew more said more: what this one knows decides.
-    if [{key: record.model.get(key) for key in model} for record in records] != [model]:
+    try:
+        said = [type(metadata).model_validate_json(json.dumps(record.model)) for record in records]
+    except ValidationError:
+        said = []
+    if said != [metadata]:
         raise InputError(f"{path} says something else about {program.name} than the program itself. {_AGAIN}")
 
 

@@ -18,12 +18,14 @@ _HASH_SHOWN = 16
 
 def perplexity_table(report: PerplexityReport) -> Table:
     """One model on one text."""
+    how = ", special tokens taken for tokens" if report.special else ""
+    how += f", documents between {report.document_separator!r}" if report.document_separator else ""
     seen = "; the model was trained or calibrated on it" if report.seen else ""
     error = DASH if report.standard_error is None else f"± {report.standard_error:.4f} (standard error)"
     bytes_read = "" if report.text_bytes is None else f", {report.text_bytes:,} bytes"
     rows = [
         ("model", f"{report.path} ({_kind(report.kind, report.activations)})"),
-        ("text", f"{report.text}, SHA-256 {report.text_sha256[:_HASH_SHOWN]}{seen}"),
+        ("text", f"{report.text}, SHA-256 {report.text_sha256[:_HASH_SHOWN]}{how}{seen}"),
         ("tokens predicted", f"{report.tokens:,} in {_streams(report.streams)}{bytes_read}"),
         ("nats a token", f"{report.nats_per_token:.4f} {error}"),
         ("perplexity", figure(report.perplexity, ".4f") + _says_nothing(report.perplexity)),
@@ -85,9 +87,12 @@ def parity_table(report: VerifyReport) -> Table:
         for check in artifact.checks:
             bound, verdict = ("", "") if check.bound is None else (figure(check.bound, ".3g"), _verdict(check.passed))
             name = f"  {check.name}" + (f" ({check.note})" if check.note else "")
-            rows.append((name, figure(check.value, ".3g"), bound, verdict))
+            found = DASH if check.note.startswith("not measured") else figure(check.value, ".3g")
+            rows.append((name, found, bound, verdict))
     verdicts = [row[3] for row in rows if row[3]]
+    skipped = sum(check.note.startswith("not") for artifact in report.artifacts for check in artifact.checks)
     caption = f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
+    caption += f"; {skipped} were not judged, the text is too short for them" if skipped else ""
     return grid([*left("check"), *right("found", "at most"), *left("")], rows, caption=caption)
 
 

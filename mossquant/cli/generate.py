@@ -10,7 +10,6 @@ import typer
 from mossquant.cli.options import MOST_SEED, MOST_TOKENS, Force, Model, Threads
 from mossquant.cli.terminal import ReaderGone, command_line, terminal
 from mossquant.errors import InputError
-from mossquant.files.json import read_json
 
 _MOST_PROMPT = 1 << 24  # bytes
 
@@ -54,6 +53,7 @@ def generate(
     Example: mossquant generate tiny "def main(" --max-tokens 64
     """
     from mossquant.eval.generate import generate as run
+    from mossquant.files.json import read_json
 
     def write(piece: str) -> None:
         try:
@@ -64,9 +64,9 @@ def generate(
 
     turns = None
     if messages is not None:
-        if prompt is not None or prompt_file is not None:
-            raise InputError("a prompt and --messages were both given; give one of them")
-        turns = read_json(messages, largest=_MOST_PROMPT, advice="give a list of messages in JSON")
+        if prompt is not None or prompt_file is not None or chat:
+            raise InputError("--messages is the whole conversation; leave the prompt and --chat out")
+        turns = read_json(messages, largest=_MOST_PROMPT, advice="give a list of messages in JSON") or []
     generation = run(
         model,
         "" if messages is not None else _prompt(prompt, prompt_file, needed=load_state is None),

@@ -158,6 +158,7 @@ def export(
 
     Example: mossquant export tiny-int4 --target onnx,executorch -o tiny-int4-app
     """
+    from mossquant.eval.open import has_bundled_tokenizer
     from mossquant.eval.report.tables import needs_table
     from mossquant.targets.export import export as run
     from mossquant.targets.export import export_needs
@@ -177,4 +178,7 @@ def export(
     programs = [artifact.program(name) for name in artifact.targets]
     for program in programs:
         terminal.show(f"{program}: {artifact.files[program.name].bytes:,} bytes")
-    terminal.show(f"verify with: {command_line('verify', model, *programs)}")
+    words = ["verify", model, *map(str, programs)]
+    # The bundled text is for the bundled tokenizer.
+    words += [] if has_bundled_tokenizer(artifact.folder) else ["--text", "FILE"]
+    terminal.show(f"verify with: {command_line(*words)}")

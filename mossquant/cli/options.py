@@ -77,9 +77,10 @@ def measured_text(text: Path | None, ids: Path | None, special: bool, separator:
         return Text.from_ids(ids)
     if not special and separator is None:
         return text
-    if text is None or separator == "":
-        missing = "--text FILE" if text is None else "a separator that is not empty"
-        raise InputError(f"--special and --document-separator say how a text of yours is read; give {missing}")
+    if separator == "":
+        raise InputError("--document-separator is empty; give what stands between the documents of the text")
+    if text is None:
+        raise InputError("--special and --document-separator say how a text of yours is read; give --text FILE")
     return replace(read_text(text, as_bytes=True), special=special, document_separator=separator)
 
 

@@ -43,7 +43,8 @@ def check_fetched(*paths: Path) -> None:
 
 def is_pointer(path: Path) -> bool:
     """Whether a file is what Git LFS leaves in place of one."""
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(len(_POINTER)) == _POINTER
+    except OSError:  # whoever reads it says so
         return False
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER

@@ -10,7 +10,7 @@ which counts where that puts nothing in front. What is not taken along is said i
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from mossquant.errors import InputError
 from mossquant.files.inputs import check_fetched, read_bytes
@@ -29,6 +29,7 @@ _OPTIONS |= dict.fromkeys(("max_length", "max_new_tokens"), "--max-tokens")
 
 Ids = Annotated[
     list[Annotated[int, Field(strict=True)]],
+    FailFast(),
     BeforeValidator(lambda ids: ids if isinstance(ids, list) else [] if ids is None else [ids]),
 ]
 """One token id, several, or null."""
@@ -60,7 +61,7 @@ class _Names(BaseModel):
 
     added_tokens_decoder: dict[int, _Added] = {}
     extra_special_tokens: list[Spelling] | dict[str, Spelling] | None = None
-    additional_special_tokens: list[Spelling] | None = None
+    additional_special_tokens: Annotated[list[Spelling], FailFast(), BeforeValidator(lambda tokens: tokens or [])] = []
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
     clean_up_tokenization_spaces: bool | None = None
@@ -75,9 +76,10 @@ class _Names(BaseModel):
 
     def special(self) -> list[str]:
         """The spellings of all special tokens that are named or listed."""
-        extra = self.extra_special_tokens or self.additional_special_tokens or []
+        listed = [*self.additional_special_tokens]
+        listed += self.extra_special_tokens if isinstance(self.extra_special_tokens, list) else []
         added = [token.content for token in self.added_tokens_decoder.values() if token.special]
-        return list(dict.fromkeys([*self.named().values(), *(extra if isinstance(extra, list) else []), *added]))
+        return list(dict.fromkeys([*self.named().values(), *listed, *added]))
 
 
 def declared_text(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[DeclaredText, list[str]]:
@@ -98,6 +100,8 @@ def declared_text(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) ->
     named = mapped | named if "added_tokens_decoder" in named else named | mapped
     names = _validated(named, _Names, folder, "tokenizer_config")
     notes = _not_taken(generation, names, tokenizer)
+    odd = [key for key in named if key.endswith("_token") and named[key] and key not in names.named()]
+    notes += [f"{key} is not the spelling of a token, and is left out" for key in odd if not key.startswith("add_")]
     special = _special_ids(names, tokenizer, folder, notes)
     said = [_validated(generation, _Ids, folder, "generation_config"), _validated(config, _Ids, folder, "config")]
     ends = said[0].eos_token_id or said[1].eos_token_id
@@ -112,8 +116,10 @@ def declared_text(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) ->
     elif end is not None and end not in ends:
         notes.append(f"the configs end a text at token {ends}, and not at the tokenizer's eos_token, which is {end}")
     if tokenizer is not None:
-        ordinary = [f"{i} ({tokenizer.spelling(i)!r})" for i in ends if i not in special.values()]
-        notes += [f"token {token}, which the configs say ends a text, is no special one" for token in ordinary]
+        ordinary = [f"{i} ({tokenizer.spelling(i)!r})" for i in ends if i not in tokenizer.special_tokens.values()]
+        notes += [
+            f"token {token}, which is said to end a text, is no special one of tokenizer.json" for token in ordinary
+        ]
     front = [] if tokenizer is None else tokenizer.added[0]
     put = len(front) == 1 or (not front and names.add_bos_token is True and begin is not None)
     begin = next((i for i in (*front[:1], begin if put else None, *begins, begin) if i is not None), None)
@@ -238,8 +244,9 @@ def _not_taken(generation: dict[str, Any], names: _Names, tokenizer: Tokenizer |
             notes.append(
                 f"the tokenizer's post-processor puts {len(front)} tokens in front of a text, which is not done"
             )
-        if bool(front) != bool(names.add_bos_token) and names.add_bos_token is not None:
-            notes.append(f"add_bos_token is {names.add_bos_token}, and the tokenizer's post-processor does otherwise")
+        if names.add_bos_token is not None and bool(front) != names.add_bos_token:
+            does = "puts one in front" if front else "does not"
+            notes.append(f"add_bos_token is {names.add_bos_token}, the post-processor {does}: a text gets one in front")
         notes += [f"{part} of tokenizer.json is not applied" for part in tokenizer.left_out]
     if names.clean_up_tokenization_spaces:
         notes.append("clean_up_tokenization_spaces is not done: text is decoded as it was encoded")

@@ -14,7 +14,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from mossquant.errors import InputError, printable
 from mossquant.files.json import validated
@@ -33,7 +33,7 @@ class Message(BaseModel):
     content: str
 
 
-_Messages = Annotated[list[Message], Field(min_length=1, max_length=1 << 16)]
+_Messages = Annotated[list[Message], Field(min_length=1, max_length=1 << 16), FailFast()]
 
 
 def render_chat(declared: DeclaredText, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -51,6 +51,8 @@ def render_chat(declared: DeclaredText, messages: Sequence[Mapping[str, Any]]) -
     try:
         advice = 'Give a list of {"role": …, "content": …}, both texts.'
         turns: list[Message] = validated(messages, _Messages, where="this", noun="a conversation", advice=advice)
+    except InputError:
+        raise
     except (TypeError, ValueError) as error:
         raise InputError(f"this is not a conversation in JSON ({str(error)[:120]}); give a list of messages") from None
     values = [{key: value for key, value in turn.model_dump().items() if value is not None} for turn in turns]
@@ -66,6 +68,9 @@ def render_chat(declared: DeclaredText, messages: Sequence[Mapping[str, Any]]) -
             text += piece
             if len(text) > _LARGEST:
                 _refuse("it does not end")
+        if not text:
+            _refuse("it writes nothing")
+        text.encode()  # half of a surrogate pair is no text
     except Exception as error:  # a program of others may raise whatever there is
         what = printable(str(error))[:200] or type(error).__name__
         raise InputError(f"the model's chat template cannot write this conversation ({what}); give another") from None

@@ -8,15 +8,18 @@ conversation is written. It belongs to no hash of the model: without it everythi
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST, parse_stored, read_json
+from mossquant.files.json import parse_stored, read_json
 from mossquant.model.config import MAX_VOCABULARY
 
 TEXT_FILE = "text.json"
 
 _ADVICE = "Import the original again, or take the file away."
+
+_LARGEST = 1 << 22
+"""Most bytes: the largest vocabularies have some ten thousand special tokens."""
 
 TokenId = Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]
 Spelling = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -37,7 +40,7 @@ class DeclaredText(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     version: Literal[1] = 1
-    end_of_text: Annotated[tuple[TokenId, ...], Field(max_length=256)] = ()
+    end_of_text: Annotated[tuple[TokenId, ...], Field(max_length=256), FailFast()] = ()
     beginning_of_text: TokenId | None = None
     add_beginning_of_text: bool = False
     special_tokens: Annotated[dict[Spelling, TokenId], Field(max_length=1 << 16)] = {}
@@ -62,7 +65,7 @@ def read_declared_text(folder: Path, vocab_size: int) -> DeclaredText | None:
     path = folder / TEXT_FILE
     if not path.is_file():
         return None
-    values = read_json(path, largest=LARGEST, advice=_ADVICE[0].lower() + _ADVICE[1:-1])
+    values = read_json(path, largest=_LARGEST, advice=_ADVICE[0].lower() + _ADVICE[1:-1])
     noun = "what a model declares about its text"
     declared = parse_stored(values, DeclaredText, where=str(path), noun=noun, advice=_ADVICE)
     ids = {*declared.end_of_text, *declared.special_tokens.values(), declared.beginning_of_text} - {None}

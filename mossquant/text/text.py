@@ -69,28 +69,33 @@ class Text:
         return cls(name, data, hashlib.sha256(data).hexdigest(), special, document_separator)
 
     @classmethod
-    def from_ids(cls, path: Path) -> "Text":
+    def from_ids(cls, path: str | Path) -> "Text":
         """Token ids, a .npy file with an array [T] of integers. Raises `InputError` for any other file."""
-        data = read_bytes(path, largest=8 * LARGEST_TEXT, advice="give fewer token ids")
+        advice = "write the token ids of one text, an array [T] of integers, with numpy.save"
+        data = read_bytes(Path(path), largest=8 * LARGEST_TEXT, advice=advice)
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: the size that it says is compared
-        except (ValueError, EOFError, OSError, SyntaxError) as error:
-            raise InputError(f"{path} is not a .npy file ({str(error)[:100]}); write it with numpy.save") from None
-        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"{path} does not hold one array [T] of integers; give the token ids of one text")
+        except Exception:  # the library takes what is said there for Python
+            raise InputError(f"{path} is not a .npy file of numbers; {advice}") from None
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InputError(f"{path} does not hold one array [T] of integers; {advice}")
         return replace(cls.of(str(path), data), ids=ids.astype(np.int64))
 
     def encoded(self, tokenizer: Tokenizer) -> tuple[Tokens, Tokens]:
         """(tokens [T], byte lengths [T]); each separator of documents is an end-of-text token of its length.
 
         Raises:
-            InputError: it is not UTF-8 where that is needed, or has a separator and the model no end-of-text token.
+            InputError: it is not UTF-8 where that is needed, or holds no separator; the model has no end-of-text token.
         """
         if self.document_separator is None:
             return tokenizer.encode_with_lengths(self.data, special=self.special)
         if tokenizer.end_of_text is None:
             raise InputError("this model has no end-of-text token to put between documents; leave the separator out")
-        separator = self.document_separator.encode("utf-8")
+        separator = self.document_separator.encode("utf-8", errors="surrogateescape")
+        if separator not in self.data:
+            raise InputError(
+                f"{self.name} holds no {self.document_separator!r}; give what stands between its documents"
+            )
         parts = [tokenizer.encode_with_lengths(part, special=self.special) for part in self.data.split(separator)]
         end, length = np.array([tokenizer.end_of_text]), np.array([len(separator)])
         tokens = [array for ids, _ in parts for array in (ids, end)][:-1]

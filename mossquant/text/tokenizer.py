@@ -201,7 +201,7 @@ class Tokenizer:
         """
         data = _encoded(text)
         if self._library is None:
-            return self._encode_bytes(data, self.special_tokens if special else {})
+            return self._encode_bytes(data, special)[0]
         string = decode_utf8(data, "the text")
         # The library's fast form leaves out the offsets; it exists for lists only.
         with _library_errors("the tokenizer cannot encode this text"), self._parsing(special):
@@ -213,15 +213,14 @@ class Tokenizer:
         data = _encoded(text)
         return [spelling for spelling in self.special_tokens if spelling.encode("utf-8") in data]
 
-    @staticmethod
-    def _encode_bytes(data: bytes, special: Mapping[str, int]) -> Tokens:
-        longest_first = sorted((spelling.encode("utf-8") for spelling in special), key=len, reverse=True)
+    def _encode_bytes(self, data: bytes, special: bool) -> tuple[Tokens, Tokens]:
+        """(tokens [T], byte lengths [T]) without `tokenizer.json`."""
+        spellings = {spelling.encode("utf-8"): token for spelling, token in self.special_tokens.items()}
+        longest_first = sorted(spellings, key=len, reverse=True)
         parts = re.split(b"(" + b"|".join(map(re.escape, longest_first)) + b")", data) if special else [data]
-        tokens = [
-            np.array([special[part.decode("utf-8")]]) if i % 2 else np.frombuffer(part, np.uint8)
-            for i, part in enumerate(parts)
-        ]
-        return np.concatenate(tokens).astype(np.int64)
+        tokens = [np.array([spellings[p]]) if i % 2 else np.frombuffer(p, np.uint8) for i, p in enumerate(parts)]
+        lengths = [np.array([len(p)]) if i % 2 else np.ones(len(p)) for i, p in enumerate(parts)]
+        return np.concatenate(tokens).astype(np.int64), np.concatenate(lengths).astype(np.int64)
 
     @contextmanager
     def _parsing(self, special: bool) -> Iterator[None]:
@@ -241,6 +240,8 @@ class Tokenizer:
         front) a token counts the bytes of the text from the end of the token before it to its own end.
         """
         data = _encoded(text)
+        if self._library is None:
+            return self._encode_bytes(data, special)
         tokens = self.encode(data, special=special)
         if self._token_bytes is not None:
             lengths = self.byte_lengths(tokens)
@@ -248,7 +249,6 @@ class Tokenizer:
                 lengths[tokens == token] = len(spelling.encode("utf-8"))
             if int(lengths.sum()) == len(data):
                 return tokens, lengths
-        assert self._library is not None, "a byte is one byte long"
         string = data.decode("utf-8")
         starts = np.cumsum([0, *(len(character.encode("utf-8")) for character in string)])
         with _library_errors("the tokenizer cannot encode this text"), self._parsing(special):
@@ -442,7 +442,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, *, force:
 
 def _add_special_tokens(library: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
     """Make the library know these special tokens. Raises `InputError` where it has them under other ids."""
-    library.add_special_tokens(sorted(special, key=lambda spelling: special[spelling]))
+    # Those that it knows have flags of their own, which adding them again would take away.
+    known = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+    library.add_special_tokens(sorted(special.keys() - known, key=lambda spelling: special[spelling]))
     found = {spelling: library.token_to_id(spelling) for spelling in special}
     offenders = [f"{name} is {special[name]}, not {token}" for name, token in found.items() if token != special[name]]
     if offenders:

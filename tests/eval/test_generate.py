@@ -142,7 +142,7 @@ def _ids(text: str) -> list[int]:
 def test_special_tokens_in_a_prompt_are_letters_unless_asked_for() -> None:
     assert _said(_ids("a</s>"), "<s>x").prompt_tokens == 4
     assert _said(_ids("a</s>"), "<s>x").notes == (
-        "the prompt spells <s>, taken as letters; --special takes it for the token",
+        "the prompt spells <s>, taken as letters; --special takes them for tokens",
     )
     found = _said(_ids("a</s>"), "<s>x", special=True)
     assert (found.prompt_tokens, found.text, found.notes) == (2, "a", ())
@@ -174,7 +174,7 @@ def test_special_tokens_that_stop(stop: tuple[str, ...], special: bool, text: st
 
 
 def test_a_template_is_given_nothing_in_front() -> None:
-    for template, count in (("{{ messages[0].content }}", 2), ("<s>{{ messages[0].content }}", 3), ("", 1)):
+    for template, count in (("{{ messages[0].content }}", 2), ("<s>{{ messages[0].content }}", 3)):
         declared = DeclaredText(beginning_of_text=BEGIN, add_beginning_of_text=True, chat_template=template)
         tokenizer = Tokenizer(byte_level(), None, declared)
         assert _said(_ids("a</s>"), "hi", tokenizer, chat=True).prompt_tokens == count
@@ -278,7 +278,7 @@ def test_the_text_is_that_of_transformers(
     if not isinstance(prompt, str):
         one = generate(chained / "imported", "say </s>", chat=True, max_tokens=20)
         assert one.text == text
-        assert one.notes == ("a message of user spells </s>, taken for the token, as in the template",)
+        assert one.notes == ("a message of user spells </s>, taken for tokens, as in the template",)
 
 
 def test_a_seed_gives_the_same_text(byte_model: Path) -> None:

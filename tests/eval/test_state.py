@@ -10,6 +10,7 @@ import pytest
 from bounds import FORGOTTEN, ONNX_INT8_MEDIAN
 from made_tokenizers import MADE
 from numpy.typing import NDArray
+from shared import once
 from small import SMALL, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
@@ -43,9 +44,7 @@ Opener = Callable[[str], Runner]
 @pytest.fixture(scope="session")
 def original_artifact(checkpoint_folder: Path) -> Path:
     """The full-precision .onnx of the small model."""
-    folder = checkpoint_folder.with_name("tiny-onnx")
-    export(checkpoint_folder, folder)
-    return folder
+    return once(checkpoint_folder.with_name("tiny-onnx"), lambda folder: export(checkpoint_folder, folder))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ BAD_OPTIONS = [
     ("generate MODEL x --max-tokens 0", "max_tokens is 0, needs 1 or more, or 0 with a state to save"),
     ("generate MODEL x --stop=", "an empty stop string"),
     ("generate MODEL x --prompt-file TEXT", "a prompt and --prompt-file were both given"),
-    ("generate MODEL x --messages TEXT", "a prompt and --messages were both given; give one of them"),
+    ("generate MODEL x --messages TEXT", "--messages is the whole conversation; leave the prompt and --chat out"),
     ("generate MODEL --messages TEXT", "is not JSON"),
     ("generate MODEL --messages MODEL/config.json", "declares no chat template; give a prompt without --chat"),
     ("generate MODEL x --chat", "declares no chat template; give a prompt without --chat"),

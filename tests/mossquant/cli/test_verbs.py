@@ -66,7 +66,7 @@ def test_a_conversation_and_special_tokens(tmp_path: Path) -> None:
     assert command("generate", model, "--chat", *asked, stdin=b"import os") == expected
     noted = command("generate", model, written, *asked)
     assert noted.out != expected.out
-    assert noted.err == f"the prompt spells {END_OF_TEXT}, taken as letters; --special takes it for the token\n"
+    assert noted.err == f"the prompt spells {END_OF_TEXT}, taken as letters; --special takes them for tokens\n"
 
 
 @pytest.mark.parametrize(("saver", "other"), [("int4", "onnx"), ("onnx", "int4")])

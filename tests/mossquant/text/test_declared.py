@@ -52,7 +52,7 @@ def test_the_file_comes_back_and_is_always_the_same(tmp_path: Path) -> None:
         ('{"version": 1, "special_tokens": {"": 1}}', "at least 1 character"),
         ('{"version": 1, "chat_template": "\\ud800"}', "is not what a model declares"),
         (json.dumps({"version": 1, "chat_template": "x" * (1 << 18 | 1)}), "at most 262144 characters"),
-        (json.dumps({"version": 1, "other": "x" * (1 << 24)}), "larger than 16 MB"),
+        (json.dumps({"version": 1, "other": "x" * (1 << 22)}), "larger than 4 MB"),
         (
             '{"version": 1, "end_of_text": [5, 1000], "special_tokens": {"a": 2000}}',
             "vocabulary of 1000 has not: 1000; 2000",
