@@ -3,6 +3,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -99,11 +100,12 @@ def test_the_page_reads_and_writes_what_generate_does(
     said = made.encode("world hello the größer world", add_special_tokens=False).ids
     said = [*said[:2], text["<|tool|>"], *said[2:], ids["<s>"], own + 9, *said, text["<|end|>"], *said]
     monkeypatch.chdir(tmp_path)
-    page = {"OnnxModel": Script, "PteModel": Script}
     blocks = _blocks()
-    exec("\n".join([blocks[0], blocks[3], blocks[4].partition("\nwrite(")[0]]), page)
+    parts = [blocks[0], blocks[3], blocks[4].partition("\nwrite(")[0]]
+    (tmp_path / "page.py").write_text("\n".join(parts), encoding="utf-8")
+    page = runpy.run_path("page.py", {"OnnxModel": Script, "PteModel": Script})
     here, there = Script(said, own + 10), Script(said, own + 10)
-    found = page["write"](here, prompt, 100)  # type: ignore[operator]
+    found = page["write"](here, prompt, 100)
     expected = continue_text(there, Tokenizer.for_folder(tmp_path / "app", own + 10), prompt, max_tokens=100)  # type: ignore[arg-type]
     assert expected.reason == "end_of_text"
     assert found == expected.text
