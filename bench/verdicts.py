@@ -92,7 +92,7 @@ def make(seed: int, folder: Path, *, lively: bool) -> tuple[MossNetConfig, str]:
 
 
 def text(seed: int, length: int) -> Tokens:
-    """Bytes of a dozen modules, other ones for each seed: tokens [length]."""
+    """Bytes of 24 modules, other ones for each seed: tokens [length]."""
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     data = b"".join(path.read_bytes() for path in modules[seed % 40 * 4 :][:24])
     return np.resize(np.frombuffer(data, np.uint8), length).astype(np.int64)

@@ -3,14 +3,23 @@
 
 import json
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from kept import KEPT_ONNX
+from made_tokenizers import MADE, SPECIAL, save
+from numpy.typing import NDArray
 
 from mossquant import export, generate, quantize
+from mossquant.eval.generate import continue_text
+from mossquant.runner import RunnerInfo, State
+from mossquant.text.declared import DeclaredText
+from mossquant.text.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "app.md"
 _TAIL = """
@@ -21,6 +30,10 @@ Path("found.json").write_text(json.dumps(both))
 """
 
 
+def _blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+
+
 @pytest.mark.parametrize("model", ["kept", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_the_page_runs_as_it_stands(model: str, tmp_path: Path) -> None:
     if model == "kept":
@@ -28,7 +41,7 @@ def test_the_page_runs_as_it_stands(model: str, tmp_path: Path) -> None:
     else:
         quantize("tiny", tmp_path / "int4", recipe="int4")
         export(tmp_path / "int4", tmp_path / "app", target=["onnx", "executorch"])
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    blocks = _blocks()
     assert len(blocks) == 5
     (tmp_path / "page.py").write_text("\n".join([*blocks, _TAIL]), encoding="utf-8")
     ran = subprocess.run([sys.executable, "-P", "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -37,3 +50,64 @@ def test_the_page_runs_as_it_stands(model: str, tmp_path: Path) -> None:
     expected = [generate(program, "def f(", max_tokens=32, threads=1).text for program in programs]
     assert all(expected)
     assert json.loads((tmp_path / "found.json").read_text()) == expected
+
+
+class Script:
+    """Says the same tokens whatever it reads: as the page's models, and as a Runner."""
+
+    def __init__(self, tokens: list[int], vocab_size: int) -> None:
+        self.tokens, self.seen = tokens, list[int]()
+        self.info = RunnerInfo("script", "checkpoint", vocab_size, "fp32", "fp32", "float32", 1, 1, 1, {}, {})
+
+    def _logits(self, at: int) -> NDArray[np.float32]:
+        return np.eye(1, self.info.vocab_size, self.tokens[at], dtype=np.float32)
+
+    def read(self, ids: list[int]) -> NDArray[np.float32]:
+        self.seen += ids
+        self.at = getattr(self, "at", -1) + 1
+        return self._logits(self.at)[0]
+
+    def initial_state(self, batch: int = 1) -> State:
+        return State(-1, batch)
+
+    def __call__(
+        self, tokens: NDArray[np.int64], state: State, *, logits: str = "last"
+    ) -> tuple[NDArray[np.float32], State]:
+        self.seen += tokens[0].tolist()
+        at = state.take() + 1
+        return self._logits(at)[None], State(at, 1)
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("prompt", ["Hello", "hello <s>", ""])
+def test_the_page_reads_and_writes_what_generate_does(
+    kind: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words, special tokens that text.json alone knows, entries of the model's table alone, and an end of the text."""
+    made = MADE[kind]()
+    own = made.get_vocab_size()
+    text = dict(zip(("<|tool|>", "<|end|>"), (own, own + 1), strict=True))
+    ids = {spelling: made.token_to_id(spelling) for spelling in SPECIAL}
+    declared = DeclaredText(
+        end_of_text=(text["<|end|>"], ids["<|im_end|>"]),
+        beginning_of_text=ids["<s>"],
+        add_beginning_of_text=bool(prompt),
+        special_tokens=ids | text,
+    )
+    save(made, tmp_path / "app")
+    (tmp_path / "app" / "text.json").write_text(declared.to_json(), encoding="utf-8")
+    shutil.copy(KEPT_ONNX.with_name("manifest.json"), tmp_path / "app")
+    said = made.encode("world hello the größer world", add_special_tokens=False).ids
+    said = [*said[:2], text["<|tool|>"], *said[2:], ids["<s>"], own + 9, *said, text["<|end|>"], *said]
+    monkeypatch.chdir(tmp_path)
+    blocks = _blocks()
+    parts = [blocks[0], blocks[3], blocks[4].partition("\nwrite(")[0]]
+    (tmp_path / "page.py").write_text("\n".join(parts), encoding="utf-8")
+    page = runpy.run_path("page.py", {"OnnxModel": Script, "PteModel": Script})
+    here, there = Script(said, own + 10), Script(said, own + 10)
+    found = page["write"](here, prompt, 100)
+    expected = continue_text(there, Tokenizer.for_folder(tmp_path / "app", own + 10), prompt, max_tokens=100)  # type: ignore[arg-type]
+    assert expected.reason == "end_of_text"
+    assert found == expected.text
+    assert capsys.readouterr().out == expected.text + "\n"
+    assert here.seen == there.seen

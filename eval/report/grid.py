@@ -22,7 +22,7 @@ _LEAST_WIDTH = 12
 
 
 def figure(value: float, form: str) -> str:
-    """A perplexity or a difference of two, which says nothing above a million."""
+    """A perplexity, or how far one is above another, in a number format; above a million it says nothing more."""
     return "> 10^6" if value > 1e6 else format(value, form)
 
 

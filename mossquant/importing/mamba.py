@@ -11,7 +11,7 @@ import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,7 @@ from mossquant.importing.text_files import converted_tokenizer, declared_text
 from mossquant.model.config import MossNetConfig, read_config_json
 from mossquant.model.mossnet import parameter_count, tensor_specs
 from mossquant.model.tensors import TensorSpec
+from mossquant.progress import Progress
 from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
 from mossquant.text.tokenizer import Tokenizer
 
@@ -72,7 +73,7 @@ def import_mamba(
     tokenizer: str | Path | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Imported:
     """Write the Mamba in `source` as a MossNet checkpoint.
 
@@ -98,7 +99,8 @@ def import_mamba(
     notes = list(read.notes)
     with tempfile.TemporaryDirectory() as scratch:
         converted = converted_tokenizer(folder, Path(scratch), notes) if tokenizer is None else None
-        words = _tokenizer(folder, converted if tokenizer is None else Path(tokenizer), read.config.vocab_size)
+        given = converted if tokenizer is None else Path(tokenizer)
+        words = given or (folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else None)
         declared = _declared(folder, words, read, notes)
         stored_words = None if words is None else words.read_bytes()
     if words is None and read.config.vocab_size != 256:
@@ -134,30 +136,19 @@ def import_mamba(
     return Imported(output, read.layout, read.config, dtype_name(stored), parameter_count(read.config), tuple(notes))
 
 
-def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> Path | None:
-    """The `tokenizer.json` to take along, checked against the model; None where there is none."""
-    path = given or folder / "tokenizer.json"
-    if given is None and not path.is_file():
-        return None
-    entries = Tokenizer.from_file(path).vocab_size
-    if entries > vocab_size:
+def _declared(folder: Path, words: Path | None, read: SourceConfig, notes: list[str]) -> DeclaredText:
+    """What the model declares about its text, and whether its tokenizer fits; what is left out joins the notes."""
+    vocab_size, ours = read.config.vocab_size, read.layout == "mossnet"
+    declared = (read_declared_text(folder, vocab_size) if ours else None) or DeclaredText()
+    tokenizer = None if words is None else Tokenizer.from_file(words, declared)
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise InputError(
-            f"{path} has tokens up to {entries - 1}, and the model has a vocabulary of {vocab_size}: "
+            f"{words} has tokens up to {tokenizer.vocab_size - 1}, and the model has a vocabulary of {vocab_size}: "
             "give the tokenizer that the model was trained with (--tokenizer FILE)"
         )
-    return path
-
-
-def _declared(folder: Path, words: Path | None, read: SourceConfig, notes: list[str]) -> DeclaredText:
-    """What the model declares about its text, checked against its tokenizer; what is left out joins the notes."""
-    vocab_size = read.config.vocab_size
-    if read.layout == "mossnet":
-        declared = read_declared_text(folder, vocab_size) or DeclaredText()
-    else:
-        declared, left_out = declared_text(folder, None if words is None else Tokenizer.from_file(words), vocab_size)
+    if not ours:  # its special tokens have the tokenizer's own ids
+        declared, left_out = declared_text(folder, tokenizer, vocab_size)
         notes += left_out
-    if words is not None:
-        Tokenizer.from_file(words, declared)
     return declared
 
 

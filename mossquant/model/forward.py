@@ -3,8 +3,8 @@
 
 A pass is the same arithmetic whatever its `Forward`; only what is said here differs. `activation` models what a target
 does to the input of a linear layer (int8 blocks, for example), `weight` what quantization does to a tensor; `observe`
-and `tap` show intermediate values to whoever asks. All of them speak in the names of a checkpoint's tensors, also where
-experts are computed in one matmul.
+shows intermediate values to whoever asks. All of them speak in the names of a checkpoint's tensors, also where experts
+are computed in one matmul.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,6 @@ Activation = Callable[[str, Tensor], Tensor]
 """(weight tensor's name, input [..., K]) → the input as the target sees it."""
 Convolve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Reroute = Callable[[str, Routing], Routing]
-Tap = Callable[[str, Tensor], None]
 WeightModel = Callable[[str, Tensor], Tensor]
 """(tensor's name, its parameter in the shape of a checkpoint) → what is computed with in its place, same shape."""
 Observe = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None, Tensor], None]
@@ -87,8 +86,7 @@ class Forward:
         matmul_dtype: type in which linears multiply (accumulated in fp32), None for the parameters' own.
         dense_ssm: all SSM experts in stacked matmuls instead of the chosen ones only (training).
         conv: convolution used instead of the plain one.
-        reroute: replaces a router's decision (experiments on routing); gets the router's name.
-        tap: is shown router logits ("layers.3.mlp.router") and block outputs ("layers.3").
+        reroute: is shown a router's decision, with its name ("layers.3.mlp.router"), and may replace it.
         weight: what is computed with in place of each tensor: linears, routers, norms, the table and small tensors, of
             every expert before they are stacked. A tied table is given twice, for the look-up and for the head.
         observe: is shown what enters and leaves every linear that is not a router.
@@ -101,7 +99,6 @@ class Forward:
     dense_ssm: bool = False
     conv: Convolve | None = None
     reroute: Reroute | None = None
-    tap: Tap | None = None
     weight: WeightModel | None = None
     observe: Observe | None = None
 
@@ -198,9 +195,7 @@ class Forward:
         return out
 
     def routed(self, name: str, routing: Routing) -> Routing:
-        """Show a routing to the tap, and let it be replaced."""
-        if self.tap is not None and routing.logits is not None:
-            self.tap(name, routing.logits)
+        """Let a routing be replaced."""
         return routing if self.reroute is None else self.reroute(name, routing)
 
     def step(self) -> "Forward":

@@ -146,13 +146,11 @@ class MossNet(nn.Module):
         """tokens [B, T] int64 → final normed hidden [B, T, D], and the new state."""
         x = self._value(_TABLE, run)[tokens]
         after = dict(state)
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             assert isinstance(layer, Layer)
             for block in layer:
                 x, own = block.added(x, state, run)
                 after |= own
-            if run.tap is not None:
-                run.tap(f"layers.{i}", x)
         return rms_norm(x, self._value(_NORM, run), self.config.rms_norm_eps), after
 
     def head(self, hidden: Tensor, run: Forward) -> Tensor:

@@ -54,8 +54,8 @@ def train(
 ) -> Trained:
     """Train a preset on text and write the checkpoint.
 
-    Tokenizer and snapshots are kept in a work folder (`OUTPUT.training` unless `work` names one); the
-    same call again goes on from the last snapshot, to the bit. Remove the folder to start afresh.
+    Tokenizer and snapshots are kept in a work folder (`OUTPUT.training` unless `work` names one); the same call again
+    encodes the text again and goes on from the last snapshot, to the bit. Remove the folder to start afresh.
 
     Args:
         preset_name: a key of `mossquant.model.config.PRESETS`.

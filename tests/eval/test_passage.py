@@ -110,7 +110,7 @@ def test_other_arrays_than_token_ids_are_refused(
         perplexity(model, text=Text.from_ids(tmp_path / "ids.npy"))
 
 
-def test_the_command_line_says_that_special_tokens_are_library(model: Path, tmp_path: Path) -> None:
+def test_the_command_line_says_that_special_tokens_are_letters(model: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(_TEXT)
     plain = command("perplexity", model, "--text", tmp_path / "text")
     assert "--special" in plain.err

@@ -106,14 +106,12 @@ def test_the_sum_over_expert_pairs_notices_wrong_gates(
 def chosen_experts(model: MossNet, tokens: Tensor) -> dict[str, set[int]]:
     """Router name → the experts that some token chose."""
     seen: dict[str, set[int]] = {}
-    keep = {"mixer": model.config.num_ssm_experts_per_tok, "mlp": model.config.num_mlp_experts_per_tok}
 
-    def tap(name: str, value: Tensor) -> None:
-        if name.endswith(".router"):
-            best = torch.topk(value, keep[name.split(".")[-2]], -1).indices
-            seen.setdefault(name, set()).update(best.flatten().tolist())
+    def watch(name: str, routing: Routing) -> Routing:
+        seen.setdefault(name, set()).update(routing.chosen.flatten().tolist())
+        return routing
 
-    model(tokens, run=Forward(scan="sequential", tap=tap))
+    model(tokens, run=Forward(scan="sequential", reroute=watch))
     return seen
 
 

@@ -17,7 +17,7 @@ from mossquant.errors import InputError
 from mossquant.targets.executorch.delegate import sizes
 from mossquant.targets.executorch.flatbuffer import DamagedError, root
 from mossquant.targets.executorch.open import open_program, read_metadata, weight_bytes
-from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile
+from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, ProgramFile, read
 from mossquant.targets.export import export
 
 
@@ -85,6 +85,36 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"is not a \.pte that can be read"):
         ProgramFile(path)
+
+
+@pytest.mark.parametrize("kind", ["flips", "extremes", "zeros", "cut"])
+def test_any_damage_is_an_answer(file: ProgramFile, tmp_path: Path, kind: str) -> None:
+    """Read as something, or refused in one line; never another exception. Mostly in the flatbuffer, which points."""
+    whole, path, refused = KEPT_PTE.read_bytes(), tmp_path / "model.pte", []
+    for seed in range(15):
+        random, data = np.random.default_rng(seed), bytearray(whole)
+        within = len(data) if seed % 4 == 0 else file.program_bytes
+        if kind == "flips":
+            for at in random.integers(0, within, 3):
+                data[at] ^= int(random.integers(1, 256))
+        elif kind == "extremes":  # offsets, counts and sizes that point far away, or back
+            for at in 4 * random.integers(0, within // 4, 3):
+                struct.pack_into("<I", data, at, random.choice([0, 1, 1 << 31, (1 << 31) - 1, (1 << 32) - 16, within]))
+        elif kind == "zeros":  # a piece that was never written
+            at = random.integers(0, within - 64)
+            data[at : at + 64] = bytes(64)
+        else:  # the header says the right size
+            at = random.integers(40, within)
+            del data[at : at + random.integers(1, 64)]
+            sizes_said = struct.unpack_from("<2Q", data, 16)
+            struct.pack_into("<Q", data, 24, max(0, len(data) - sizes_said[1]))
+        path.write_bytes(data)
+        try:
+            read(path)
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) >= 2, "the damage was not where it is looked for"
+    assert all(message.startswith(str(path)) and "\n" not in message for message in refused)
 
 
 @pytest.mark.parametrize("given", [[-1, 4], [1, 1, 1, 1, 1]])

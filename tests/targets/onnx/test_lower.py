@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from lowered import MODELS, Lowered, Workshop
 
+from mossquant.model.routing import Routing
 from mossquant.targets.onnx.graph import Graph
 from mossquant.targets.onnx.metadata import initializers
 from mossquant.targets.onnx.mixer import softplus
@@ -94,14 +95,19 @@ def test_a_step_runs_the_chosen_mlp_experts_and_no_other(workshop: Workshop, tmp
     lowered = workshop(model, "int4")
     config, reference = lowered.config, lowered.reference()
     tokens, state = lowered.tokens(1, 6), reference.initial_state(1)
-    seen, taps = set(), dict[str, np.ndarray]()
-    reference._forward = replace(reference._forward, tap=lambda name, value: taps.update({name: value.numpy()}))
+    seen, routings = set(), dict[str, Routing]()
+
+    def watch(name: str, routing: Routing) -> Routing:
+        routings[name] = routing
+        return routing
+
+    reference._forward = replace(reference._forward, reroute=watch)
     for time in range(tokens.shape[1]):
         now, arrays = tokens[:, time : time + 1], reference.read(state)
         _, state = reference(now, state)
         expected = []
         for layer in range(config.num_hidden_layers):
-            chosen = _chosen(taps, layer, config.mlp_experts(layer), config.mlp_chosen(layer))
+            chosen = _chosen(routings, layer, config.mlp_experts(layer), config.mlp_chosen(layer))
             seen |= {(layer, e) for e in chosen}
             expected += [f"layers.{layer}.mlp.experts.{e}.{which}" for e in chosen for which in ("w1", "w3", "w2")]
         assert sorted(_expert_matmuls(lowered, tmp_path, now, arrays)) == sorted(expected)
@@ -111,10 +117,12 @@ def test_a_step_runs_the_chosen_mlp_experts_and_no_other(workshop: Workshop, tmp
         )
 
 
-def _chosen(taps: dict[str, np.ndarray], layer: int, experts: int, chosen: int) -> list[int]:
+def _chosen(routings: dict[str, Routing], layer: int, experts: int, chosen: int) -> list[int]:
     if experts < 2:
         return list(range(experts))
-    return sorted(np.argsort(taps[f"layers.{layer}.mlp.router"].reshape(-1))[::-1][:chosen].tolist())
+    logits = routings[f"layers.{layer}.mlp.router"].logits
+    assert logits is not None
+    return sorted(np.argsort(logits.numpy().reshape(-1))[::-1][:chosen].tolist())
 
 
 def test_softplus_is_exact_at_both_ends() -> None:

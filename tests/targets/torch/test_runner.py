@@ -14,6 +14,7 @@ from small import CONFIGS, SMALL, random_model, random_tokens, write_model
 
 from mossquant.errors import InputError
 from mossquant.model.forward import Forward
+from mossquant.model.routing import Routing
 from mossquant.targets.torch import runner as module
 from mossquant.targets.torch.runner import TorchRunner
 
@@ -64,10 +65,17 @@ def test_a_long_prefill_in_pieces_equals_one_piece(
 
 def test_margins_are_the_smallest_over_the_routers(folder: Path) -> None:
     runner, tokens = TorchRunner.open(folder), _tokens(2, 5)
-    taps: dict[str, NDArray[np.float32]] = {}
-    runner._forward = replace(runner._forward, tap=lambda name, value: taps.update({name: value.numpy()}))
+    logits: dict[str, NDArray[np.float32]] = {}
+
+    def watch(name: str, routing: Routing) -> Routing:
+        assert routing.logits is not None
+        logits[name] = routing.logits.numpy()
+        return routing
+
+    runner._forward = replace(runner._forward, reroute=watch)
+    runner(tokens, runner.initial_state(2), logits="all")
     _, _, margins = runner.run_with_margins(tokens, runner.initial_state(2))
-    ordered = [-np.sort(-value, -1) for name, value in taps.items() if name.endswith("router")]
+    ordered = [-np.sort(-value, -1) for value in logits.values()]
     expected = np.min([value[..., 1] - value[..., 2] for value in ordered], 0).reshape(2, 5)
     assert margins.shape == (2, 5)
     np.testing.assert_allclose(margins, expected, rtol=0, atol=1e-6)
