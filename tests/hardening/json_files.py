@@ -14,7 +14,10 @@ def mutate_json_text(random: Random, text: str) -> tuple[str, str]:
     if random.random() < 0.04:
         whole = random.choice(RAW)
         return whole, f"the whole is {whole[:20]!r} ({len(whole)} characters)"
-    tree = json.loads(text)
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return text, "it was a trap as a whole before"  # a model may be damaged twice
     said = [mutate_tree(random, tree) for _ in range(random.choice((1, 1, 1, 2, 3)))]
     return as_json(tree), "; ".join(said)
 
