@@ -231,6 +231,20 @@ def test_a_wild_artifact_and_positions_near_ties_alone_are_judged() -> None:
     assert all(np.isfinite(check.value) for check in checks.values())
 
 
+def test_a_fault_in_a_few_windows_does_not_widen_its_own_bound() -> None:
+    right, late = _simulated(0), np.where(np.arange(20_000) < 19_000, 0.0, 5.0)[None]
+    failed = _failed_names(right._replace(kl=right.kl + late, rise=right.rise + late))
+    assert {"free run: mean KL", "free run: difference of perplexity, %"} <= set(failed)
+
+
+def test_rounding_may_decide_at_most_positions() -> None:
+    right = _simulated(0)
+    decided = np.arange(2000) % 3 > 0
+    steps = OneStep(1e-5 * decided, right.steps.margin, 3e-3 * decided, np.zeros(2000))
+    assert _failed_names(right._replace(steps=steps)) == []
+    assert "one step: median KL" in _failed_names(right._replace(steps=steps._replace(unexplained=1.0 * decided)))
+
+
 def test_figures_lie_within_their_intervals(folder: Path, tokens: Tokens) -> None:
     checks = _check(folder, tokens, TorchRunner.open(folder, activations="planned", scan="sequential"))
     named = {check.name: check for check in checks}

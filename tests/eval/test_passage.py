@@ -10,6 +10,7 @@ from commands import command
 from made_tokenizers import SPECIAL, byte_level
 from small import SMALL, random_model, write_model
 
+from mossquant.checkpoint.open import open_weights
 from mossquant.errors import InputError
 from mossquant.eval.open import open_model
 from mossquant.eval.passage import Passage, held_out_passage
@@ -81,6 +82,19 @@ def test_every_stream_begins_with_the_declared_beginning_of_text(model: Path) ->
     assert (passage.predicted, passage.predicted_bytes) == (6, 6)
 
 
+def test_a_beginning_of_text_that_is_spelled_is_not_put_in_twice(model: Path) -> None:
+    _declare(model, beginning=True)
+    passage = _passage(model, Text.of("a text", b"<s>abc", special=True))
+    assert passage.tokens.tolist() == [[_START, *_library("abc")]]
+
+
+def test_what_is_declared_counts_for_weights_as_for_their_folder(tmp_path: Path) -> None:
+    write_model(tmp_path / "bytes", random_model(replace(_CONFIG, vocab_size=256)))
+    (tmp_path / "bytes" / "text.json").write_text(DeclaredText(end_of_text=(10,)).to_json())
+    for source in (tmp_path / "bytes", open_weights(tmp_path / "bytes", verb="run")):
+        assert open_model(source).tokenizer.ends == {10}
+
+
 def test_token_ids_need_no_tokenizer_and_measure_as_their_text_does(model: Path, tmp_path: Path) -> None:
     ids = _library(_TEXT)
     by_text = perplexity(model, text=Text.of("a text", _TEXT.encode(), special=True))
@@ -100,6 +114,7 @@ def test_token_ids_need_no_tokenizer_and_measure_as_their_text_does(model: Path,
         (np.zeros((2, 2), np.int64), "one array"),
         (np.zeros(3), "of integers"),
         (np.array([{}]), "not a .npy file"),
+        (np.array([1, 2], "m8[s]"), "of integers"),
     ],
 )
 def test_other_arrays_than_token_ids_are_refused(
@@ -108,6 +123,20 @@ def test_other_arrays_than_token_ids_are_refused(
     np.save(tmp_path / "ids.npy", array)
     with pytest.raises(InputError, match=complaint):
         perplexity(model, text=Text.from_ids(tmp_path / "ids.npy"))
+
+
+@pytest.mark.parametrize("header", ["{", "'''", "{[]:1}", "-" * 9000 + "1", "{'descr': '<i8', 'shape': (True,)}"])
+def test_a_damaged_header_of_token_ids_is_one_line(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "ids.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(InputError, match="npy file of numbers"):
+        Text.from_ids(path)
+
+
+def test_a_separator_that_stands_nowhere_is_refused(model: Path) -> None:
+    _declare(model)
+    with pytest.raises(InputError, match="holds no '---'"):
+        _passage(model, Text.of("a text", b"a b", document_separator="---"))
 
 
 def test_the_command_line_says_that_special_tokens_are_letters(model: Path, tmp_path: Path) -> None:

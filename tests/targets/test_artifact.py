@@ -19,6 +19,7 @@ from mossquant.targets.artifact import (
     write_artifact_manifest,
 )
 from mossquant.targets.metadata import ProgramMetadata
+from mossquant.text.declared import DeclaredText
 
 METADATA = ProgramMetadata(
     release="0.1.0",
@@ -84,6 +85,13 @@ def test_a_program_is_held_against_the_manifest_beside_it(folder: Path) -> None:
         check_beside(program, {"model.onnx": "0" * 64}, METADATA)
     with pytest.raises(InputError, match=r"says something else about model\.onnx"):
         check_beside(program, {"model.onnx": digest}, METADATA.model_copy(update={"weights": "int8"}))
+    stored = json.loads((folder / "manifest.json").read_text())
+    declared = METADATA.model_copy(update={"text": DeclaredText(end_of_text=(3,))})
+    said = json.loads(declared.model_dump_json())
+    said["text"]["of a later release"] = said["of a later release"] = 1
+    stored["programs"]["onnx"]["model"] = said
+    (folder / "manifest.json").write_text(json.dumps(stored))
+    check_beside(program, {"model.onnx": digest}, declared)
     other = program.rename(folder / "other.onnx")
     with pytest.raises(InputError, match=r"other\.onnx is not listed there"):
         check_beside(other, {"other.onnx": digest}, METADATA)

@@ -76,6 +76,8 @@ def test_tokens_that_begin_and_end_a_text_have_names_without_any() -> None:
         ("", [{"role": "user", "content": "\udcff"}], "this is not a conversation"),
         ("", [{"role": "user", "content": "a", "more": object()}], "not a conversation in JSON"),
         ("{{ raise_exception('roles must\n alternate') }}", TURNS, r"\(roles must\\n alternate\); give another"),
+        ("{{ '\\ud800' }}", TURNS, "surrogates not allowed"),
+        ("{# nothing #}", TURNS, "it writes nothing"),
         ("{% for %}", TURNS, "cannot write this conversation"),
         ("{{ 1 / 0 }}", TURNS, "division by zero"),
         ("{{ messages[0].nothing.more }}", TURNS, "has no attribute 'nothing'"),

@@ -91,6 +91,10 @@ def test_bytes_have_what_is_declared(tmp_path: Path) -> None:
     assert (tokens.tolist(), lengths.tolist()) == ([97, 1, 98, 0], [1, 10, 1, 5])
     assert found.decode(tokens) == "ab"
     assert bytes(found.encode("<end>").tolist()) == b"<end>"
+    # The byte that is also a special token is a byte long, whatever it stands for.
+    for special in (False, True):
+        tokens, lengths = found.encode_with_lengths("\0a\1", special=special)
+        assert (tokens.tolist(), lengths.tolist()) == ([0, 97, 1], [1, 1, 1])
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -107,6 +111,16 @@ def test_special_tokens_are_parsed_as_the_library_does(tmp_path: Path, kind: str
         library.encode_special_tokens = False
         assert tokenizer.encode(text).tolist() == letters
         assert tokenizer.special_in(text.encode()) == [name for name in SPECIAL if name in text]
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_special_tokens_keep_their_flags(tmp_path: Path, flag: str) -> None:
+    library = byte_level()
+    library.add_special_tokens([tokenizers.AddedToken("<|tool|>", special=True, **{flag: True})])
+    write(tmp_path, DeclaredText(special_tokens={"<|tool|>": 261, "</s>": 258}))
+    tokenizer = Tokenizer.for_folder(save(library, tmp_path), 262)
+    text = "a <|tool|> b x<|tool|>y"
+    assert tokenizer.encode(text, special=True).tolist() == library.encode(text, add_special_tokens=False).ids
 
 
 def test_a_declared_special_token_that_the_file_has_as_a_word(tmp_path: Path) -> None:
