@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mossquant import export, generate, quantize
 from mossquant.eval.generate import continue_text
 from mossquant.runner import RunnerInfo, State
+from mossquant.text.chat import render_chat
 from mossquant.text.declared import DeclaredText
 from mossquant.text.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "app.md"
 _TAIL = """
 import sys
 assert "mossquant" not in sys.modules
-both = [write(model(app), "def f(") for model in (OnnxModel, PteModel)]
+both = [write(model(app), encode("def f(", begins=True)) for model in (OnnxModel, PteModel)]
 Path("found.json").write_text(json.dumps(both))
 """
 
@@ -42,7 +43,7 @@ def test_the_page_runs_as_it_stands(model: str, tmp_path: Path) -> None:
         quantize("tiny", tmp_path / "int4", recipe="int4")
         export(tmp_path / "int4", tmp_path / "app", target=["onnx", "executorch"])
     blocks = _blocks()
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     (tmp_path / "page.py").write_text("\n".join([*blocks, _TAIL]), encoding="utf-8")
     ran = subprocess.run([sys.executable, "-P", "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -93,6 +94,8 @@ def test_the_page_reads_and_writes_what_generate_does(
         beginning_of_text=ids["<s>"],
         add_beginning_of_text=bool(prompt),
         special_tokens=ids | text,
+        token_names={"eos_token": "<|end|>"},
+        chat_template="{% for m in messages %}\n<|tool|>{{ m.content }}{{ eos_token }}\n{% endfor %}\n<|im_start|>",
     )
     save(made, tmp_path / "app")
     (tmp_path / "app" / "text.json").write_text(declared.to_json(), encoding="utf-8")
@@ -101,13 +104,16 @@ def test_the_page_reads_and_writes_what_generate_does(
     said = [*said[:2], text["<|tool|>"], *said[2:], ids["<s>"], own + 9, *said, text["<|end|>"], *said]
     monkeypatch.chdir(tmp_path)
     blocks = _blocks()
-    parts = [blocks[0], blocks[3], blocks[4].partition("\nwrite(")[0]]
+    parts = [blocks[0], blocks[3], blocks[4].partition("\nprompt = ")[0], blocks[5]]
     (tmp_path / "page.py").write_text("\n".join(parts), encoding="utf-8")
-    page = runpy.run_path("page.py", {"OnnxModel": Script, "PteModel": Script})
+    page = runpy.run_path("page.py")
     here, there = Script(said, own + 10), Script(said, own + 10)
-    found = page["write"](here, prompt, 100)
+    found = page["write"](here, page["encode"](prompt, begins=True), 100)
     expected = continue_text(there, Tokenizer.for_folder(tmp_path / "app", own + 10), prompt, max_tokens=100)  # type: ignore[arg-type]
     assert expected.reason == "end_of_text"
     assert found == expected.text
     assert capsys.readouterr().out == expected.text + "\n"
-    assert here.seen == there.seen
+    assert here.seen == [*there.seen, text["<|end|>"]]  # `generate` reads that where the state is saved
+    turns = [{"role": "user", "content": "Hello"}]
+    tokenizer = Tokenizer.for_folder(tmp_path / "app", own + 10)
+    assert page["chat"](turns) == tokenizer.encode(render_chat(declared, turns), special=True).tolist()
