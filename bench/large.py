@@ -40,16 +40,15 @@ SAMPLE_SECONDS = 0.002
 IMPORTS = """
 import os, sys
 import torch
-import mossquant.calibration.quantize, mossquant.eval.info, mossquant.targets.export, mossquant.targets.onnx.read_back
-import mossquant.eval.onnx_info, mossquant.targets.registry
-mossquant.targets.registry.exporters()
+import mossquant.calibration.quantize, mossquant.eval.info, mossquant.eval.verify, mossquant.targets.export
+import mossquant.targets.onnx.export, mossquant.targets.onnx.info, mossquant.targets.onnx.read_back
 torch.set_num_threads(int(sys.argv[1]))
 """
 STEPS = {
     "quantize": "mossquant.calibration.quantize.quantize(sys.argv[2], sys.argv[3], recipe=sys.argv[4])",
     "info": "mossquant.eval.info.info(sys.argv[2])",
     "export": "mossquant.targets.export.export(sys.argv[2], sys.argv[3])",
-    "verify": "assert mossquant.targets.onnx.read_back.verify(sys.argv[2], sys.argv[3]).passed",
+    "verify": "assert mossquant.eval.verify.verify(sys.argv[2], [sys.argv[3]], weights_only=True).passed",
 }
 HANDSHAKE = "print(flush=True); sys.stdin.readline()\n"
 

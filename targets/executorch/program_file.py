@@ -32,6 +32,7 @@ WEIGHTS, CONSTANTS = "weights of the delegates", "tables and small tensors"
 
 _HEADER = slice(8, 40)
 _STRING, _TENSOR = 6, 5  # of the union KernelTypes
+_KERNEL, _DELEGATE, _JUMP = 1, 2, 4  # of the union InstructionArguments
 _SEGMENT = 1  # DataLocation
 _TYPES = {0: "u1", 1: "i1", 3: "<i4", 4: "<i8", 6: "<f4", 11: "?"}  # ScalarType
 _AGAIN = "copy the artifact's folder again, or export again"
@@ -152,6 +153,7 @@ class ProgramFile:
             return sections | {"alignment": rest}
 
     def _method(self, plan: Table) -> PlanMethod:
+        _check_calls(plan)
         constants = []
         values = list(plan.tables(2))
 
@@ -211,6 +213,17 @@ def _reading(path: Path) -> Iterator[None]:
     except (ValueError, RecursionError, LookupError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is not a .pte that can be read ({reason}); {_AGAIN}") from None
+
+
+def _check_calls(plan: Table) -> None:
+    """What an instruction calls, and where it jumps to: the runtime does not stop at what is not there."""
+    limits = {_KERNEL: sum(1 for _ in plan.tables(6)), _DELEGATE: sum(1 for _ in plan.tables(7))}
+    for chain in plan.tables(5):
+        calls = [instruction.union(1) for instruction in chain.tables(2)]
+        for kind, call in calls:
+            slot, limit = (1, len(calls)) if kind == _JUMP else (0, limits.get(kind))
+            if limit is not None and (call is None or call.number(slot) >= limit):
+                raise DamagedError("an instruction calls or jumps to what is not there")
 
 
 def _port(values: list[Table], index: int) -> tuple[str, tuple[int, ...]]:

@@ -177,3 +177,18 @@ def test_a_flatbuffer_by_hand() -> None:
     assert _everything(_flatbuffer()) == (7, "abc", [4, 5])
     table = root(memoryview(_flatbuffer()), b"TEST")
     assert (table.number(9, default=3), table.string(9), list(table.tables(9)), table.table(9)) == (3, "", [], None)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 4], ids=["operator", "delegate", "jump"])
+def test_an_instruction_that_calls_what_is_not_there(file: ProgramFile, tmp_path: Path, kind: int) -> None:
+    """One such byte passed the run in a child process, and brought the process down that had loaded the program."""
+    data = bytearray(file.path.read_bytes())
+    # A flatbuffer begins with its header here, so that positions in it are positions in the file.
+    program = root(memoryview(data), b"ET12")
+    chains = [chain for plan in program.tables(1) for chain in plan.tables(5)]
+    calls = [instruction.union(1) for chain in chains for instruction in chain.tables(2)]
+    place = next(at for said, call in calls if said == kind and call and (at := call._at(1 if kind == 4 else 0)))
+    data[place : place + 4] = (1 << 31).to_bytes(4, "little")
+    (tmp_path / "model.pte").write_bytes(data)
+    with pytest.raises(InputError, match="calls or jumps to what is not there"):
+        _ = ProgramFile(tmp_path / "model.pte").methods
