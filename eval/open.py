@@ -49,13 +49,12 @@ class OpenModel:
     @property
     def has_bundled_tokenizer(self) -> bool:
         """Whether the tokenizer is the one of the bundled model."""
-        return self.tokenizer.sha256 == file_sha256(asset_folder(BUNDLED) / "tokenizer.json")
+        return is_bundled_tokenizer(self.tokenizer.sha256)
 
 
-def has_bundled_tokenizer(folder: Path) -> bool:
-    """Whether a folder's tokenizer is the one of the bundled model."""
-    own, bundled = folder / "tokenizer.json", asset_folder(BUNDLED) / "tokenizer.json"
-    return own.is_file() and file_sha256(own) == file_sha256(bundled)
+def is_bundled_tokenizer(sha256: str | None) -> bool:
+    """Whether a tokenizer of this SHA-256 (None: bytes) is the one of the bundled model."""
+    return sha256 == file_sha256(asset_folder(BUNDLED) / "tokenizer.json")
 
 
 def open_model(

@@ -118,9 +118,11 @@ def held_out_passage(
             )
     if tokens is not None and len(ids) < tokens and not allow_fewer:
         raise InputError(f"{source.name} has {len(ids)} tokens, {tokens} were asked for; give a longer text or fewer")
+    if source.special and len(ids) and ids[0] == begins and lengths is not None:
+        ids, lengths = ids[1:], lengths[1:]  # it is put in front of every stream, this one too
     cut = streams(ids[:tokens], streams_wanted)
     counts = None if lengths is None else streams(lengths[:tokens], streams_wanted)
-    if begins is not None and counts is not None and not (source.special and cut[0, 0] == begins):
+    if begins is not None and counts is not None:
         front = ((0, 0), (1, 0))
         cut, counts = np.pad(cut, front, constant_values=begins), np.pad(counts, front)
     how = source.special, source.document_separator

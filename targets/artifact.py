@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mossquant.checkpoint.manifest import FileName, FileRecord, read_stored, record_offenders
+from mossquant.checkpoint.manifest import FileName, FileRecord, record_offenders
 from mossquant.errors import InputError
+from mossquant.files.json import read_stored
 from mossquant.files.outputs import file_sha256, write_json
 from mossquant.model.config import MAX_VOCABULARY
 from mossquant.targets.metadata import ProgramMetadata
-from mossquant.text.declared import TEXT_FILE, read_declared_text
+from mossquant.text.declared import TEXT_FILE, TEXT_FILES, read_declared_text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 MANIFEST = "manifest.json"
@@ -109,7 +110,7 @@ class Artifact:
     @property
     def bytes(self) -> int:
         """Bytes of the programs and their weights, without the tokenizer and what is declared about text."""
-        return sum(record.bytes for name, record in self.files.items() if name not in (TOKENIZER, TEXT_FILE))
+        return sum(record.bytes for name, record in self.files.items() if name not in TEXT_FILES)
 
     @classmethod
     def open(cls, folder: Path) -> "Artifact":

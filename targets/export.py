@@ -14,10 +14,10 @@ from mossquant.files.space import check_space
 from mossquant.plan.capabilities import Activations
 from mossquant.progress import Progress
 from mossquant.release import release
-from mossquant.targets.artifact import MANIFEST, TOKENIZER, Artifact, read_artifact_manifest, write_artifact_manifest
+from mossquant.targets.artifact import MANIFEST, Artifact, read_artifact_manifest, write_artifact_manifest
 from mossquant.targets.taken import check_held
 from mossquant.targets.target import Prepared, get_target, program_targets
-from mossquant.text.declared import TEXT_FILE
+from mossquant.text.declared import TEXT_FILES
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 _MANIFEST_BYTES = 1 << 17
@@ -110,7 +110,7 @@ def export(
     with new_folder(destination, force=force) as partial:
         exported = {name: lowering.write(partial) for name, lowering in prepared.items()}
         for path in weights.origin.beside:
-            if path.name in (TOKENIZER, TEXT_FILE):
+            if path.name in TEXT_FILES:
                 (partial / path.name).write_bytes(path.read_bytes())
         programs = {name: program.program for name, program in exported.items()}
         manifest = write_artifact_manifest(partial, release=release(), programs=programs)

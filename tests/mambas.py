@@ -2,6 +2,7 @@
 """Random Mambas of `transformers`, and the two layouts in which a Mamba is stored. Nothing is downloaded."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,15 @@ def save_original(model: MambaForCausalLM, folder: Path) -> Path:
     }
     torch.save(tensors, folder / "pytorch_model.bin")
     return folder
+
+
+def follow(model: MambaForCausalLM, following: Mapping[int, int]) -> None:
+    """Make the greedy text of a Mamba with an untied head follow a table, token → the next, whatever stands before."""
+    with torch.no_grad():
+        table = torch.nn.functional.normalize(torch.randn_like(model.lm_head.weight), dim=1)
+        model.backbone.embeddings.weight.copy_(table)
+        for layer in model.backbone.layers:
+            layer.mixer.out_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for token, then in following.items():
+            model.lm_head.weight[then] += 4 * table[token]

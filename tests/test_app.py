@@ -14,10 +14,11 @@ import pytest
 from kept import KEPT_ONNX
 from made_tokenizers import MADE, SPECIAL, save
 from numpy.typing import NDArray
+from scripted import Scripted
 
 from mossquant import export, generate, quantize
 from mossquant.eval.generate import continue_text
-from mossquant.runner import RunnerInfo, State
+from mossquant.runner import State
 from mossquant.text.chat import render_chat
 from mossquant.text.declared import DeclaredText
 from mossquant.text.tokenizer import Tokenizer
@@ -53,30 +54,15 @@ def test_the_page_runs_as_it_stands(model: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "found.json").read_text()) == expected
 
 
-class Script:
-    """Says the same tokens whatever it reads: as the page's models, and as a Runner."""
+class Script(Scripted):
+    """As the page's models too."""
 
-    def __init__(self, tokens: list[int], vocab_size: int) -> None:
-        self.tokens, self.seen = tokens, list[int]()
-        self.info = RunnerInfo("script", "checkpoint", vocab_size, "fp32", "fp32", "float32", 1, 1, 1, {}, {})
-
-    def _logits(self, at: int) -> NDArray[np.float32]:
-        return np.eye(1, self.info.vocab_size, self.tokens[at], dtype=np.float32)
+    state = -1
 
     def read(self, ids: list[int]) -> NDArray[np.float32]:
-        self.seen += ids
-        self.at = getattr(self, "at", -1) + 1
-        return self._logits(self.at)[0]
-
-    def initial_state(self, batch: int = 1) -> State:
-        return State(-1, batch)
-
-    def __call__(
-        self, tokens: NDArray[np.int64], state: State, *, logits: str = "last"
-    ) -> tuple[NDArray[np.float32], State]:
-        self.seen += tokens[0].tolist()
-        at = state.take() + 1
-        return self._logits(at)[None], State(at, 1)
+        found, state = self(np.array([ids]), State(self.state, 1))
+        self.state = state.take()
+        return found[0, -1]
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -107,13 +93,13 @@ def test_the_page_reads_and_writes_what_generate_does(
     parts = [blocks[0], blocks[3], blocks[4].partition("\nprompt = ")[0], blocks[5]]
     (tmp_path / "page.py").write_text("\n".join(parts), encoding="utf-8")
     page = runpy.run_path("page.py")
-    here, there = Script(said, own + 10), Script(said, own + 10)
+    here, there = (Script(said, vocab_size=own + 10) for _ in range(2))
     found = page["write"](here, page["encode"](prompt, begins=True), 100)
     expected = continue_text(there, Tokenizer.for_folder(tmp_path / "app", own + 10), prompt, max_tokens=100)  # type: ignore[arg-type]
     assert expected.reason == "end_of_text"
     assert found == expected.text
     assert capsys.readouterr().out == expected.text + "\n"
-    assert here.seen == [*there.seen, text["<|end|>"]]  # `generate` reads that where the state is saved
+    assert here.read_tokens == [*there.read_tokens, text["<|end|>"]]  # `generate` reads that where the state is saved
     turns = [{"role": "user", "content": "Hello"}]
     tokenizer = Tokenizer.for_folder(tmp_path / "app", own + 10)
     assert page["chat"](turns) == tokenizer.encode(render_chat(declared, turns), special=True).tolist()

@@ -94,12 +94,13 @@ def demo(
         for name, path in folders.items()
     ]
     sources = [original if work.source == BUNDLED else open_weights(work.source, verb="demo") for work in works]
-    stale = [work for work, source in zip(works, sources, strict=True) if not _is_current_artifact(work, source)]
-    for work in works:
+    kept = [_current_artifact(work, source) for work, source in zip(works, sources, strict=True)]
+    for work, artifact in zip(works, kept, strict=True):
         making = f"lowering {work.source} to {' and '.join(work.targets)}"
-        say(f"{work.output}: {making if work in stale else 'kept, its hashes match'}")
+        say(f"{work.output}: {'kept, its hashes match' if artifact else making}")
+    stale = [work for work, artifact in zip(works, kept, strict=True) if artifact is None]
     lower_all(stale, _stage("lowering:", progress))
-    current = [Artifact.open(Path(work.output)) for work in works]
+    current = [artifact or Artifact.open(Path(work.output)) for work, artifact in zip(works, kept, strict=True)]
     artifacts = {
         name: {target: artifact.program(target) for target in work.targets}
         for name, work, artifact in zip(folders, works, current, strict=True)
@@ -172,21 +173,22 @@ def _is_current_checkpoint(path: Path, recipe: str, original: Weights) -> bool:
     )
 
 
-def _is_current_artifact(work: Lowering, source: Weights) -> bool:
-    """Whether the artifact of a lowering is whole, and what this release makes of this source."""
+def _current_artifact(work: Lowering, source: Weights) -> Artifact | None:
+    """The artifact of a lowering, if it is whole and what this release makes of this source."""
     path = Path(work.output)
     if not path.exists():
-        return False
+        return None
     try:
-        manifest = Artifact.open(path).manifest
+        artifact = Artifact.open(path)
     except InputError:
-        return False
-    files = dict(source.origin.files)
-    return (
+        return None
+    manifest, files = artifact.manifest, dict(source.origin.files)
+    is_current = (
         manifest.release == release()
         and list(manifest.programs) == list(work.targets)
         and all(program.model.get("source_files") == files for program in manifest.programs.values())
     )
+    return artifact if is_current else None
 
 
 def _kept_comparison(path: Path, measured: dict[str, Any]) -> ComparisonReport | None:

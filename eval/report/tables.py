@@ -90,9 +90,9 @@ def parity_table(report: VerifyReport) -> Table:
             found = DASH if check.note.startswith("not measured") else figure(check.value, ".3g")
             rows.append((name, found, bound, verdict))
     verdicts = [row[3] for row in rows if row[3]]
-    skipped = sum(check.note.startswith("not") for artifact in report.artifacts for check in artifact.checks)
+    skipped = sum(bool(check.note) for artifact in report.artifacts for check in artifact.checks)
     caption = f"{verdicts.count('ok')} of {len(verdicts)} checks passed; lines without a bound are for information"
-    caption += f"; {skipped} were not judged, the text is too short for them" if skipped else ""
+    caption += f"; {skipped} were not judged, for the reasons beside them" if skipped else ""
     return grid([*left("check"), *right("found", "at most"), *left("")], rows, caption=caption)
 
 

@@ -16,10 +16,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from mossquant.checkpoint.manifest import Sha256, read_stored
+from mossquant.checkpoint.manifest import Sha256
 from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, TensorWriter, all_finite, tensor_offenders
 from mossquant.checkpoint.weights import BESIDE, Origin, Weights, value
 from mossquant.errors import InputError
+from mossquant.files.json import read_stored
 from mossquant.files.outputs import file_sha256, write_json
 from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name

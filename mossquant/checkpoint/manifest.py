@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from mossquant.errors import InputError
 from mossquant.files.inputs import is_pointer
-from mossquant.files.json import LARGEST_SMALL, parse_stored, read_json
+from mossquant.files.json import read_stored
 from mossquant.files.outputs import file_sha256
-from mossquant.text.declared import TEXT_FILE
+from mossquant.text.declared import TEXT_FILES
 
 Stored = TypeVar("Stored", bound=BaseModel)
 
@@ -70,19 +70,6 @@ def read_manifest(folder: Path) -> Manifest:
     return read_stored(path, Manifest, noun="a manifest", advice="Copy the folder again, or quantize again.")
 
 
-def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str) -> Stored:
-    """A JSON file of ours that carries a version. Raises `InputError`: of another version, or not what `schema` says.
-
-    Args:
-        path: the file.
-        schema: what it must hold.
-        noun: what it should be, with its article, for the error.
-        advice: what to do, one sentence.
-    """
-    values = read_json(path, largest=LARGEST_SMALL, advice=advice[0].lower() + advice[1:].rstrip("."))
-    return parse_stored(values, schema, where=str(path), noun=noun, advice=advice)
-
-
 def file_offenders(folder: Path, manifest: Manifest) -> list[str]:
     """What differs between a folder and its manifest."""
     offenders = [f"manifest.json does not list {name}" for name in _REQUIRED if name not in manifest.files]
@@ -95,7 +82,7 @@ def record_offenders(folder: Path, files: Mapping[str, FileRecord]) -> list[str]
     A tokenizer or a text.json that is not listed is one too: it would be used, and other files that are not listed are
     not.
     """
-    foreign = (name for name in ("tokenizer.json", TEXT_FILE) if name not in files and (folder / name).exists())
+    foreign = (name for name in TEXT_FILES if name not in files and (folder / name).exists())
     offenders = [f"{name} does not belong to it, take it away" for name in foreign]
     for name, record in files.items():
         path = folder / name

@@ -16,9 +16,9 @@ from torch import Tensor
 from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.config import MossNetConfig
 from mossquant.model.tensors import TensorSpec
-from mossquant.text.declared import TEXT_FILE, DeclaredText, read_declared_text
+from mossquant.text.declared import TEXT_FILE, TEXT_FILES, DeclaredText, read_declared_text
 
-BESIDE = ("tokenizer.json", TEXT_FILE, "training.json")
+BESIDE = (*TEXT_FILES, "training.json")
 """What may lie beside the tensors of a checkpoint, and is taken along by what is made of it."""
 
 

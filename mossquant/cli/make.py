@@ -158,7 +158,7 @@ def export(
 
     Example: mossquant export tiny-int4 --target onnx,executorch -o tiny-int4-app
     """
-    from mossquant.eval.open import has_bundled_tokenizer
+    from mossquant.eval.open import is_bundled_tokenizer
     from mossquant.eval.report.tables import needs_table
     from mossquant.targets.export import export as run
     from mossquant.targets.export import export_needs
@@ -179,6 +179,7 @@ def export(
     for program in programs:
         terminal.show(f"{program}: {artifact.files[program.name].bytes:,} bytes")
     words = ["verify", model, *map(str, programs)]
+    tokenizer = artifact.files.get("tokenizer.json")
     # The bundled text is for the bundled tokenizer.
-    words += [] if has_bundled_tokenizer(artifact.folder) else ["--text", "FILE"]
+    words += [] if is_bundled_tokenizer(tokenizer.sha256 if tokenizer else None) else ["--text", "FILE"]
     terminal.show(f"verify with: {command_line(*words)}")

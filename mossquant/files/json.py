@@ -82,6 +82,12 @@ def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, ad
     return validated(values, schema, where=where, noun=noun, advice=advice)
 
 
+def read_stored(path: Path, schema: type[Stored], *, noun: str, advice: str, largest: int = LARGEST_SMALL) -> Stored:
+    """A JSON file of ours that carries a version; arguments as `parse_stored`, errors as that and `read_json`."""
+    values = read_json(path, largest=largest, advice=advice[0].lower() + advice[1:].rstrip("."))
+    return parse_stored(values, schema, where=str(path), noun=noun, advice=advice)
+
+
 def validated(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:
     """`parse_stored` of JSON that carries no version of ours."""
     try:

@@ -170,7 +170,6 @@ class _Pickled:
     def __init__(self, path: Path) -> None:
         """Read the file. Nothing in it is run: tensors are all that may be unpickled."""
         check_fetched(path)
-        advice = "save the state_dict of the model"
         try:
             with zipfile.ZipFile(path) as file:  # torch.save's format since PyTorch 1.6
                 # PyTorch compares no checksums, and unpacks whatever size a record says.
@@ -187,14 +186,16 @@ class _Pickled:
             cause = (str(error).splitlines() or [""])[0]
             raise InputError(f"{path} is not a whole file of torch.save ({cause[:120]}); copy it again") from None
         if not isinstance(content, Mapping):
-            raise InputError(f"{path} holds a {type(content).__name__}, not named tensors; {advice}")
+            kind = type(content).__name__
+            raise InputError(f"{path} holds a {kind}, not named tensors; save the state_dict of the model")
         offenders = [
             f"{str(name)[:80]} is no dense tensor on the CPU"
             for name, value in content.items()
             if not (isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu")
         ]
         if offenders:
-            raise InputError.listing(f"{path} holds more than named tensors", offenders, f"S{advice[1:]}.")
+            what = f"{path} holds more than named tensors"
+            raise InputError.listing(what, offenders, "Save the state_dict of the model.")
         self._content: dict[str, Tensor] = {str(name): tensor.detach() for name, tensor in content.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._content.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._content.items()}

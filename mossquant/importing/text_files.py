@@ -8,13 +8,13 @@ which counts where that puts nothing in front. What is not taken along is said i
 """
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from mossquant.errors import InputError
 from mossquant.files.inputs import check_fetched, read_bytes
-from mossquant.files.json import LARGEST, LARGEST_SMALL, read_json, validated
+from mossquant.files.json import LARGEST, LARGEST_SMALL, Stored, read_json, validated
 from mossquant.importing.mamba_configs import whole_numbers
 from mossquant.text.declared import DeclaredText
 from mossquant.text.tokenizer import Tokenizer
@@ -100,8 +100,10 @@ def declared_text(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) ->
     named = mapped | named if "added_tokens_decoder" in named else named | mapped
     names = _validated(named, _Names, folder, "tokenizer_config")
     notes = _not_taken(generation, names, tokenizer)
-    odd = [key for key in named if key.endswith("_token") and named[key] and key not in names.named()]
-    notes += [f"{key} is not the spelling of a token, and is left out" for key in odd if not key.startswith("add_")]
+    spelled = names.named()
+    odd = [name for name in named if name.endswith("_token") and not name.startswith("add_")]
+    odd = [name for name in odd if named[name] and name not in spelled]
+    notes += [f"{name} is not the spelling of a token, and is left out" for name in odd]
     special = _special_ids(names, tokenizer, folder, notes)
     said = [_validated(generation, _Ids, folder, "generation_config"), _validated(config, _Ids, folder, "config")]
     ends = said[0].eos_token_id or said[1].eos_token_id
@@ -110,7 +112,7 @@ def declared_text(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) ->
     if wrong:
         what = f"{folder} declares tokens that a vocabulary of {vocab_size} has not"
         raise InputError.listing(what, [str(i)[:40] for i in wrong], "Mend its config.json or generation_config.json.")
-    end, begin = (special.get(names.named().get(name, "")) for name in ("eos_token", "bos_token"))
+    end, begin = (special.get(spelled.get(name, "")) for name in ("eos_token", "bos_token"))
     if not ends:
         ends = [end] if end is not None else []
     elif end is not None and end not in ends:
@@ -130,7 +132,7 @@ def declared_text(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) ->
         "beginning_of_text": begin,
         "add_beginning_of_text": put,
         "special_tokens": special,
-        "token_names": {name: token for name, token in names.named().items() if token in special},
+        "token_names": {name: token for name, token in spelled.items() if token in special},
         "chat_template": template,
     }
     return _validated(values, DeclaredText, folder, "text"), notes
@@ -172,17 +174,14 @@ def converted_tokenizer(folder: Path, scratch: Path, notes: list[str]) -> Path |
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no such file."""
-    values = read_json(path, largest=LARGEST, advice=_ADVICE[0].lower() + _ADVICE[1:-1]) if path.is_file() else {}
+    values = read_json(path, largest=LARGEST, advice="mend or copy it again, or take it away") if path.is_file() else {}
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a JSON object. {_ADVICE}")
     read: dict[str, Any] = whole_numbers(values)
     return read
 
 
-Schema = TypeVar("Schema", bound=BaseModel)
-
-
-def _validated(values: dict[str, Any], schema: type[Schema], folder: Path, name: str) -> Schema:
+def _validated(values: dict[str, Any], schema: type[Stored], folder: Path, name: str) -> Stored:
     noun = "what a model declares about its text"
     return validated(values, schema, where=f"{folder / name}.json", noun=noun, advice=_ADVICE)
 

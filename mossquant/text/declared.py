@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from mossquant.errors import InputError
-from mossquant.files.json import parse_stored, read_json
+from mossquant.files.json import read_stored
 from mossquant.model.config import MAX_VOCABULARY
 
 TEXT_FILE = "text.json"
+TEXT_FILES = ("tokenizer.json", TEXT_FILE)
+"""What turns text into tokens and back for a model; what is used wherever it lies."""
 
 _ADVICE = "Import the original again, or take the file away."
 
@@ -65,9 +67,8 @@ def read_declared_text(folder: Path, vocab_size: int) -> DeclaredText | None:
     path = folder / TEXT_FILE
     if not path.is_file():
         return None
-    values = read_json(path, largest=_LARGEST, advice=_ADVICE[0].lower() + _ADVICE[1:-1])
     noun = "what a model declares about its text"
-    declared = parse_stored(values, DeclaredText, where=str(path), noun=noun, advice=_ADVICE)
+    declared = read_stored(path, DeclaredText, noun=noun, advice=_ADVICE, largest=_LARGEST)
     ids = {*declared.end_of_text, *declared.special_tokens.values(), declared.beginning_of_text} - {None}
     offenders = [str(token) for token in sorted(token for token in ids if token is not None and token >= vocab_size)]
     if offenders:

@@ -16,11 +16,9 @@ import numpy as np
 
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
-from mossquant.text.declared import DeclaredText
 from mossquant.text.tokenizer import (
     END_OF_TEXT,
     MOST_RECENT,
-    StreamDecoder,
     Tokenizer,
     Tokens,
     decode_utf8,
@@ -32,8 +30,6 @@ __all__ = [
     "LARGEST_TEXT",
     "LARGEST_TRAINING_TEXT",
     "MOST_RECENT",
-    "DeclaredText",
-    "StreamDecoder",
     "Text",
     "Tokenizer",
     "bundled_text",

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch as a target, the reference: it runs weights as they are, and lowers nothing."""
 
-from collections.abc import Mapping
-
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.plan.capabilities import Activations
-from mossquant.progress import Progress
 from mossquant.runner import Runner
 from mossquant.targets.target import Prepared, Target
 from mossquant.targets.torch.runner import TorchRunner
@@ -15,14 +11,7 @@ from mossquant.targets.weights_report import WeightsReport
 
 
 class _Torch(Target):
-    def prepare(
-        self,
-        weights: Weights,
-        *,
-        activations: Activations | None,
-        progress: Progress | None,
-        options: Mapping[str, str] | None = None,
-    ) -> Prepared:
+    def prepare(self, weights: Weights, **_: object) -> Prepared:
         raise InputError(f"{weights.origin.path} runs in PyTorch as it is; export it to another target")
 
     def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:

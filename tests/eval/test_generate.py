@@ -9,36 +9,16 @@ import pytest
 import torch
 from made_tokenizers import byte_level, save
 from numpy.typing import NDArray
+from scripted import Scripted
 
 from mossquant.checkpoint.locate import BUNDLED, asset_folder
 from mossquant.errors import InputError
 from mossquant.eval.generate import Generation, continue_text, generate, sample
 from mossquant.eval.open import open_runner
 from mossquant.importing.mamba import import_mamba
-from mossquant.runner import RunnerInfo, State
+from mossquant.runner import State
 from mossquant.text.declared import DeclaredText
 from mossquant.text.text import Tokenizer
-
-
-class Scripted:
-    """A Runner whose most likely tokens are a script, whatever it reads."""
-
-    def __init__(self, script: Sequence[int], *, vocab_size: int = 256) -> None:
-        self.script = list(script)
-        self.read_tokens: list[int] = []
-        self.info = RunnerInfo("script", "checkpoint", vocab_size, "fp32", "fp32", "float32", 1, 1, 1, {}, {})
-
-    def initial_state(self, batch: int = 1) -> State:
-        return State(-1, batch)
-
-    def __call__(
-        self, tokens: NDArray[np.int64], state: State, *, logits: str = "last"
-    ) -> tuple[NDArray[np.float32], State]:
-        self.read_tokens += tokens[0].tolist()
-        at = state.take() + 1
-        found = np.zeros((1, 1, self.info.vocab_size), np.float32)
-        found[0, 0, self.script[at % len(self.script)]] = 9
-        return found, State(at, 1)
 
 
 def _run(script: bytes, **options: object) -> tuple[Generation, list[str]]:
@@ -212,6 +192,7 @@ def test_conversations_that_cannot_be(options: dict[str, object], match: str) ->
 @pytest.fixture(scope="module")
 def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mamba of transformers, imported too, that says `a b </s> c <|im_end|> d` after a space, `<s>` or a line."""
+    from mambas import follow
     from transformers import MambaConfig, MambaForCausalLM
 
     folder = tmp_path_factory.mktemp("chained")
@@ -219,14 +200,7 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = MambaConfig(vocab_size=264, hidden_size=128, num_hidden_layers=1, state_size=4, tie_word_embeddings=False)
     model = MambaForCausalLM(config)
     said = _ids("ab</s>c<|im_end|>d")
-    following = {**dict(zip(said, [*said[1:], said[0]], strict=True)), **dict.fromkeys(_ids(" <s>\n"), said[0])}
-    with torch.no_grad():
-        embedding = torch.nn.functional.normalize(torch.randn(264, 128), dim=1)
-        model.backbone.embeddings.weight.copy_(embedding)
-        model.backbone.layers[0].mixer.out_proj.weight.zero_()
-        model.lm_head.weight.zero_()
-        for token, then in following.items():
-            model.lm_head.weight[then] += embedding[token]
+    follow(model, {**dict(zip(said, [*said[1:], said[0]], strict=True)), **dict.fromkeys(_ids(" <s>\n"), said[0])})
     model.save_pretrained(folder / "original")
     save(byte_level(), folder / "original")
     import_mamba(folder / "original", folder / "imported")

@@ -86,6 +86,9 @@ def test_a_beginning_of_text_that_is_spelled_is_not_put_in_twice(model: Path) ->
     _declare(model, beginning=True)
     passage = _passage(model, Text.of("a text", b"<s>abc", special=True))
     assert passage.tokens.tolist() == [[_START, *_library("abc")]]
+    parts = _passage(model, Text.of("a text", b"<s>abcd", special=True), streams_wanted=2)
+    assert parts.tokens.tolist() == [[_START, *_library("ab")], [_START, *_library("cd")]]
+    assert parts.predicted_bytes == 4
 
 
 def test_what_is_declared_counts_for_weights_as_for_their_folder(tmp_path: Path) -> None:
