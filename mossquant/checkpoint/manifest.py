@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
@@ -12,8 +12,6 @@ from mossquant.files.inputs import is_pointer
 from mossquant.files.json import read_stored
 from mossquant.files.outputs import file_sha256
 from mossquant.text.declared import TEXT_FILES
-
-Stored = TypeVar("Stored", bound=BaseModel)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]

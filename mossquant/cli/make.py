@@ -160,6 +160,7 @@ def export(
     """
     from mossquant.eval.open import is_bundled_tokenizer
     from mossquant.eval.report.tables import needs_table
+    from mossquant.targets.artifact import TOKENIZER
     from mossquant.targets.export import export as run
     from mossquant.targets.export import export_needs
 
@@ -179,7 +180,7 @@ def export(
     for program in programs:
         terminal.show(f"{program}: {artifact.files[program.name].bytes:,} bytes")
     words = ["verify", model, *map(str, programs)]
-    tokenizer = artifact.files.get("tokenizer.json")
+    tokenizer = artifact.files.get(TOKENIZER)
     # The bundled text is for the bundled tokenizer.
     words += [] if is_bundled_tokenizer(tokenizer.sha256 if tokenizer else None) else ["--text", "FILE"]
     terminal.show(f"verify with: {command_line(*words)}")
