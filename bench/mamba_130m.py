@@ -36,7 +36,7 @@ def main() -> None:
                 folder / "hf"
             )
         import_mamba(folder / "hf", folder / "mamba", tokenizer=asset_folder("tiny") / "tokenizer.json")
-        quantize(folder / "mamba", folder / "int4", recipe="int4")
+        quantize(folder / "mamba", folder / "int4", recipe="int4-uniform")
         checkpoint = QuantizedCheckpoint.open(folder / "int4")
         program = export(folder / "int4", folder / "int4-onnx")
         words = [sys.executable, "-m", "mossquant", "export", folder / "int4", "-o", folder / "int4-pte", "--quiet"]

@@ -49,7 +49,7 @@ def artifacts(name: str, config: MossNetConfig, folder: Path) -> dict[str, Path]
     write_checkpoint(checkpoint, config, lambda spec: model.parameter_of(spec).view(spec.shape), dtype=torch.float32)
     found = {"fp32": export(checkpoint, folder / f"{name}-onnx").folder}
     for recipe in ("int8", "int4"):
-        quantize(checkpoint, folder / f"{name}-{recipe}", recipe=recipe)
+        quantize(checkpoint, folder / f"{name}-{recipe}", recipe=f"{recipe}-uniform")
         found[recipe] = export(folder / f"{name}-{recipe}", folder / f"{name}-{recipe}-onnx").folder
     return found
 

@@ -50,7 +50,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
     """The models at int4, and an artifact of each with both programs beside it; what is there already is kept."""
     made = {"tiny": folder / "tiny", "Mamba 24 × 768": folder / "mamba"}
     if not made["tiny"].exists():
-        quantize("tiny", made["tiny"], recipe="int4")
+        quantize("tiny", made["tiny"], recipe="int4-uniform")
     if not made["Mamba 24 × 768"].exists():
         model = MossNet(MAMBA)
         model.reset_parameters(0)
@@ -58,7 +58,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
         write_checkpoint(
             folder / "full", MAMBA, lambda spec: model.parameter_of(spec).view(spec.shape), dtype=torch.bfloat16
         )
-        quantize(folder / "full", made["Mamba 24 × 768"], recipe="int4")
+        quantize(folder / "full", made["Mamba 24 × 768"], recipe="int4-uniform")
     for path in made.values():
         app = path.with_name(f"{path.name}-app")
         if not app.exists():

@@ -76,7 +76,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        quantize("tiny", folder / "torch", recipe="int4")
+        quantize("tiny", folder / "torch", recipe="int4-uniform")
         for target in program_targets():
             export(folder / "torch", folder / target, target=target)
         timed = [Timed(folder / name, folder / f"{name}.state") for name in ("torch", *program_targets())]

@@ -85,7 +85,7 @@ def make(seed: int, folder: Path, *, lively: bool) -> tuple[MossNetConfig, str]:
     tensors = {spec.name: model.parameter_of(spec).detach() for spec in tensor_specs(config)}
     (folder / "model").mkdir()
     write_checkpoint(folder / "model", config, lambda spec: tensors[spec.name], dtype=torch.float32)
-    quantize(folder / "model", folder / "quantized", recipe=("int8", "int4")[seed // 4 % 2])
+    quantize(folder / "model", folder / "quantized", recipe=("int8-uniform", "int4-uniform")[seed // 4 % 2])
     activations = "fp32" if seed % 8 == 7 else "planned"
     export(folder / "quantized", folder / "onnx", activations="fp32" if activations == "fp32" else None)
     return config, activations

@@ -3,20 +3,28 @@
 
 Tensors are read from the memory-mapped checkpoint one at a time and matrices are solved in blocks of rows, so that
 peak memory is bounded by the largest tensor (and the writer's shard), not by the model. The output folder appears whole
-or not at all; the same checkpoint, recipe and release give the same bytes.
+or not at all; the same checkpoint, recipe and release give the same bytes. Where text is at hand the model is run, and
+what was solved is held until it was judged.
 """
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
+from mossquant.calibration.budget import spend
+from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
+from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.registry import planned_solvers
-from mossquant.calibration.solver import Measured, Solve
+from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
+from mossquant.calibration.solver import Measured, Solve, Solver
+from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
-from mossquant.checkpoint.packing import PackedTensor
+from mossquant.checkpoint.packing import PackedTensor, read_quantized
 from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
@@ -25,10 +33,12 @@ from mossquant.files.outputs import check_free, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
-from mossquant.plan.plan import Ledger, Plan, make_plan
-from mossquant.plan.recipe import load_recipe, recipe_files
+from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
+from mossquant.plan.recipe import load_recipe, recipe_files, rewritten
 from mossquant.progress import Progress
+from mossquant.text.text import Text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
 _BLOCK_ARRAYS = 12
@@ -37,15 +47,32 @@ _BLOCK_ARRAYS = 12
 _REST_BYTES = 1 << 24
 """What libraries allocate when they are first used, and Python's objects for plan and headers."""
 
+JUDGED_TOKENS = 16384
+"""Tokens at the end of a calibration text that nothing is learned from, and on which what was learned is judged."""
+_SECONDS_TO_CHOOSE = 60.0
+"""What measuring each group in each format may take here; else it is estimated."""
+_ON_TEXT = 24
+"""Bytes a parameter that running the model on text holds, at most: fp32 weights, gradients, changes, what is solved."""
+
+Piece = PackedTensor | Tensor
+"""A tensor as it is stored: quantized, or kept."""
+
 
 def quantize(
     model: str | Path | Weights,
     output: str | Path,
     *,
     recipe: str | Path = "int4",
+    budget: str | None = None,
+    targets: Sequence[str] | None = None,
+    text: Sequence[str | Path | Text] = (),
+    sensitivities: str | Path | Sensitivities | None = None,
+    recover: int | None = None,
     measured: Measured | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
     force: bool = False,
     dry_run: bool = False,
+    said: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Ledger:
     """Quantize a full-precision model.
@@ -53,22 +80,32 @@ def quantize(
     Args:
         model: a checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
         output: folder to write; nothing may be there, unless `force`.
-        recipe: a recipe's name ("int8", "int4") or a YAML file (`mossquant.plan.recipe`).
+        recipe: a recipe's name or a YAML file (`mossquant.plan.recipe`).
+        budget: "4.75bpw", "40MB" or "kl=0.01", in place of the recipe's own.
+        targets: where it must run, in place of the recipe's own.
+        text: files to calibrate on; none: no text, or for a recipe that needs some the bundled text of the bundled
+            model. With text, formats that a recipe leaves open are chosen by what they lose on it.
+        sensitivities: what groups lose, from `sensitivity`, or its file.
+        recover: tokens of the text to distil over after rounding, in place of the recipe's own.
         measured: gives what was measured for a tensor to solvers that need it.
+        device: where the model is run.
         force: replace what is at `output`.
-        dry_run: make and check the plan, write nothing.
-        progress: called after each tensor, with weights done and in all.
+        dry_run: make and check the plan, write nothing, and run nothing on text.
+        said: called with one line about each thing that takes long or that the user should know.
+        progress: called with what is worked on, done and in all.
 
     Returns:
         The ledger: the plan with bytes written and relative errors (a plan without them where `dry_run`).
 
     Raises:
-        InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a plan that the recipe's targets
-            cannot hold, a solver that is unknown or lacks statistics, an output that cannot be written, too little disk
-            or memory: before any work. Statistics that were not measured for one tensor: when its turn comes.
+        InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a budget that cannot be kept, a
+            plan that its targets cannot hold, a solver that is unknown or lacks statistics, text that is needed and not
+            given, an output that cannot be written, too little disk or memory: before any work. Statistics that were
+            not measured for one tensor: when its turn comes.
     """
     asked, destination = load_recipe(recipe), Path(output)
-    inputs = recipe_files(recipe)
+    inputs = [*recipe_files(recipe), *(Path(item) for item in text if not isinstance(item, Text))]
+    inputs += [Path(sensitivities)] if isinstance(sensitivities, str | Path) else []
     if isinstance(model, str | Path):
         inputs.append(locate(model).require("checkpoint", verb="quantize"))
     if not dry_run:
@@ -80,36 +117,80 @@ def quantize(
     if origin.tokenizer is not None:
         check_tokenizer_size(origin.tokenizer)
     origin.declared_text(weights.config.vocab_size)  # is taken along, and so must be readable
-    plan = make_plan(weights.config, {name: weights.kept(name).dtype for name in weights.specs}, asked)
+    say = said or (lambda line: None)
+    needs_text = bool(text) or bool(recover) or asked.measure
+    calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
+    learned, judged = (None, None) if calibration is None else calibration.split(JUDGED_TOKENS)
+    chosen, losses = None, read_sensitivities(sensitivities, weights)
+    if asked.chooses:
+        if losses is None and learned is not None:
+            longest = _SECONDS_TO_CHOOSE
+            losses = losses_of(
+                weights,
+                [asked],
+                learned,
+                targets=targets,
+                longest_seconds=longest,
+                device=device,
+                said=say,
+                progress=progress,
+            )
+        chosen = spend(weights, asked, budget=budget, targets=targets, sensitivities=losses)
+        for note in chosen.notes:
+            say(note)
+        asked = chosen.recipe
+    elif budget is not None:
+        raise InputError(f"{asked.where} names every format, so there is nothing to spend {budget} on; add choose")
+    elif targets is not None:
+        asked = rewritten(asked, {}, targets=targets, why="for other targets")
+    plan = make_plan(weights.config, dtypes_of(weights), asked)
     check(Held.by(plan, weights.config), asked.targets)
     solvers = planned_solvers(plan, measured=measured is not None)
     if dry_run:
         return plan
     copied = sum(path.stat().st_size for path in origin.beside)
-    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan))
-    total, done = sum(entry.count for entry in plan.tensors), 0
+    held = 0 if calibration is None else _ON_TEXT * origin.parameters
+    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
     with new_folder(destination, force=force) as partial:
         writer = QuantizedWriter(partial, weights, asked, plan)
-        for entry in plan.tensors:
-            tensor = weights.kept(entry.name)
-            if entry.kept is not None:
-                writer.add_kept(entry.name, tensor.to(FLOAT_DTYPES[entry.kept]))
-            else:
-                solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
-                statistics = measured(entry.name) if measured is not None and solver.needs else {}
-                missing = " and ".join(need for need in solver.needs if need not in statistics)
-                if missing:
-                    raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
-                matrix = weights.specs[entry.name].to_matrix(tensor)
-                packed = PackedTensor(entry.name, number_format, *matrix.shape)
-                error = _solve(matrix, solver.prepare(number_format, statistics), packed)
-                writer.add_quantized(entry.name, packed, error)
-            before, done = done, done + entry.count
-            if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
-                trim_heap()
-            if progress is not None:
-                progress(entry.name, done, total)
-        return writer.finish()
+        pieces = _solved(weights, plan, solvers, measured, progress)
+        if learned is None or judged is None:
+            for name, piece, error in pieces:
+                writer.add(name, piece, error)
+            return writer.finish()
+        solved = {name: (piece, error) for name, piece, error in pieces}
+        meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device)
+        after_rounding = meter.kl(_values(weights, plan, {name: piece for name, (piece, _) in solved.items()}))
+        for name, (piece, error) in solved.items():
+            writer.add(name, piece, error)
+        calibrated = Calibrated(
+            text=learned.name,
+            tokens=len(learned),
+            judged_tokens=meter.windows.numel(),
+            budget=None if chosen is None else chosen.budget,
+            losses=None if chosen is None or losses is None else losses.method,
+            predicted_kl=None if chosen is None else chosen.predicted_kl,
+            rounded_kl=float(after_rounding.mean()),
+            recovered_tokens=0,
+            kl=float(after_rounding.mean()),
+            kl_ci95=interval(after_rounding),
+            frontier=() if chosen is None else chosen.frontier,
+        )
+        return writer.finish(calibrated, calibration_text=learned.sha256)
+
+
+def _values(weights: Weights, plan: Plan, pieces: Mapping[str, Piece]) -> dict[TensorSpec, Tensor]:
+    """The fp32 values of what is stored, in the shapes of the checkpoint."""
+    values = {}
+    for name, piece in pieces.items():
+        spec, entry = weights.specs[name], plan.by_name[name]
+        if isinstance(piece, Tensor):
+            values[spec] = piece.float()
+        else:
+            number_format = get_format(entry.format or "")
+            stored = read_quantized(name, number_format, entry.rows, entry.columns, piece.tensors.__getitem__)
+            values[spec] = spec.from_matrix(stored.dequantize())
+    return values
 
 
 def disk_bytes(plan: Plan) -> int:
@@ -127,6 +208,35 @@ def memory_bytes(plan: Plan) -> int:
     whole = plan.predicted_bytes
     held = whole if whole <= ONE_FILE_BYTES else SHARD_BYTES + largest
     return held + container_bytes(plan) + _BLOCK_ARRAYS * 4 * max(BLOCK_WEIGHTS, longest) + _REST_BYTES
+
+
+def _solved(
+    weights: Weights,
+    plan: Plan,
+    solvers: Mapping[str, Solver],
+    measured: Measured | None,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Piece, float]]:
+    """(name, what is stored, relative error) of every tensor, in the plan's order."""
+    total, done = sum(entry.count for entry in plan.tensors), 0
+    for entry in plan.tensors:
+        tensor = weights.kept(entry.name)
+        if entry.kept is not None:
+            yield entry.name, tensor.to(FLOAT_DTYPES[entry.kept]), 0.0
+        else:
+            solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
+            statistics = measured(entry.name) if measured is not None and solver.needs else {}
+            missing = " and ".join(need for need in solver.needs if need not in statistics)
+            if missing:
+                raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
+            matrix = weights.specs[entry.name].to_matrix(tensor)
+            packed = PackedTensor(entry.name, number_format, *matrix.shape)
+            yield entry.name, packed, _solve(matrix, solver.prepare(number_format, statistics), packed)
+        before, done = done, done + entry.count
+        if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
+            trim_heap()
+        if progress is not None:
+            progress(entry.name, done, total)
 
 
 def _solve(matrix: Tensor, solve: Solve, packed: PackedTensor) -> float:

@@ -9,6 +9,17 @@ from mossquant.plan.plan import Plan
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (NEAREST, NEAREST_MSE)}
 
 
+def solver_named(name: str) -> Solver:
+    """The solver of that name.
+
+    Raises:
+        InputError: no such solver; the known names are listed.
+    """
+    if name not in SOLVERS:
+        raise InputError.unknown("solver", name, SOLVERS)
+    return SOLVERS[name]
+
+
 def planned_solvers(plan: Plan, *, measured: bool) -> dict[str, Solver]:
     """The solvers that a plan names, by name.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mossquant.calibration.quantize import quantize as quantize
+    from mossquant.calibration.sensitivity import sensitivity as sensitivity
     from mossquant.checkpoint.open import open_weights as open_weights
     from mossquant.errors import InputError as InputError
     from mossquant.eval.bench import bench as bench
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "mossquant.calibration.quantize": ["quantize"],
+    "mossquant.calibration.sensitivity": ["sensitivity"],
     "mossquant.checkpoint.open": ["open_weights"],
     "mossquant.errors": ["InputError"],
     "mossquant.eval.bench": ["bench"],

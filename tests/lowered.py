@@ -103,7 +103,7 @@ activations:
 state:
   - {{role: "*", format: fp32}}
 """
-RECIPES = {"int4": "int4", "int8": "int8", "g128": _G128, "mixed": _MIXED, "by expert": _BY_EXPERT}
+RECIPES = {"int4": "int4-uniform", "int8": "int8-uniform", "g128": _G128, "mixed": _MIXED, "by expert": _BY_EXPERT}
 """Name → recipe; "mixed" and "by expert" have another format for every other expert, as .onnx and .pte hold them."""
 
 SUFFIXES = {"onnx": "onnx", "executorch": "pte"}

@@ -41,7 +41,7 @@ def test_the_page_runs_as_it_stands(model: str, tmp_path: Path) -> None:
     if model == "kept":
         (tmp_path / "app").symlink_to(KEPT_ONNX.parent)
     else:
-        quantize("tiny", tmp_path / "int4", recipe="int4")
+        quantize("tiny", tmp_path / "int4", recipe="int4-uniform")
         export(tmp_path / "int4", tmp_path / "app", target=["onnx", "executorch"])
     blocks = _blocks()
     assert len(blocks) == 6

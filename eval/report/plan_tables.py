@@ -11,7 +11,7 @@ from mossquant.eval.report.grid import DASH, grid, left, right, spaced
 from mossquant.model.config import PRESETS
 from mossquant.model.mossnet import tensor_specs
 from mossquant.plan.entries import TensorEntry
-from mossquant.plan.plan import Plan, make_plan
+from mossquant.plan.plan import Calibrated, Plan, make_plan
 from mossquant.plan.recipe import Recipe, Rule, recipes
 
 
@@ -46,7 +46,9 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     by_role = [*left("role", "becomes", "solver"), *right("tensors", "bytes", "largest\nerror")]
     by_format = [*left("format"), *right("tensors", "weights", "bytes", "bits a\nweight")]
     because = [(why, ", ".join(names)) for why, names in reasons.items()]
+    calibrated = [] if plan.calibrated is None else [_calibrated_table(plan.calibrated)]
     return spaced(
+        *calibrated,
         grid(by_role, rows, whole_names=True),
         grid(left("because", "these are stored so"), because),
         grid(by_format, summary, caption=caption, whole_names=True),
@@ -61,16 +63,34 @@ def recipe_tables() -> list[Table | str]:
 def _recipe_table(recipe: Recipe) -> Table:
     rows = []
     for weight in recipe.weights:
-        quantized = f"{weight.format}, {weight.solver or recipe.solver}"
-        becomes = f"kept in {weight.keep}" if weight.format is None else quantized
+        formats = weight.format or ", ".join(weight.choose or ())
+        quantized = f"{formats}, {weight.solver or recipe.solver}" if weight.format else f"one of {formats}"
+        becomes = quantized if weight.keep is None else f"kept in {weight.keep}"
         rows.append(("weights", _which(weight), becomes, weight.why or ""))
     rows += [("activations", _which(rule), rule.format, "") for rule in recipe.activations]
     rows += [("state", _which(rule), rule.format, "") for rule in recipe.state]
-    name, config = next(iter(PRESETS.items()))
-    plan = make_plan(config, {spec.name: torch.bfloat16 for spec in tensor_specs(config)}, recipe)
-    cost = f"{plan.bits_per_weight:.2f} bits a weight on {name}"
+    if recipe.chooses:
+        cost = f"{recipe.budget} over all tensors" + (", chosen by what they lose on text" if recipe.measure else "")
+        cost += f", then distilled over {recipe.recover:,} tokens" if recipe.recover else ""
+    else:
+        name, config = next(iter(PRESETS.items()))
+        plan = make_plan(config, {spec.name: torch.bfloat16 for spec in tensor_specs(config)}, recipe)
+        cost = f"{plan.bits_per_weight:.2f} bits a weight on {name}"
     caption = f"Recipe {recipe.name}: {cost}; runs on {', '.join(recipe.targets)}."
     return grid(left("what", "which", "becomes", "because"), rows, caption=caption)
+
+
+def _calibrated_table(calibrated: Calibrated) -> Table:
+    ci95 = calibrated.kl_ci95
+    shown = [("after rounding", calibrated.rounded_kl, "")]
+    if calibrated.predicted_kl is not None:
+        shown.insert(0, (f"predicted for {calibrated.budget}, {calibrated.losses}", calibrated.predicted_kl, ""))
+    if calibrated.recovered_tokens:
+        interval = DASH if ci95 is None else f"{ci95[0]:.2e} to {ci95[1]:.2e}"
+        shown.append((f"after recovery over {calibrated.recovered_tokens:,} tokens", calibrated.kl, interval))
+    caption = f"Nats a token, fp32, on the last {calibrated.judged_tokens:,} tokens of {calibrated.text}."
+    rows = [(what, f"{kl:.2e}", interval) for what, kl, interval in shown]
+    return grid([*left("on text"), *right("KL", "95 %")], rows, caption=caption)
 
 
 def _which(rule: Rule) -> str:

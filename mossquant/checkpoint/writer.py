@@ -4,6 +4,8 @@
 What is written depends on the checkpoint, the recipe and the release alone: no clock, host, path or thread count.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from mossquant.checkpoint.packing import PackedTensor, quantization_config
 from mossquant.checkpoint.tensorfiles import TensorWriter
 from mossquant.checkpoint.weights import Weights
 from mossquant.files.outputs import file_sha256, json_bytes, write_json
-from mossquant.plan.plan import Ledger, Plan
+from mossquant.plan.plan import Calibrated, Ledger, Plan
 from mossquant.plan.recipe import Recipe
 from mossquant.release import release
 
@@ -47,27 +49,30 @@ class QuantizedWriter:
         self._tensors = TensorWriter(folder, total_bytes=plan.predicted_bytes + quantized * _SHAPE_BYTES)
         self._results: dict[str, tuple[int, float]] = {}
 
-    def add_quantized(self, name: str, packed: PackedTensor, relative_error: float) -> None:
-        """Store a quantized tensor."""
-        for stored, tensor in packed.tensors.items():
-            self._tensors.add(stored, tensor)
-        self._note(name, packed.payload_bytes, relative_error)
-
-    def add_kept(self, name: str, tensor: Tensor) -> None:
-        """Store a tensor as it is kept."""
-        self._tensors.add(name, tensor)
-        self._note(name, tensor.nbytes, 0.0)
+    def add(self, name: str, piece: PackedTensor | Tensor, relative_error: float) -> None:
+        """Store a tensor, quantized or kept, with the error that it has."""
+        stored = {name: piece} if isinstance(piece, Tensor) else piece.tensors
+        for own, tensor in stored.items():
+            self._tensors.add(own, tensor)
+        self._note(name, piece.nbytes if isinstance(piece, Tensor) else piece.payload_bytes, relative_error)
 
     def _note(self, name: str, written: int, relative_error: float) -> None:
         predicted = self._plan.by_name[name].predicted_bytes
         assert written == predicted, f"{name}: {written} bytes written, {predicted} predicted"
         self._results[name] = (written, relative_error)
 
-    def finish(self) -> Ledger:
-        """Write what is left of the tensors, config, recipe, ledger and manifest."""
+    def finish(self, calibrated: Calibrated | None = None, *, calibration_text: Sequence[str] = ()) -> Ledger:
+        """Write what is left of the tensors, config, recipe, ledger and manifest.
+
+        Args:
+            calibrated: how text entered.
+            calibration_text: SHA-256 of the texts that did.
+        """
         self._tensors.close()
         folder, weights, recipe = self._folder, self._weights, self._recipe
-        origin, ledger = weights.origin, self._plan.with_results(self._results)
+        origin = weights.origin
+        ledger = replace(self._plan.with_results(self._results), calibrated=calibrated)
+        seen = dict.fromkeys((*origin.calibration_text, *calibration_text))
         config = weights.config.to_json(torch_dtype=origin.torch_dtype)
         config["quantization_config"] = quantization_config(weights.specs, ledger)
         write_json(folder / "config.json", config)
@@ -93,7 +98,7 @@ class QuantizedWriter:
                     "bytes": origin.payload_bytes,
                     "files": dict(origin.files),
                 },
-                "text": {"training": list(origin.training_text), "calibration": list(origin.calibration_text)},
+                "text": {"training": list(origin.training_text), "calibration": list(seen)},
             },
         )
         return ledger

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mossquant.cli.calibrate import sensitivity
 from mossquant.cli.generate import generate
 from mossquant.cli.make import demo, export, import_, quantize, recipes, train
 from mossquant.cli.measure import bench, compare, info, perplexity, verify
@@ -55,7 +56,8 @@ def options(
         raise typer.Exit
 
 
-for _verb in (demo, info, train, import_, quantize, recipes, export, perplexity, compare, verify, generate, bench):
+_MAKING = (demo, info, train, import_, sensitivity, quantize, recipes, export)
+for _verb in (*_MAKING, perplexity, compare, verify, generate, bench):
     app.command(_verb.__name__.rstrip("_"))(_verb)
 
 

@@ -105,9 +105,24 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
     output: options.MaybeOutput = None,
     recipe: options.Recipe = "int4",
+    budget: Annotated[
+        str | None, typer.Option(help="bits a weight, bytes or KL: 4.75bpw, 40MB, kl=0.01; the recipe's if not given")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="where it must run, with commas between; the recipe's if not given")
+    ] = None,
+    text: options.CalibrationTexts = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="what groups lose, a file that `sensitivity` wrote; measured if not given")
+    ] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="tokens of the text to distil over, e.g. 250k or 1M; the recipe's if not given")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan, bytes, disk and memory; write nothing")
     ] = False,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
     force: options.Force = False,
     json: options.Json = None,
 ) -> None:
@@ -119,11 +134,26 @@ def quantize(
     from mossquant.eval.report.plan_tables import plan_tables
     from mossquant.plan.recipe import recipe_files
 
-    options.check_json(json, model, *recipe_files(recipe), output=output)
+    options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, output=output)
     if output is None and not dry_run:
         raise InputError(options.NO_OUTPUT)
+    options.use_threads(threads)
     with terminal.bar("quantizing") as shown:
-        plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
+        plan = run(
+            model,
+            output or Path(),
+            recipe=recipe,
+            budget=budget,
+            targets=None if targets is None else [name.strip() for name in targets.split(",")],
+            text=text or (),
+            sensitivities=sensitivity,
+            recover=None if recover is None else options.token_count(recover),
+            device=device,
+            force=force,
+            dry_run=dry_run,
+            said=terminal.say,
+            progress=shown,
+        )
     results = plan_tables(plan)
     if not dry_run:
         results.append(f"{output}: lower it with: {command_line('export', str(output), '-o', f'{output}-onnx')}")

@@ -16,13 +16,17 @@ MOST_SEED = (1 << 63) - 1
 NO_OUTPUT = "no output folder was given; say where to write with -o FOLDER, or look first with --dry-run"
 
 Model = Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, an artifact, or tiny")]
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help="int8, int4, or a recipe file (.yaml)")]
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="a name (see `recipes`), or a recipe file (.yaml)")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="what to write")]
 MaybeOutput = Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")]
 Force = Annotated[bool, typer.Option("--force", help="replace an output that exists")]
 Json = Annotated[Path | None, typer.Option(help="also write the result as JSON to this file")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; all of them if not given")]
 Text = Annotated[Path | None, typer.Option(help="text file to measure on; the bundled held-out text if not given")]
+CalibrationTexts = Annotated[
+    list[Path] | None, typer.Option("--text", help="text file to calibrate on; may be repeated")
+]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model is run: cpu or cuda")]
 Special = Annotated[bool, typer.Option("--special", help="special tokens that the text spells are meant, not letters")]
 Separator = Annotated[
     str | None, typer.Option("--document-separator", help="stands between documents; becomes the end-of-text token")
@@ -82,6 +86,26 @@ def measured_text(text: Path | None, ids: Path | None, special: bool, separator:
     if text is None:
         raise InputError("--special and --document-separator say how a text of yours is read; give --text FILE")
     return replace(read_text(text, as_bytes=True), special=special, document_separator=separator)
+
+
+def use_threads(threads: int | None) -> None:
+    """Let PyTorch use so many threads; all of them where none are given."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def token_count(text: str) -> int:
+    """Read "250000", "250k" or "1M" (of 10³ and 10⁶). Raises `InputError` for anything else."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("k", "M") else (text, "")
+    try:
+        count = float(number) * {"": 1, "k": 1e3, "M": 1e6}[unit]
+    except ValueError:
+        count = -1.0
+    if not 0 <= count <= 1e12 or count != int(count):
+        raise InputError(f"{text[:40]!r} is not a number of tokens; give one like 250000, 250k or 1M")
+    return int(count)
 
 
 def finish(json: Path | None, report: Report, *shown: RenderableType) -> None:

@@ -5,6 +5,7 @@ Refused, because a recipe needs none of them and some are traps: anchors and ali
 tags, keys given twice, keys that are not text, nesting deeper than 8, files above 128 kB.
 """
 
+import math
 from pathlib import Path
 
 import yaml
@@ -12,7 +13,7 @@ import yaml
 from mossquant.errors import InputError
 from mossquant.files.inputs import read_bytes
 
-Value = None | bool | int | str | list["Value"] | dict[str, "Value"]
+Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
 Lines = dict[tuple[str | int, ...], int]
 """Path of a value, e.g. ("weights", 3, "format") → its line, counted from 1."""
 
@@ -55,7 +56,7 @@ def read_yaml_text(path: Path) -> str:
 def parse_yaml(text: str, *, where: str) -> tuple[Value, Lines]:
     """The value in a YAML text, and the line of each of its parts.
 
-    Scalars are true/false, null, decimal integers, and text otherwise.
+    Scalars are true/false, null, decimal integers and fractions, and text otherwise.
 
     Raises:
         InputError: not YAML, or something that is refused (see above), with the line.
@@ -99,4 +100,6 @@ def _value(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> Value:
         return None
     if kind == "int" and text.isascii() and text.isdigit() and len(text) < 10:
         return int(text)
+    if kind == "float" and len(text) < 30 and math.isfinite(float(text)):
+        return float(text)
     return text

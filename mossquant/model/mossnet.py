@@ -151,7 +151,11 @@ class MossNet(nn.Module):
             for block in layer:
                 x, own = block.added(x, state, run)
                 after |= own
-        return rms_norm(x, self._value(_NORM, run), self.config.rms_norm_eps), after
+        return self.final_norm(x, run), after
+
+    def final_norm(self, x: Tensor, run: Forward) -> Tensor:
+        """The residual stream after the last block [B, T, D] → what the head reads."""
+        return rms_norm(x, self._value(_NORM, run), self.config.rms_norm_eps)
 
     def head(self, hidden: Tensor, run: Forward) -> Tensor:
         """hidden [..., D] → logits [..., V]."""

@@ -31,6 +31,49 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
+class FrontierPoint:
+    """What a model of so many payload bytes is predicted to lose at least, in nats a token."""
+
+    __pydantic_config__ = _STRICT
+
+    bytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How text entered.
+
+    Attributes:
+        text: name of the text.
+        tokens: of it, without those that it was judged on.
+        judged_tokens: the text's last ones, on which every KL here was measured: fp32, windows that begin afresh.
+        budget: what the formats were chosen for; None where the recipe names them.
+        losses: "measured" or "estimated", what the formats were chosen by; None where the recipe names them.
+        predicted_kl: nats a token, of what was chosen.
+        rounded_kl: measured after rounding.
+        recovered_tokens: tokens that recovery read; 0 without it.
+        kl: measured at the end.
+        kl_ci95: its 95 % interval; None for one window.
+        frontier: what other budgets are predicted to lose.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    text: str
+    tokens: int
+    judged_tokens: int
+    budget: str | None
+    losses: Literal["measured", "estimated"] | None
+    predicted_kl: float | None
+    rounded_kl: float
+    recovered_tokens: int
+    kl: float
+    kl_ci95: tuple[float, float] | None
+    frontier: tuple[FrontierPoint, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe resolved; after the run, the ledger.
 
@@ -42,6 +85,7 @@ class Plan:
         tensors: one entry for every tensor, in processing order.
         activations: one entry for every input of a linear layer.
         state: one entry for every state array.
+        calibrated: how text entered; None where none did.
     """
 
     __pydantic_config__ = _STRICT
@@ -53,6 +97,7 @@ class Plan:
     tensors: Annotated[tuple[TensorEntry, ...], FailFast()]
     activations: Annotated[tuple[SiteEntry, ...], FailFast()]
     state: Annotated[tuple[StateEntry, ...], FailFast()]
+    calibrated: Calibrated | None = None
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorEntry]:
@@ -108,7 +153,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The content of a plan file or `ledger.json`."""
-        return asdict(self)
+        stored = asdict(self)
+        if self.calibrated is None:
+            del stored["calibrated"]
+        return stored
 
     @classmethod
     def from_json(cls, values: Any, *, where: str = "ledger.json") -> "Plan":
@@ -134,8 +182,10 @@ def make_plan(config: MossNetConfig, dtypes: Mapping[str, torch.dtype], recipe: 
 
     Raises:
         InputError: tensors, inputs or states that no rule matches; rules that match nothing and are not optional;
-            inputs whose readers disagree about the block: all offenders at once.
+            inputs whose readers disagree about the block: all offenders at once; formats that are still open.
     """
+    if recipe.chooses:
+        raise InputError(f"{recipe.where} leaves formats open; spend a budget on it first")
     offenders: list[str] = []
     tensors, sites, states = tensor_specs(config), activation_sites(config), state_specs(config)
     chosen = _choose(recipe, "weights", recipe.weights, [(spec.role, spec.name) for spec in tensors], offenders)

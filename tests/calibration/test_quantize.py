@@ -31,7 +31,9 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize(("recipe", "dtype"), [("int4", torch.bfloat16), ("int8", torch.float32)])
+@pytest.mark.parametrize(
+    ("recipe", "dtype"), [("int4", torch.bfloat16), ("int8", torch.float32), ("int4-uniform", torch.float16)]
+)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_predicted_is_written_to_the_byte(config: str, dtype: torch.dtype, recipe: str, tmp_path: Path) -> None:
     model = random_model(CONFIGS[config], dtype=torch.float32)
@@ -66,17 +68,17 @@ def test_errors_in_the_ledger(checkpoint_folder: Path, quantized_folder: Path) -
 
 def test_same_bytes_twice(checkpoint_folder: Path, quantized_folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(checkpoint_folder, tmp_path / "elsewhere")
-    quantize(moved, tmp_path / "again", recipe="int4")
+    quantize(moved, tmp_path / "again", recipe="int4-uniform")
     assert digests(tmp_path / "again") == digests(quantized_folder)
     written = b"".join(path.read_bytes() for path in (tmp_path / "again").glob("*.json"))
     assert str(tmp_path).encode() not in written
 
 
 def test_shards_hold_the_same_tensors(mamba: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize(mamba, tmp_path / "one", recipe="int8")
+    quantize(mamba, tmp_path / "one", recipe="int8-uniform")
     monkeypatch.setattr("mossquant.checkpoint.tensorfiles.ONE_FILE_BYTES", 2_000)
     monkeypatch.setattr("mossquant.checkpoint.tensorfiles.SHARD_BYTES", 3_000)
-    quantize(mamba, tmp_path / "many", recipe="int8")
+    quantize(mamba, tmp_path / "many", recipe="int8-uniform")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     one, many = (QuantizedCheckpoint.open(tmp_path / name) for name in ("one", "many"))
     for name in one.specs:
@@ -104,10 +106,10 @@ def test_progress_reaches_the_end(mamba: Path, tmp_path: Path) -> None:
 
 
 def test_solver_of_the_recipe_is_used(mamba: Path, tmp_path: Path) -> None:
-    text = Recipe.named("int4").text
+    text = Recipe.named("int4-uniform").text
     (tmp_path / "plain.yaml").write_text(text.replace("solver: nearest-mse", "solver: nearest"))
     plain = quantize(mamba, tmp_path / "plain", recipe=tmp_path / "plain.yaml")
-    clipped = quantize(mamba, tmp_path / "clipped", recipe="int4")
+    clipped = quantize(mamba, tmp_path / "clipped", recipe="int4-uniform")
     for a, b in zip(plain.tensors, clipped.tensors, strict=True):
         assert (a.solver, b.solver) == ((None, None) if a.kept else ("nearest", "nearest-mse"))
         assert b.relative_error is not None
@@ -134,12 +136,12 @@ def test_refusals(mamba: Path, tmp_path: Path) -> None:
     quantize(mamba, out)
     refused(out, tmp_path / "again", "is of kind 'quantized checkpoint', but quantize needs: checkpoint")
     refused(mamba, out, "exists already")
-    quantize(mamba, out, force=True, recipe="int8")
-    assert QuantizedCheckpoint.open(out).origin.recipe == "int8"
+    quantize(mamba, out, force=True, recipe="int8-uniform")
+    assert QuantizedCheckpoint.open(out).origin.recipe == "int8-uniform"
 
 
 def test_refused_by_a_target(checkpoint_folder: Path, tmp_path: Path) -> None:
-    text = Recipe.named("int4").text.replace('role: "*.router", keep: fp32', 'role: "*.router", format: int8')
+    text = Recipe.named("int4-uniform").text.replace('role: "*.router", keep: fp32', 'role: "*.router", format: int8')
     (tmp_path / "mine.yaml").write_text(text)
     refused(checkpoint_folder, tmp_path / "out", "onnx holds no codes for", recipe=tmp_path / "mine.yaml")
 

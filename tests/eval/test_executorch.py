@@ -58,7 +58,7 @@ def test_verification_of_the_weights_of_both_targets(
 
 def test_info_accounts_for_every_byte(pte_folder: Path, quantized_folder: Path) -> None:
     report = info(pte_folder)
-    assert (report.kind, report.weights) == ("executorch", "int4")
+    assert (report.kind, report.weights) == ("executorch", "int4-uniform")
     assert report.program_bytes == (pte_folder / "model.pte").stat().st_size
     assert report.weight_bytes == open_runner(pte_folder).info.weight_bytes
     assert report.payload_bytes == info(quantized_folder).payload_bytes

@@ -20,7 +20,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint, its int4 form and the .onnx of both."""
     above = tmp_path_factory.mktemp("info")
     folders = {"checkpoint": write_model(above / "model", random_model(SMALL)), "int4": above / "int4"}
-    quantize(folders["checkpoint"], folders["int4"], recipe="int4")
+    quantize(folders["checkpoint"], folders["int4"], recipe="int4-uniform")
     for name in ("checkpoint", "int4"):
         folders[f"{name} onnx"] = above / f"{name}-onnx"
         export(folders[name], folders[f"{name} onnx"])
@@ -47,7 +47,7 @@ def test_a_checkpoint(paths: dict[str, Path]) -> None:
 def test_a_quantized_checkpoint(paths: dict[str, Path]) -> None:
     report = info(paths["int4"])
     quantized = QuantizedCheckpoint.open(paths["int4"])
-    assert (report.kind, report.weights) == ("quantized checkpoint", "int4")
+    assert (report.kind, report.weights) == ("quantized checkpoint", "int4-uniform")
     assert report.weight_bytes == sum(row.bytes for row in report.rows) == quantized.origin.payload_bytes
     assert [entry["name"] for entry in report.ledger] == list(quantized.specs)
     assert all(row.reason for row in report.rows)

@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "quantized checkpoint": above / "int8",
         "onnx": above / "onnx",
     }
-    quantize(paths["checkpoint"], paths["quantized checkpoint"], recipe="int8")
+    quantize(paths["checkpoint"], paths["quantized checkpoint"], recipe="int8-uniform")
     export(paths["quantized checkpoint"], paths["onnx"])
     return paths
 

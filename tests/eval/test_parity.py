@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An int8 checkpoint whose recipe plans int8 activations."""
     above = tmp_path_factory.mktemp("parity")
     model = random_model(replace(SMALL, vocab_size=256), seed=3)
-    quantize(write_model(above / "model", model), above / "int8", recipe="int8")
+    quantize(write_model(above / "model", model), above / "int8", recipe="int8-uniform")
     return above / "int8"
 
 
@@ -304,7 +304,7 @@ def test_a_model_that_no_activation_changes(tokens: Tokens, tmp_path: Path) -> N
     model = random_model(replace(SMALL, vocab_size=256), seed=3)
     with torch.no_grad():
         model.norm_f.zero_()
-    quantize(write_model(tmp_path / "model", model), tmp_path / "int8", recipe="int8")
+    quantize(write_model(tmp_path / "model", model), tmp_path / "int8", recipe="int8-uniform")
     checks = _check(tmp_path / "int8", tokens[:SHORT], TorchRunner.open(tmp_path / "int8", activations="planned"))
     assert all(check.passed for check in checks)
     assert not any("share of that cost" in check.name for check in checks)

@@ -185,7 +185,7 @@ def test_a_state_of_another_model_is_refused(
     opened: Opener, checkpoint_folder: Path, quantized_folder: Path, tmp_path: Path
 ) -> None:
     """The original and two of its quantizations are three models, and the error names the two that met."""
-    quantize(checkpoint_folder, tmp_path / "int8", recipe="int8")
+    quantize(checkpoint_folder, tmp_path / "int8", recipe="int8-uniform")
     runners = {"bfloat16": opened("original"), "int4": opened("int4 .onnx"), "int8": open_runner(tmp_path / "int8")}
     for saver, source in runners.items():
         path = tmp_path / f"{saver}.state"

@@ -25,7 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A byte-level model as int4 checkpoint, and as .onnx with int8 and with fp32 activations."""
     above = tmp_path_factory.mktemp("verify")
     paths = {name: above / name for name in ("int4", "int8 activations", "fp32 activations")}
-    quantize(write_model(above / "model", random_model(BYTES, seed=5)), paths["int4"], recipe="int4")
+    quantize(write_model(above / "model", random_model(BYTES, seed=5)), paths["int4"], recipe="int4-uniform")
     export(paths["int4"], paths["int8 activations"])
     export(paths["int4"], paths["fp32 activations"], activations="fp32")
     return paths

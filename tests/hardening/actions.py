@@ -100,7 +100,7 @@ def dry_run(place: Place) -> None:
 
 
 def quantize(place: Place) -> None:
-    mossquant.quantize(place.damaged, place.out, recipe="int4")
+    mossquant.quantize(place.damaged, place.out, recipe="int4-uniform")
     QuantizedCheckpoint.open(place.out)
     shutil.rmtree(place.out)
 

@@ -71,15 +71,15 @@ def make_samples(folder: Path) -> None:
     write_json(checkpoint / "training.json", {"version": 1, "tokenizer_sha256": tokenizer.sha256, "text": seen})
     with _set(tensorfiles, ONE_FILE_BYTES=0, SHARD_BYTES=20_000):
         mossquant.import_mamba(checkpoint, folder / "sharded")
-        mossquant.quantize(checkpoint, folder / "quantized-shards", recipe="int8")
-    mossquant.quantize(checkpoint, folder / "quantized", recipe="int4")
+        mossquant.quantize(checkpoint, folder / "quantized-shards", recipe="int8-uniform")
+    mossquant.quantize(checkpoint, folder / "quantized", recipe="int4-uniform")
     mossquant.export(folder / "quantized", folder / "artifact")
     mossquant.export(folder / "quantized", folder / "artifact-pte", target="executorch")
     with _set(onnx_save, EXTERNAL_ABOVE=0):
         mossquant.export(checkpoint, folder / "external")
     _mambas(folder)
     (folder / "recipe").mkdir()
-    (folder / "recipe" / "recipe.yaml").write_text(Recipe.named("int4").text)
+    (folder / "recipe" / "recipe.yaml").write_text(Recipe.named("int4-uniform").text)
     (folder / "text.txt").write_text(TEXT)
 
 

@@ -95,14 +95,14 @@ def test_bench() -> None:
 
 
 def test_info_and_plan(byte_model: Path, tmp_path: Path) -> None:
-    ledger = quantize(byte_model, tmp_path / "int4", recipe="int4")
+    ledger = quantize(byte_model, tmp_path / "int4", recipe="int4-uniform")
     text = _text(*tables.info_tables(info(tmp_path / "int4")))
     assert "ssm.expert.dt_proj" in text
     assert "model.safetensors" in text
     text = _text(*plan_tables(ledger))
     assert f"{ledger.predicted_bytes:,}" in text
     assert "kept in float32" in text
-    assert _text(*plan_tables(quantize(byte_model, tmp_path / "none", recipe="int4", dry_run=True)))
+    assert _text(*plan_tables(quantize(byte_model, tmp_path / "none", recipe="int4-uniform", dry_run=True)))
 
 
 def test_recipes() -> None:

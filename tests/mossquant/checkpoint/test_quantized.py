@@ -57,12 +57,12 @@ def quantized_folders(
     """Recipe name → the small model quantized by it. Not to be changed: copy it first."""
     above = tmp_path_factory.mktemp("quantized")
     (above / "mixed.yaml").write_text(MIXED)
-    quantize(checkpoint_folder, above / "int8", recipe="int8")
+    quantize(checkpoint_folder, above / "int8", recipe="int8-uniform")
     quantize(checkpoint_folder, above / "mixed", recipe=above / "mixed.yaml")
-    return {"int4": quantized_folder, "int8": above / "int8", "mixed": above / "mixed"}
+    return {"int4-uniform": quantized_folder, "int8-uniform": above / "int8", "mixed": above / "mixed"}
 
 
-EVERY = pytest.mark.parametrize("recipe", ["int4", "int8", "mixed"])
+EVERY = pytest.mark.parametrize("recipe", ["int4-uniform", "int8-uniform", "mixed"])
 
 
 @EVERY
@@ -169,7 +169,7 @@ def test_activation_model(quantized_folders: dict[str, Path]) -> None:
 
 def test_activation_model_runs_in_the_model(quantized_folders: dict[str, Path]) -> None:
     """Every linear's name is known to the plan, in fp32 and float64, and int8 changes the logits a little."""
-    opened = QuantizedCheckpoint.open(quantized_folders["int4"])
+    opened = QuantizedCheckpoint.open(quantized_folders["int4-uniform"])
     tokens = torch.arange(40).view(2, 20)
     for dtype in (torch.float32, torch.float64):
         model = MossNet(opened.config, dtype=dtype)
@@ -271,7 +271,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_tampered(quantized_folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    folder = shutil.copytree(quantized_folders["int4"], tmp_path / "copy")
+    folder = shutil.copytree(quantized_folders["int4-uniform"], tmp_path / "copy")
     tamper, message = TAMPERED[name]
     tamper(folder)
     with pytest.raises(InputError) as caught:
@@ -281,7 +281,7 @@ def test_tampered(quantized_folders: dict[str, Path], tmp_path: Path, name: str)
 
 
 def test_codes_are_read_where_they_go_elsewhere(quantized_folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(quantized_folders["int4"], tmp_path / "copy")
+    folder = shutil.copytree(quantized_folders["int4-uniform"], tmp_path / "copy")
     TAMPERED["code −128"][0](folder)
     QuantizedCheckpoint.open(folder)
     with pytest.raises(InputError, match="holds codes below -127"):
@@ -292,13 +292,13 @@ def test_codes_are_read_where_they_go_elsewhere(quantized_folders: dict[str, Pat
 
 def test_one_flipped_bit_of_any_file_is_seen(quantized_folders: dict[str, Path], tmp_path: Path) -> None:
     for name in ("config.json", "recipe.yaml", "ledger.json", "model.safetensors"):
-        folder = shutil.copytree(quantized_folders["int4"], tmp_path / name)
+        folder = shutil.copytree(quantized_folders["int4-uniform"], tmp_path / name)
         data = bytearray((folder / name).read_bytes())
         data[-len(data) // 3] ^= 1
         (folder / name).write_bytes(data)
         with pytest.raises(InputError, match=r"damaged|not JSON|not a valid MossNet config|is not quantized"):
             QuantizedCheckpoint.open(folder)
-    truncated = shutil.copytree(quantized_folders["int4"], tmp_path / "truncated")
+    truncated = shutil.copytree(quantized_folders["int4-uniform"], tmp_path / "truncated")
     data = bytearray((truncated / "model.safetensors").read_bytes())
     (truncated / "model.safetensors").write_bytes(data[:-1])
     with pytest.raises(

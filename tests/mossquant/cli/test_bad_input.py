@@ -339,7 +339,7 @@ def test_paths_of_nothing(
         assert message in refused(place, *words), words
 
 
-RECIPE = Recipe.named("int4").text
+RECIPE = Recipe.named("int4-uniform").text
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_bad_options(
         paths[name] = tmp_path / name.lower()
         paths[name].write_bytes(data)
     paths["RECIPE.yaml"] = tmp_path / "recipe.yaml"
-    paths["RECIPE.yaml"].write_text(Recipe.named("int4").text)
+    paths["RECIPE.yaml"].write_text(Recipe.named("int4-uniform").text)
     paths |= {"SPARSE": tmp_path / "sparse", "OUT": place / "out", "TAKEN": tmp_path / "taken"}
     with paths["SPARSE"].open("wb") as file:
         file.truncate(20 << 30)

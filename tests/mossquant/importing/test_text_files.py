@@ -278,7 +278,7 @@ def test_it_goes_along_to_programs_and_belongs_to_no_hash(source: Path, tmp_path
     declared, _ = brought_in(source, files)
     shutil.copytree(tmp_path / "out", tmp_path / "without", ignore=shutil.ignore_patterns("text.json"))
     for name in ("out", "without"):
-        mossquant.quantize(tmp_path / name, tmp_path / f"{name}-int4", recipe="int4")
+        mossquant.quantize(tmp_path / name, tmp_path / f"{name}-int4", recipe="int4-uniform")
         mossquant.export(tmp_path / f"{name}-int4", tmp_path / f"{name}-onnx")
     text = (tmp_path / "out" / "text.json").read_bytes()
     assert all((tmp_path / name / "text.json").read_bytes() == text for name in ("out-int4", "out-onnx"))
@@ -311,7 +311,7 @@ def test_a_text_json_of_another_model_is_refused(source: Path, tmp_path: Path) -
     opened = open_model(program)
     with pytest.raises(InputError, match=r"has no text\.json, and model\.onnx was exported with one: copy it there"):
         opened.tokenizer  # noqa: B018
-    mossquant.quantize(tmp_path / "out", tmp_path / "int4", recipe="int4")
+    mossquant.quantize(tmp_path / "out", tmp_path / "int4", recipe="int4-uniform")
     (tmp_path / "int4" / "text.json").write_text(text.replace(str(TURN), str(END), 1))
     with pytest.raises(InputError, match=r"text\.json has another SHA-256 than the manifest says"):
         QuantizedCheckpoint.open(tmp_path / "int4")

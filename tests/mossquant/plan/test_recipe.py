@@ -34,7 +34,11 @@ MISTAKES = {
     "unknown format": ("int4_g32", "int5", "line 9: unknown number format 'int5'; known formats: int8, int8_g32"),
     "unknown state": ("format: fp32", "format: fp99", "line 13: unknown state format 'fp99'"),
     "no reason": (", why: few bytes", "", "line 5: keep needs a reason: add why"),
-    "neither": ('{role: "*", format: int4_g32}', '{role: "*"}', "line 9: a weight rule needs either format or keep"),
+    "neither": (
+        '{role: "*", format: int4_g32}',
+        '{role: "*"}',
+        "line 9: a weight rule needs either format, keep or choose",
+    ),
     "two patterns": ('match: "*.D"', 'match: "*.D"\n    role: "ssm.D"', "line 6: a rule needs either role or match"),
     "solver of a kept one": ("why: few", "solver: nearest, why: few", "line 5: what is kept needs no solver"),
     "version": ("version: 1", "version: 2", "line 1: version: input should be 1, not 2"),
@@ -87,7 +91,10 @@ def test_bad_paths(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="is a folder"):
         load_recipe(tmp_path)
-    with pytest.raises(InputError, match="unknown recipe 'int3'; known recipes: int8, int4, or give a YAML file"):
+    with pytest.raises(
+        InputError,
+        match=r"unknown recipe 'int3'; known recipes: int4, int8, int4-best, int8-best, .*, or give a YAML file",
+    ):
         load_recipe("int3")
 
 

@@ -25,7 +25,7 @@ def folder(int4: Lowered, tmp_path: Path) -> Path:
 
 def test_info(int4: Lowered) -> None:
     info = int4.runner.info
-    assert (info.path, info.kind, info.weights) == (str(int4.artifact), "executorch", "int4")
+    assert (info.path, info.kind, info.weights) == (str(int4.artifact), "executorch", "int4-uniform")
     assert (info.activations, info.state_format, info.vocab_size) == ("int8_row_asym", "fp32", int4.config.vocab_size)
     assert (info.max_batch, info.max_chunk) == (1, None)
     assert info.file_bytes == int4.program.stat().st_size

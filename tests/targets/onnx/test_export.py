@@ -55,7 +55,7 @@ def test_external_weights_begin_on_pages(workshop: Workshop, tmp_path: Path, mon
 def test_metadata(workshop: Workshop) -> None:
     lowered = workshop("wide", "int4")
     source, metadata = QuantizedCheckpoint.open(lowered.checkpoint), read_program(lowered.program).metadata
-    assert (metadata.version, metadata.target, metadata.weights) == (1, "onnx", "int4")
+    assert (metadata.version, metadata.target, metadata.weights) == (1, "onnx", "int4-uniform")
     assert (metadata.activations, metadata.state_format) == ("int8_block", "fp32")
     assert metadata.config == source.config.to_json(torch_dtype="bfloat16")
     assert metadata.source_files == source.origin.files
@@ -70,7 +70,7 @@ def test_texts_that_were_seen_are_named(workshop: Workshop, tmp_path: Path) -> N
     checkpoint = Path(shutil.copytree(workshop.checkpoint("wide"), tmp_path / "model"))
     (checkpoint / "training.json").write_text(json.dumps({"version": 1, "text": [{"sha256": "ab" * 32}]}))
     (checkpoint / "tokenizer.json").write_text("{}")
-    quantize(checkpoint, tmp_path / "quantized", recipe="int4")
+    quantize(checkpoint, tmp_path / "quantized", recipe="int4-uniform")
     artifact = export(tmp_path / "quantized", tmp_path / "artifact")
     metadata = read_program(artifact.program("onnx")).metadata
     assert metadata.seen_text == ["ab" * 32]
@@ -157,6 +157,6 @@ def test_a_plan_for_another_target(workshop: Workshop, tmp_path: Path) -> None:
 def test_the_graph_of_tiny_is_small(tmp_path: Path) -> None:
     """The preset that ships: nodes, names and metadata are a few per cent of the weights."""
     checkpoint = write_model(tmp_path / "model", random_model(PRESETS["tiny"], dtype=torch.float32))
-    quantize(checkpoint, tmp_path / "int4", recipe="int4")
+    quantize(checkpoint, tmp_path / "int4", recipe="int4-uniform")
     artifact = export(tmp_path / "int4", tmp_path / "artifact")
     assert artifact.bytes <= 1.03 * QuantizedCheckpoint.open(tmp_path / "int4").origin.payload_bytes

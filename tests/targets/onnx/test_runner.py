@@ -41,7 +41,7 @@ def external(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_info(lowered: Lowered) -> None:
     info = lowered.runner.info
-    assert (info.path, info.kind, info.weights) == (str(lowered.artifact), "onnx", "int4")
+    assert (info.path, info.kind, info.weights) == (str(lowered.artifact), "onnx", "int4-uniform")
     assert (info.activations, info.state_format, info.vocab_size) == ("int8_block", "fp32", lowered.config.vocab_size)
     assert (info.max_batch, info.max_chunk) == (None, None)
     assert info.file_bytes == lowered.program.stat().st_size

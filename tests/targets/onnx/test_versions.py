@@ -81,7 +81,7 @@ def test_pip_is_there() -> None:
 def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The bundled model at int4, as `make demo` ships it, and with fp32 activations."""
     folder = tmp_path_factory.mktemp("tiny")
-    quantize("tiny", folder / "int4", recipe="int4")
+    quantize("tiny", folder / "int4", recipe="int4-uniform")
     return {
         "int8": export(folder / "int4", folder / "int8-onnx", activations="int8").program("onnx"),
         "fp32": export(folder / "int4", folder / "fp32-onnx", activations="fp32").program("onnx"),

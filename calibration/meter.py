@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KL at the model's output when some weights are replaced: what sensitivities, choices and recovery are judged by."""
+
+from collections.abc import Mapping
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mossquant.checkpoint.checkpoint import load_model
+from mossquant.checkpoint.weights import Weights
+from mossquant.model.forward import Forward
+from mossquant.model.tensors import TensorSpec
+
+WINDOW = 256
+"""Tokens of a window on which a model is measured; each begins afresh."""
+_ROWS = 1024
+"""Rows of logits that exist at once."""
+_Z = 1.959964
+
+
+class Meter:
+    """Measures KL(full precision ‖ changed) at the output of a model, on windows of text.
+
+    Args:
+        weights: the full-precision model.
+        windows: token ids [W, T].
+        device: "cpu" or "cuda".
+
+    Attributes:
+        model: the model in fp32; every change is taken back.
+        seconds: what one pass took.
+    """
+
+    def __init__(self, weights: Weights, windows: Tensor, *, device: str = "cpu") -> None:
+        self.model = load_model(weights).to(device)
+        self.windows = windows.to(device)
+        self._run = Forward(scan="kernel" if device == "cpu" else "chunked")
+        self._blocks = list(self.model.blocks)
+        self._entering: list[Tensor] = []  # what enters each block: W · T · D values
+        start = perf_counter()
+        with torch.inference_mode():
+            self._hidden = self._from(0, self._table(), keep=True)
+        self.seconds = perf_counter() - start
+
+    def kl(self, changed: Mapping[TensorSpec, Tensor]) -> NDArray[np.float64]:
+        """Mean KL of each window [W], in nats a token, with some tensors replaced.
+
+        Args:
+            changed: tensor → its values, in the checkpoint's shape.
+        """
+        model = self.model
+        head = model.embeddings if model.lm_head is None else model.lm_head
+        outside = any(spec.layer is None for spec in changed)
+        first = 0
+        if not outside:
+            first = next(i for i, block in enumerate(self._blocks) if any(block.holds(spec) for spec in changed))
+        with torch.inference_mode():
+            own_head = head.clone() if outside else head
+            before = {spec: model.parameter_of(spec).clone() for spec in changed}
+            try:
+                for spec, values in changed.items():
+                    model.parameter_of(spec).copy_(values)
+                hidden = self._from(first, self._table() if outside else self._entering[first])
+                pieces = zip(torch.split(self._hidden, _ROWS), torch.split(hidden, _ROWS), strict=True)
+                losses = [divergence(F.linear(known, own_head), F.linear(seen, head)) for known, seen in pieces]
+            finally:
+                for spec, values in before.items():
+                    model.parameter_of(spec).copy_(values)
+        means: NDArray[np.float64] = torch.cat(losses).view(len(self.windows), -1).double().mean(1).cpu().numpy()
+        return means
+
+    def _table(self) -> Tensor:
+        return self.model.embeddings[self.windows]
+
+    def _from(self, first: int, x: Tensor, *, keep: bool = False) -> Tensor:
+        """What the head reads [W · T, D], from what enters a block on."""
+        state = self.model.initial_state(len(self.windows))
+        for block in self._blocks[first:]:
+            if keep:
+                self._entering.append(x)
+            x, _ = block.added(x, state, self._run)
+        return self.model.final_norm(x, self._run).flatten(0, 1)
+
+
+def divergence(original: Tensor, candidate: Tensor) -> Tensor:
+    """KL(original ‖ candidate) of logits [n, V] → [n], accurate in fp32 also where it is tiny.
+
+    With d the difference of the logits and d̄ its mean under p:   KL = log1p(Σ_v p_v (e^(d−d̄) − 1 − (d − d̄)))
+    """
+    p = torch.softmax(original, -1)
+    d = candidate - original
+    d = d - (p * d).sum(-1, keepdim=True)
+    return torch.log1p((p * (torch.expm1(d) - d)).sum(-1))
+
+
+def interval(losses: NDArray[np.float64]) -> tuple[float, float] | None:
+    """95 % interval of the mean of independent windows [W]; None for one window."""
+    if len(losses) < 2:
+        return None
+    mean, error = float(losses.mean()), float(losses.std(ddof=1) / np.sqrt(len(losses)))
+    return mean - _Z * error, mean + _Z * error

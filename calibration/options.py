@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formats among which a recipe leaves a choice, for each group of tensors: bytes, and what rounding loses.
+
+relative error = ‖W − Q‖ / ‖W‖ over all weights of the group (Frobenius)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mossquant.calibration.registry import solver_named
+from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
+from mossquant.formats import get_format
+from mossquant.model.tensors import TensorSpec
+from mossquant.plan.capabilities import get_capabilities
+from mossquant.plan.entries import TensorEntry
+from mossquant.plan.groups import Group, groups_of
+from mossquant.plan.recipe import STORED, Recipe, WeightRule, rule_of
+
+_SAMPLED_ROWS = 256
+"""Rows of a matrix whose rounding stands for all of them where no text is at hand."""
+
+
+@dataclass(frozen=True)
+class OpenGroup:
+    """A group whose format is open.
+
+    Attributes:
+        group: the tensors.
+        rule: what the recipe says of it.
+        bytes: storage → bytes of the whole group, in rising order; no two take the same bytes.
+        expert: where its tensors are those of one expert alone.
+    """
+
+    group: Group
+    rule: WeightRule
+    bytes: dict[str, int]
+    expert: int | None = None
+
+
+def open_groups(weights: Weights, recipe: Recipe, targets: Sequence[str]) -> list[OpenGroup]:
+    """The groups whose format the recipe leaves open, with the formats that every target holds.
+
+    Raises:
+        InputError: a group for which no format is left.
+    """
+    capabilities = [get_capabilities(name) for name in targets]
+    found = []
+    for group in groups_of(weights.config):
+        rule = rule_of(recipe, group)
+        if rule is None or rule.choose is None:
+            continue
+        sizes: dict[str, int] = {}
+        for storage in rule.choose:
+            held = all(storage == STORED or storage in of.holds(spec) for of in capabilities for spec in group.specs)
+            if held:
+                sizes[storage] = sum(stored_bytes(weights, spec, storage) for spec in group.specs)
+        if not sizes:
+            names = ", ".join(rule.choose)
+            raise InputError(
+                f"{recipe.where}: {', '.join(targets)} hold {group.name} in none of {names}; add a format to choose"
+            )
+        # Where a format would not make a tensor smaller, it stays as stored: formats then take the same bytes.
+        distinct = {size: storage for storage, size in sorted(sizes.items(), key=lambda item: item[0] == STORED)}
+        found.append(OpenGroup(group, rule, {distinct[size]: size for size in sorted(distinct)}))
+    return found
+
+
+def stored_bytes(weights: Weights, spec: TensorSpec, storage: str) -> int:
+    """Bytes that a tensor takes in a format, or as stored where that is not more."""
+    dtype = weights.kept(spec.name).dtype
+    kept = spec.count * dtype.itemsize
+    if storage == STORED:
+        return kept
+    return min(kept, TensorEntry.of(spec, storage, stored_bytes=kept, reason="").predicted_bytes)
+
+
+def rounded(weights: Weights, spec: TensorSpec, storage: str, *, solver: str) -> Tensor:
+    """The fp32 values of a tensor in a format, by a solver that needs no statistics; shape of the checkpoint."""
+    tensor = weights.kept(spec.name)
+    if storage == STORED or stored_bytes(weights, spec, storage) == tensor.nbytes:
+        return tensor.float()
+    solve = solver_named(solver).prepare(get_format(storage), {})
+    return spec.from_matrix(solve(spec.to_matrix(tensor).float().contiguous()).dequantize())
+
+
+def relative_error(weights: Weights, group: Group, storage: str, *, solver: str) -> float:
+    """The group's relative error in a format, estimated on `_SAMPLED_ROWS` rows of each matrix."""
+    if storage == STORED:
+        return 0.0
+    lost = norm = 0.0
+    solve = solver_named(solver).prepare(get_format(storage), {})
+    for spec in group.specs:
+        matrix = spec.to_matrix(weights.kept(spec.name))
+        step = max(1, matrix.shape[0] // _SAMPLED_ROWS)
+        rows = matrix[::step].float().contiguous()
+        own = float(rows.square().sum())
+        norm += own * step
+        if stored_bytes(weights, spec, storage) < spec.count * matrix.dtype.itemsize:
+            lost += float((solve(rows).dequantize() - rows).square().sum()) * step
+    return (lost / norm) ** 0.5 if norm > 0 else 0.0
+
+
+Rounded = Callable[[TensorSpec, str], Tensor]
+"""(tensor, storage) → its fp32 values in that storage, in the checkpoint's shape."""
+
+
+def dtypes_of(weights: Weights) -> dict[str, torch.dtype]:
+    """Tensor name → type in which the checkpoint stores it."""
+    return {name: weights.kept(name).dtype for name in weights.specs}

@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each group of tensors costs in each format: KL at the model's output, the group alone, fp32 elsewhere.
+
+Measured: the group's weights are replaced, what enters its layer is taken from the full-precision pass, the rest of the
+model is run. Estimated, where measuring each would take too long: to second order in the change δ of the weights,
+
+    KL a token ≈ ½ δᵀ F δ = ½ mean over windows of (g · δ)² / T,      g = ∇_W Σ_t log p(y_t),  y_t drawn from the model
+
+with F the Fisher information (Amari 1998); terms between tokens of a window vanish in the mean, since a drawn token's
+score has mean zero given what came before. One backward pass a window serves every group and format, and keeps what
+adds up through the scan. Experts that change hands are no part of it; their number grows with |δ|, not with its square.
+So the estimate is a · KL + k · √KL, with a and k fitted to ten groups that are measured.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict
+from scipy.optimize import nnls
+from torch import Tensor
+
+from mossquant.calibration.meter import WINDOW, Meter, interval
+from mossquant.calibration.options import OpenGroup, Rounded, open_groups, rounded, stored_bytes
+from mossquant.calibration.text import CalibrationText
+from mossquant.checkpoint.open import open_weights
+from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
+from mossquant.files.json import LARGEST, parse_stored, read_json
+from mossquant.files.outputs import check_free, check_outside, json_bytes, new_file
+from mossquant.kernels.conv.autograd import causal_conv
+from mossquant.model.forward import Forward
+from mossquant.model.mossnet import MossNet
+from mossquant.model.scan import ScanForm
+from mossquant.model.tensors import TensorSpec
+from mossquant.plan.groups import Group
+from mossquant.plan.recipe import STORED, Recipe, load_recipe
+from mossquant.progress import Progress
+from mossquant.text.text import Text
+
+Method = Literal["measured", "estimated"]
+
+_SHORT, _BACKWARD = 128, 128
+"""Tokens of a window, and windows, of the backward passes: the spread of an estimate is √(2 / windows)."""
+_MEASURED = 10
+"""Groups that are measured to scale the estimates."""
+_STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One group in one format.
+
+    Attributes:
+        storage: the number format, or "stored".
+        bytes: of the group in it.
+        kl: nats a token, mean.
+        ci95: its 95 % interval; None where it is estimated.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    storage: str
+    bytes: int
+    kl: float
+    ci95: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class GroupLosses:
+    """One group in each format that it may get; `expert` is set where an expert is looked at alone."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    role: str
+    layer: int | None
+    expert: int | None
+    tensors: tuple[str, ...]
+    losses: tuple[Loss, ...]
+
+    def kl(self, storage: str) -> float:
+        """The loss in a format. Raises `KeyError` where it was not looked at."""
+        return {loss.storage: loss.kl for loss in self.losses}[storage]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What each group costs in each format.
+
+    Attributes:
+        version: of the stored form.
+        method: "measured", or "estimated" from gradients.
+        model: file name → SHA-256 of the checkpoint.
+        text: name of the text.
+        text_sha256: of each of its files.
+        tokens: tokens that were measured on.
+        together: KL with every group in its smallest format at once.
+        together_sum: the sum of those groups' losses alone.
+        groups: in processing order.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    version: Literal[1] = field(default=1, kw_only=True)
+    method: Method
+    model: Mapping[str, str]
+    text: str
+    text_sha256: tuple[str, ...]
+    tokens: int
+    together: float
+    together_sum: float
+    groups: tuple[GroupLosses, ...]
+
+    @property
+    def additivity(self) -> float:
+        """KL of all groups together over the sum of each alone: what a sum of losses is multiplied with."""
+        return self.together / self.together_sum if self.together_sum > 0 else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any, *, where: str) -> "Sensitivities":
+        """Read what `to_json` gave. Raises `InputError` for anything else."""
+        return parse_stored(
+            values, cls, where=where, noun="sensitivities", advice="Make them again with `mossquant sensitivity`."
+        )
+
+    def check(self, weights: Weights) -> None:
+        """Raise `InputError`: they are of another model."""
+        if dict(self.model) != dict(weights.origin.files):
+            raise InputError(f"the sensitivities are of another model than {weights.origin.path}; measure it again")
+
+
+def sensitivity(
+    model: str | Path | Weights,
+    output: str | Path,
+    *,
+    text: Sequence[str | Path | Text] = (),
+    recipes: Sequence[str | Path] = ("int4", "int8"),
+    tokens: int = 8192,
+    method: Method | None = None,
+    experts: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
+    force: bool = False,
+    said: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """Measure what each group of tensors costs in each format, and write it as JSON.
+
+    Args:
+        model: a full-precision checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
+        output: file to write.
+        text: files to measure on; none: the bundled calibration text, for the bundled model.
+        recipes: their rules with `choose` say which formats a group may get.
+        tokens: how many tokens each group is measured on.
+        method: "measured" or "estimated"; None: measured, unless that would take more than half an hour.
+        experts: also each expert's tensors of a group alone.
+        device: where the model is run.
+        force: replace a file that is at `output`.
+        said: called with one line about what will take how long.
+        progress: called after each group and format.
+
+    Raises:
+        InputError: a bad checkpoint or text, or a quantized checkpoint; recipes that leave nothing open; an output that
+            cannot be written.
+    """
+    asked, destination = [load_recipe(recipe) for recipe in recipes], Path(output)
+    inputs = [Path(item) for item in text if not isinstance(item, Text)]
+    check_free(destination, force=force, as_file=True, inputs=inputs)
+    check_outside(destination)
+    weights = open_weights(model, verb="sensitivity")
+    if weights.origin.recipe is not None:
+        raise InputError(f"{weights.origin.path} is quantized; give the full-precision model that it was made from")
+    found = losses_of(
+        weights,
+        asked,
+        CalibrationText.of(weights, text),
+        targets=["torch"],
+        tokens=tokens,
+        method=method,
+        experts=experts,
+        device=device,
+        said=said,
+        progress=progress,
+    )
+    with new_file(destination, force=force) as partial:
+        partial.write_bytes(json_bytes(found.to_json()))
+    return found
+
+
+def read_sensitivities(given: str | Path | Sensitivities | None, weights: Weights) -> Sensitivities | None:
+    """Sensitivities as they were given. Raises `InputError`: not readable, or of another model."""
+    if isinstance(given, str | Path):
+        values = read_json(Path(given), largest=LARGEST, advice="give a file that `mossquant sensitivity` wrote")
+        given = Sensitivities.from_json(values, where=str(given))
+    if given is not None:
+        given.check(weights)
+    return given
+
+
+def losses_of(
+    weights: Weights,
+    recipes: Sequence[Recipe],
+    text: CalibrationText,
+    *,
+    targets: Sequence[str] | None = None,
+    tokens: int = 8192,
+    method: Method | None = None,
+    longest_seconds: float = 1800.0,
+    experts: bool = False,
+    device: str = "cpu",
+    said: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """Measure or estimate every group in every format that one of these recipes leaves open.
+
+    Args:
+        weights: the full-precision model.
+        recipes: say which formats a group may get, and by which solver it is rounded.
+        text: where windows are taken from, spread evenly.
+        targets: which must hold the formats; None: the recipes' own.
+        tokens: how many tokens each group is measured on.
+        method: None: measured, unless that would take longer than `longest_seconds`.
+        experts: also each expert's tensors of a group alone.
+        device: "cpu" or "cuda".
+        said: called with one line about what will take how long.
+        progress: called after each group and format.
+
+    Raises:
+        InputError: a text of fewer than two tokens; recipes that leave nothing open.
+    """
+    groups: dict[Group, OpenGroup] = {}
+    for recipe in recipes:
+        for group in open_groups(weights, recipe, tuple(targets or recipe.targets)):
+            known = groups.get(group.group, group)
+            sizes = known.bytes | group.bytes
+            groups[group.group] = replace(known, bytes=dict(sorted(sizes.items(), key=lambda item: item[1])))
+    if not groups:
+        raise InputError(f"{recipes[0].where} names every format, so there is nothing to measure; add choose")
+    solver_of = {
+        spec: group.rule.solver or recipes[0].solver for group in groups.values() for spec in group.group.specs
+    }
+    alone = [own for group in groups.values() for own in _by_expert(weights, group)] if experts else []
+    return _losses(
+        weights,
+        [*groups.values(), *alone],
+        text,
+        lambda spec, storage: rounded(weights, spec, storage, solver=solver_of[spec]),
+        tokens=tokens,
+        method=method,
+        longest_seconds=longest_seconds,
+        device=device,
+        say=said or (lambda line: None),
+        progress=progress,
+    )
+
+
+def _losses(
+    weights: Weights,
+    groups: Sequence[OpenGroup],
+    text: CalibrationText,
+    value: Rounded,
+    *,
+    tokens: int,
+    method: Method | None,
+    longest_seconds: float,
+    device: str,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> Sensitivities:
+    if len(text) < 2:
+        raise InputError(f"{text.name} has {len(text)} token; sensitivities need two or more, so give a longer text")
+    meter = Meter(weights, text.windows(max(1, tokens // WINDOW), WINDOW), device=device)
+    jobs = [(group, storage) for group in groups for storage in group.bytes if storage != STORED]
+    expected = meter.seconds * (0.6 * len(jobs) + 2)
+    chosen: Method = method or ("measured" if expected <= longest_seconds else "estimated")
+    table: dict[tuple[str, str], Loss] = {}
+
+    def changes(group: OpenGroup, storage: str) -> dict[TensorSpec, Tensor]:
+        return {spec: value(spec, storage) for spec in group.group.specs}
+
+    if chosen == "measured":
+        say(f"measuring {len(jobs)} changes of {len(groups)} groups: about {max(1, round(expected / 60))} minutes")
+        for done, (group, storage) in enumerate(jobs, 1):
+            table[group.group.name, storage] = _measured(meter, group, storage, changes)
+            if progress is not None:
+                progress(f"{group.group.name} {storage}", done, len(jobs))
+    else:
+        table = _estimated(meter, jobs, text, changes, say, progress)
+    whole = [group for group in groups if group.expert is None]
+    smallest = {group.group.name: next(iter(group.bytes)) for group in whole}
+    everything = (changes(group, smallest[group.group.name]) for group in whole)
+    together = meter.kl({spec: values for group in everything for spec, values in group.items()})
+    found = []
+    for group in groups:
+        own = [
+            table.get((group.group.name, storage), Loss(storage, size, 0.0)) for storage, size in group.bytes.items()
+        ]
+        named = group.group
+        found.append(GroupLosses(named.name, named.role, named.layer, group.expert, named.tensors, tuple(own)))
+    alone = sum(losses.kl(smallest[losses.name]) for losses in found if losses.name in smallest)
+    return Sensitivities(
+        method=chosen,
+        model=dict(weights.origin.files),
+        text=text.name,
+        text_sha256=text.sha256,
+        tokens=meter.windows.numel(),
+        together=float(together.mean()),
+        together_sum=float(alone),
+        groups=tuple(found),
+    )
+
+
+def _by_expert(weights: Weights, group: OpenGroup) -> list[OpenGroup]:
+    """The tensors of each expert of a group, each expert a group of its own."""
+    members: dict[int, list[TensorSpec]] = {}
+    for spec in group.group.specs:
+        if spec.expert is not None:
+            members.setdefault(spec.expert, []).append(spec)
+    found = []
+    for expert, specs in members.items():
+        own = Group(f"{group.group.name} expert {expert}", tuple(specs))
+        sizes = {storage: sum(stored_bytes(weights, spec, storage) for spec in specs) for storage in group.bytes}
+        found.append(OpenGroup(own, group.rule, sizes, expert))
+    return found
+
+
+Changes = Callable[[OpenGroup, str], dict[TensorSpec, Tensor]]
+"""(group, storage) → the values of its tensors in it."""
+
+
+def _measured(meter: Meter, group: OpenGroup, storage: str, changes: Changes) -> Loss:
+    losses = meter.kl(changes(group, storage))
+    return Loss(storage, group.bytes[storage], max(0.0, float(losses.mean())), interval(losses))
+
+
+def _estimated(
+    meter: Meter,
+    jobs: Sequence[tuple[OpenGroup, str]],
+    text: CalibrationText,
+    changes: Changes,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> dict[tuple[str, str], Loss]:
+    windows = text.windows(_BACKWARD, _SHORT)
+    model = meter.model
+    # bf16 is enough for a change of which the second digit matters, and every format of every tensor is held.
+    deltas = [
+        [
+            (spec, (values.to(meter.windows.device) - model.parameter_of(spec)).bfloat16())
+            for spec, values in changes(group, storage).items()
+        ]
+        for group, storage in jobs
+    ]
+    squares = np.zeros(len(jobs))
+    start = perf_counter()
+    for number, window in enumerate(windows, 1):
+        gradients = _score(model, window[None].to(meter.windows.device), number)
+        for job, of in enumerate(deltas):
+            squares[job] += sum(float((gradients[spec.name] * delta.float()).sum()) for spec, delta in of) ** 2
+        if number == 1:
+            seconds = (perf_counter() - start) * len(windows) + meter.seconds * _MEASURED
+            say(f"estimating {len(jobs)} changes from gradients: about {max(1, round(seconds / 60))} minutes")
+        if progress is not None:
+            progress("gradients", number, len(windows))
+    fisher = squares / len(windows) / windows.shape[1] / 2
+    spread = np.linspace(0, len(jobs) - 1, min(_MEASURED, len(jobs))).round().astype(int)
+    order = np.argsort(fisher)
+    checked = [int(order[place]) for place in spread if fisher[order[place]] > 0]
+    measured = np.array([_measured(meter, *jobs[job], changes).kl for job in checked])
+    terms = np.stack([fisher[checked], np.sqrt(fisher[checked])], 1)
+    kept = measured > 0
+    scale = np.array([1.0, 0.0])
+    if kept.any():
+        scale, _ = nnls(terms[kept] / measured[kept, None], np.ones(int(kept.sum())))
+    values = np.stack([fisher, np.sqrt(fisher)], 1) @ scale
+    return {
+        (group.group.name, storage): Loss(storage, group.bytes[storage], float(kl))
+        for (group, storage), kl in zip(jobs, values, strict=True)
+    }
+
+
+def _score(model: MossNet, window: Tensor, number: int) -> dict[str, Tensor]:
+    """∇_W Σ_t log p(y_t) on one window [1, T], y_t drawn from the model: tensor's name → its gradient."""
+    leaves: dict[str, Tensor] = {}
+
+    def weight(name: str, value: Tensor) -> Tensor:
+        if name not in leaves:
+            leaves[name] = value.detach().requires_grad_()
+        return leaves[name]
+
+    on_cpu = window.device.type == "cpu"
+    scan: ScanForm = "kernel" if on_cpu else "chunked"
+    run = Forward(scan=scan, dense_ssm=True, conv=causal_conv if on_cpu else None, weight=weight)
+    logits, _ = model(window, run=run)
+    log_p = torch.log_softmax(logits[0], -1)
+    generator = torch.Generator(window.device).manual_seed(number)
+    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+    gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))

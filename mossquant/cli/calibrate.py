@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs that learn from text what a model can lose."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mossquant.cli import options
+from mossquant.cli.terminal import command_line, terminal
+
+
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write")],
+    text: options.CalibrationTexts = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", help="whose open formats are tried; int4 and int8 if not given"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, max=options.MOST_TOKENS, help="tokens that each is measured on")] = 8192,
+    method: Annotated[
+        Literal["measured", "estimated"] | None,
+        typer.Option(help="each alone, or from gradients; measured if not given, unless it takes over half an hour"),
+    ] = None,
+    experts: Annotated[bool, typer.Option("--experts", help="also each expert alone")] = False,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    force: options.Force = False,
+) -> None:
+    """Measure what each group of tensors costs in each format: KL at the output, the group alone.
+
+    Example: mossquant sensitivity tiny -o tiny-sensitivity.json
+    """
+    from mossquant.calibration.sensitivity import sensitivity as run
+    from mossquant.eval.report.sensitivity_tables import sensitivity_tables
+
+    options.use_threads(threads)
+    with terminal.bar("measuring") as shown:
+        found = run(
+            model,
+            output,
+            text=text or (),
+            recipes=recipe or ("int4", "int8"),
+            tokens=tokens,
+            method=method,
+            experts=experts,
+            device=device,
+            force=force,
+            said=terminal.say,
+            progress=shown,
+        )
+    terminal.show(*sensitivity_tables(found))
+    words = ("quantize", model, "--sensitivity", str(output), "-o", "OUTPUT")
+    terminal.show(f"{output}: quantize by it with: {command_line(*words)}")
