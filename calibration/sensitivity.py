@@ -9,7 +9,8 @@ model is run. Estimated, where measuring each would take too long: to second ord
 with F the Fisher information (Amari 1998); terms between tokens of a window vanish in the mean, since a drawn token's
 score has mean zero given what came before. One backward pass a window serves every group and format, and keeps what
 adds up through the scan. Experts that change hands are no part of it; their number grows with |δ|, not with its square.
-So the estimate is a · KL + k · √KL, with a and k fitted to ten groups that are measured.
+So the estimate is a · KL + k · r · √KL, with r the share of routers that come after the group, a and k fitted to ten
+groups that are measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from mossquant.kernels.conv.autograd import causal_conv
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
 from mossquant.model.scan import ScanForm
-from mossquant.model.tensors import TensorSpec
+from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan.groups import Group
 from mossquant.plan.recipe import STORED, Recipe, load_recipe
 from mossquant.progress import Progress
@@ -375,16 +376,28 @@ def _estimated(
     order = np.argsort(fisher)
     checked = [int(order[place]) for place in spread if fisher[order[place]] > 0]
     measured = np.array([_measured(meter, *jobs[job], changes).kl for job in checked])
-    terms = np.stack([fisher[checked], np.sqrt(fisher[checked])], 1)
+    routed = np.array([_routers_after(model, group) for group, _ in jobs]) * np.sqrt(fisher)
+    terms = np.stack([fisher, routed], 1)
     kept = measured > 0
     scale = np.array([1.0, 0.0])
     if kept.any():
-        scale, _ = nnls(terms[kept] / measured[kept, None], np.ones(int(kept.sum())))
-    values = np.stack([fisher, np.sqrt(fisher)], 1) @ scale
+        chosen = np.array(checked)[kept]
+        scale, _ = nnls(terms[chosen] / measured[kept, None], np.ones(len(chosen)))
+    values = terms @ scale
     return {
         (group.group.name, storage): Loss(storage, group.bytes[storage], float(kl))
         for (group, storage), kl in zip(jobs, values, strict=True)
     }
+
+
+def _routers_after(model: MossNet, group: OpenGroup) -> float:
+    """The share of the model's routers that a change of this group reaches: those of later blocks."""
+    specs = [block.own_specs(model.config, block.layer) for block in model.blocks]
+    routers = [any(Use.ROUTER in spec.use for spec in own) for own in specs]
+    first = next((i for i, block in enumerate(model.blocks) if block.holds(group.group.specs[0])), -1)
+    if group.group.layer is None and Use.TABLE not in group.group.specs[0].use:
+        return 0.0
+    return sum(routers[first + 1 :]) / max(1, sum(routers))
 
 
 def _score(model: MossNet, window: Tensor, number: int) -> dict[str, Tensor]:
