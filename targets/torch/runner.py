@@ -21,7 +21,7 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.model.forward import Activation, Forward
+from mossquant.model.forward import Activation, Forward, Reroute
 from mossquant.model.mossnet import MossNet, state_specs
 from mossquant.model.routing import Routing
 from mossquant.model.scan import ScanForm
@@ -154,6 +154,13 @@ class TorchRunner:
         for parts in margins.values():
             smallest = np.minimum(smallest, torch.cat(parts, 1).cpu().numpy())
         return values, state, smallest
+
+    def run_routed(
+        self, tokens: Tokens, state: State, reroute: Reroute, *, logits: LogitsWanted = "all"
+    ) -> tuple[Floats, State]:
+        """Like a call, in which every router's decision is shown to `reroute`, piece by piece of the tokens."""
+        checked_tokens(tokens, state, self._info.vocab_size)
+        return self._run(tokens, state, logits, replace(self._forward, reroute=reroute))
 
     def copy(self, state: State) -> State:
         """An independent copy; the model never changes a state array in place, so that sharing them is enough."""
