@@ -69,3 +69,14 @@ EXECUTORCH_MEDIAN_STATE = 1e-5
 
 EXECUTORCH_FORMS_MEDIAN_KL = 1e-7
 """Nats, the median over positions of one text read in one call and token by token, free running."""
+
+STATE_STEADY = 0.01
+"""Of the channel's largest value: how far a state format may let a constant input's steady state lie off, at decay
+0.999. A code of int8 is 0.8 % of it, and a value that rests lies between two of them."""
+
+STATE_STALLS = 0.1
+"""Of the channel's largest value: what rounding to nearest keeps such a state from at least, in the cases planted."""
+
+DRAWN_SIGMAS = 5.0
+"""Standard errors of a mean of roundings, drawn by a fixed hash: one of some thousand means lies so far out by chance
+once in a thousand sets of them."""

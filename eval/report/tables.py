@@ -70,7 +70,7 @@ def comparison_tables(report: ComparisonReport) -> list[Table | str]:
         rows = [_router(router) for router in (*shift.routers, *means)]
         heads = [*left("router", "of"), *right("same\nexperts, %", "gates\nmoved, %", "load\nmoved, %")]
         tables.append(grid(heads, rows, caption=f"{shift.path}: routing against the original's"))
-        free = ("no", _mean_between(shift.kl_mean, shift.kl_ci95), DASH)
+        free = ("none", _mean_between(shift.kl_mean, shift.kl_ci95), DASH)
         forced = [("chosen experts", *_forced(shift.chosen)), ("and their gates", *_forced(shift.gates))]
         caption = f"{shift.path}: what routing explains"
         columns = right("KL,\nnats a token", "explained, %")

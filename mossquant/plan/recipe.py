@@ -32,7 +32,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, V
 from mossquant.errors import InputError
 from mossquant.files.yaml import Lines, parse_yaml, read_yaml_text
 from mossquant.formats import get_format
-from mossquant.formats.activations import STATE_FORMATS, get_activation_format
+from mossquant.formats.activations import get_activation_format
+from mossquant.formats.states import get_state_format
 
 RECIPES = ("int8", "int4")
 """Recipes that ship with the package, by name."""
@@ -42,12 +43,6 @@ SolverName = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 """Which solvers there are, only calibration knows."""
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
-
-
-def _known_state(name: str) -> str:
-    if name not in STATE_FORMATS:
-        raise InputError.unknown("state format", name, STATE_FORMATS)
-    return name
 
 
 def _recipe_name(name: str) -> str:
@@ -111,7 +106,7 @@ class ActivationRule(Rule):
 class StateRule(Rule):
     """Recurrent state arrays that get a state format."""
 
-    format: Annotated[str, AfterValidator(_known_state)]
+    format: Annotated[str, AfterValidator(lambda name: get_state_format(name).name)]
 
 
 class Recipe(BaseModel):
