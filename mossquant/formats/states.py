@@ -10,9 +10,11 @@ every machine: stochastic rounding, whose mean over u is h itself. Rounded to ne
 a token moves it by a thousandth of the way that it still has to go, which is less than half a step for the last 500.
 
 The token is its index since the state began, the channel its row of the state of one stream, the same for all streams
-and arrays. The hash is Wellons' `hash-prospector` mixer of 32 bits, of token, then channel, then index; its upper bits
-are u, as many as fp32 has below the steps of the format, so that a value that is a code stays that code. Gradients
-pass straight through.
+and arrays. Tokens come in pairs: the first draws u from a hash of (pair, channel, index), the second takes 1 − 2⁻ᵇ − u,
+b the bits of u, as evenly distributed (antithetic variates, Hammersley & Morton 1956): what the first rounded up the
+second rounds down, and a slow state, which adds up the errors of many tokens, keeps half as much of them. The hash is
+Wellons' `hash-prospector` mixer of 32 bits; its upper bits are u, as many as fp32 has below the steps of the format, so
+that a value that is a code stays that code. Gradients pass straight through.
 """
 
 import math
@@ -53,8 +55,11 @@ def _places(channels: int, width: int, device: torch.device) -> Tensor:
 
 def drawn(token: int, channels: int, width: int, *, bits: int, device: torch.device | None = None) -> Tensor:
     """u of every value at one token: fp32 [channels, width], multiples of 2^−bits in [0, 1)."""
-    at = _mixed(_mixed(token >> 32) ^ (token & _WORD))
+    pair, second = divmod(token, 2)
+    at = _mixed(_mixed(pair >> 32) ^ (pair & _WORD))
     mixed = _mixed(_places(channels, width, device or torch.device("cpu")) ^ at)
+    if second:
+        mixed = mixed ^ _WORD  # 1 − 2^−bits − u
     values: Tensor = (mixed >> (32 - bits)).float() * 2.0**-bits
     return values
 

@@ -16,7 +16,7 @@ from mossquant.formats.states import STATE_FORMATS, drawn, get_state_format
 ROUNDED = ("fp16", "int8")
 FINER = {"fp16": 13, "int8": 17}
 """Bits of what is drawn for a rounding."""
-DRAWN = [[60589, 25349], [20788, 59382], [32969, 61008]]
+DRAWN = [[36697, 63502], [64456, 5951], [27549, 51281]]
 
 
 def _mix(value: int) -> int:
@@ -26,8 +26,9 @@ def _mix(value: int) -> int:
 
 
 def _u(token: int, channel: int, index: int, bits: int) -> float:
-    place = _mix(_mix(channel + 1) ^ index)
-    return float((_mix(place ^ _mix(_mix(token >> 32) ^ token % 2**32)) >> (32 - bits)) / 2**bits)
+    place, pair = _mix(_mix(channel + 1) ^ index), token // 2
+    u = (_mix(place ^ _mix(_mix(pair >> 32) ^ pair % 2**32)) >> (32 - bits)) / 2**bits
+    return 1 - 2**-bits - u if token % 2 else u
 
 
 def _scalar(name: str, row: list[float], token: int, channel: int) -> list[float]:
@@ -67,7 +68,8 @@ def test_every_value_is_what_scalar_arithmetic_gives(name: str, token: int) -> N
 def test_what_is_drawn_is_the_same_everywhere() -> None:
     """Written down once: another machine, or another release, must draw the same."""
     assert (drawn(12345, 3, 2, bits=16) * 2**16).int().tolist() == DRAWN
-    whole = torch.stack([drawn(token, 32, 16, bits=16) for token in range(2000)])
+    assert torch.equal(drawn(12344, 3, 2, bits=16) + drawn(12345, 3, 2, bits=16), torch.full((3, 2), 1 - 2.0**-16))
+    whole = torch.stack([drawn(token, 32, 16, bits=16) for token in range(0, 4000, 2)])
     sigma = 1 / math.sqrt(12 * whole.numel())
     assert abs(float(whole.mean()) - 0.5) < bounds.DRAWN_SIGMAS * sigma
     centred = (whole - 0.5) * math.sqrt(12)
@@ -126,9 +128,9 @@ def test_bytes_and_names() -> None:
 
 
 def _steady(rounding: Callable[[Tensor, int], Tensor], ends: Tensor, begin: Tensor) -> float:
-    """How far a state [1, E, N] lies off `ends` after 12,000 tokens of a constant input with decay 0.999."""
+    """How far a state [1, E, N] lies off `ends` after 8,000 tokens of a constant input with decay 0.999."""
     state = begin
-    for token in range(12_000):
+    for token in range(8_000):
         state = rounding(0.999 * state + 0.001 * ends, token)
     return float((state - ends).abs().max())
 
