@@ -90,6 +90,7 @@ class Forward:
         weight: what is computed with in place of each tensor: linears, routers, norms, the table and small tensors, of
             every expert before they are stacked. A tied table is given twice, for the look-up and for the head.
         observe: is shown what enters and leaves every linear that is not a router.
+        observe_steps: is shown the time steps Δ [B, T, E] of every scan, with the name of the tensor of its decays.
         state: state array's name → what its values are rounded with after each token; None where they are carried as
             they are. A rounded state is advanced token by token, whatever the form of the scan.
         position: index of the first token since the state began.
@@ -104,6 +105,7 @@ class Forward:
     reroute: Reroute | None = None
     weight: WeightModel | None = None
     observe: Observe | None = None
+    observe_steps: Callable[[str, Tensor], None] | None = None
     state: Callable[[str], RoundState | None] | None = None
     position: int = 0
 

@@ -27,7 +27,7 @@ from mossquant.model.block import Block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import GATED, ExpertPart, Forward
 from mossquant.model.routing import Routing, route
-from mossquant.model.scan import SCANS, causal_conv, conv_rounded, conv_step, scan_sequential
+from mossquant.model.scan import SCANS, causal_conv, conv_rounded, conv_step, scan_sequential, softplus
 from mossquant.model.tensors import Experts, SiteSpec, StateSpec, Stored, TensorSpec, Use
 
 
@@ -160,6 +160,8 @@ class Mixer(Block):
         mix = self._mix_dense if run.dense_ssm else self._mix_chosen
         dt, Bm, Cm = mix(x.reshape(-1, x.shape[-1]), routing, run)
         shape = (batch, time, -1)
+        if run.observe_steps is not None:
+            run.observe_steps(f"{at}.A_log", softplus(dt.reshape(shape).to(ssm.dtype)))
         A = -torch.exp(self.value("A_log", run).to(ssm.dtype))
         scan = SCANS[run.scan]
         if (rounding := run.rounding(ssm_state)) is not None:

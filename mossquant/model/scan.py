@@ -28,7 +28,7 @@ CHUNK = 32
 """Tokens that the chunked form advances at once: log2(32) = 5 passes over [B, 32, E, N]."""
 
 
-def _softplus(dt: Tensor) -> Tensor:
+def softplus(dt: Tensor) -> Tensor:
     """log(1 + exp(dt)); above the threshold dt itself, where the difference, exp(−dt), is less than half a rounding."""
     return F.softplus(dt, threshold=40) if dt.dtype == torch.float64 else F.softplus(dt)
 
@@ -52,7 +52,7 @@ def scan_sequential(
     """
     rows = []
     for t in range(x.shape[1]):
-        delta = _softplus(dt[:, t].contiguous())  # other strides would take another loop, with other roundings
+        delta = softplus(dt[:, t].contiguous())  # other strides would take another loop, with other roundings
         h = torch.exp(delta[..., None] * A) * h + (delta * x[:, t])[..., None] * Bm[:, t, None, :]
         rows.append((h * Cm[:, t, None, :]).sum(-1))
         if rounding is not None:
@@ -68,7 +68,7 @@ def scan_chunked(
 
     Only decays are multiplied with one another, each at most 1, so that nothing overflows however long Δ A is.
     """
-    delta = _softplus(dt)
+    delta = softplus(dt)
     out = []
     for start in range(0, x.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
@@ -88,7 +88,7 @@ def scan_chunked(
 
 def scan_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """One token (T = 1)."""
-    delta = _softplus(dt)
+    delta = softplus(dt)
     h = torch.exp(delta.transpose(1, 2) * A) * h + (delta * x).transpose(1, 2) * Bm
     return torch.matmul(h, Cm.transpose(1, 2)).transpose(1, 2) + D * x, h
 
