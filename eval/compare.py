@@ -5,6 +5,7 @@
 
 Intervals are 95 % paired bootstraps over windows of the text (`mossquant.eval.windows`). The original is the stored
 weights computed in fp32. Decide by KL: over some ten thousand tokens perplexity is too noisy to rank small losses.
+Asked for, PyTorch models are run again to see what their routers do (`mossquant.eval.routing`).
 """
 
 import math
@@ -23,10 +24,12 @@ from mossquant.errors import InputError
 from mossquant.eval.machine import shared_out
 from mossquant.eval.open import open_model
 from mossquant.eval.passage import held_out_passage
+from mossquant.eval.routing import RoutingShift, check_routers, compare_routing
 from mossquant.eval.scores import Scores, score
 from mossquant.eval.windows import RESAMPLES, WINDOW, Interval, Windows
 from mossquant.progress import Progress
-from mossquant.runner import RunnerInfo
+from mossquant.runner import Runner, RunnerInfo
+from mossquant.targets.torch.runner import TorchRunner
 from mossquant.text.text import Text
 
 
@@ -97,6 +100,7 @@ class ComparisonReport:
         baseline: the original.
         candidates: in the order given.
         max_ppl_increase_pct: the gate, None without one.
+        routing: of each candidate against the original's; None where it was not asked for.
         scores: nats a token, of the original and then of each candidate (not in the JSON; none where that was read).
     """
 
@@ -111,6 +115,7 @@ class ComparisonReport:
     baseline: Baseline
     candidates: tuple[Candidate, ...]
     max_ppl_increase_pct: float | None
+    routing: tuple[RoutingShift, ...] | None = None
     scores: tuple[Scores, ...] = field(default=(), repr=False)
 
     @property
@@ -136,12 +141,13 @@ class ComparisonReport:
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "interval": {"level": 0.95, "method": "paired bootstrap", "window_tokens": WINDOW, "resamples": RESAMPLES},
             "gate": None if self.max_ppl_increase_pct is None else gate,
+            "routing": None if self.routing is None else [asdict(shift) for shift in self.routing],
         }
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "ComparisonReport":
         """A report that `to_json` wrote. Raises `LookupError`, `TypeError` or `ValueError` for anything else."""
-        text, gate = stored["text"], stored["gate"]
+        text, gate, routing = stored["text"], stored["gate"], stored.get("routing")
         return cls(
             text=text["name"],
             text_sha256=text["sha256"],
@@ -154,6 +160,7 @@ class ComparisonReport:
             baseline=TypeAdapter(Baseline).validate_python(stored["baseline"]),
             candidates=TypeAdapter(tuple[Candidate, ...]).validate_python(stored["candidates"]),
             max_ppl_increase_pct=None if gate is None else gate["max_ppl_increase_pct"],
+            routing=None if routing is None else TypeAdapter(tuple[RoutingShift, ...]).validate_python(routing),
         )
 
 
@@ -189,6 +196,7 @@ def compare(
     activations: str | None = None,
     threads: int | None = None,
     allow_seen: bool = False,
+    routing: bool = False,
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """Measure candidates against the original.
@@ -203,26 +211,38 @@ def compare(
         activations: how quantized checkpoints are run, "fp32" or "planned"; artifacts have theirs built in.
         threads: CPU threads, shared out to the models, which work side by side; None: all that this process may use.
         allow_seen: measure also on text that a model has seen; the report says so.
+        routing: also say what became of the routers' choices, and how much of the KL they explain; PyTorch models only.
         progress: told how many tokens are done.
 
     Raises:
-        InputError: bad paths, text or options, models that do not share a tokenizer, an original that is not one.
+        InputError: bad paths, text or options, models that do not share a tokenizer, an original that is not one;
+            routing of artifacts, or of models whose routers differ.
     """
     if not candidates:
         raise InputError("no candidate was given; name a checkpoint or artifact to compare with the original")
     if max_ppl_increase is not None and not math.isfinite(max_ppl_increase):
         raise InputError(f"the gate {max_ppl_increase} is not a number of per cent; give one, e.g. 1%")
     at_once, own_threads = shared_out(threads, 1 + len(candidates))
-    opened = [open_model(base, threads=own_threads)]
-    for candidate in candidates:
-        source = locate(candidate) if isinstance(candidate, str | Path) else candidate
+    original, *sources = [
+        locate(source) if isinstance(source, str | Path) else source for source in (base, *candidates)
+    ]
+    if routing:
+        _check_shows_routing([original, *sources])
+    opened = [open_model(original, threads=own_threads)]
+    for source in sources:
         kind = source.kind if isinstance(source, Located) else source.origin.kind
         # Only a quantized checkpoint has a choice.
         wanted = activations if kind == "quantized checkpoint" else None
         opened.append(open_model(source, activations=wanted, threads=own_threads))
+    runners = [model.runner for model in opened]
+    if routing:
+        check_routers(*_as_torch(runners))
     passage = held_out_passage(opened, text=text, tokens=tokens, streams_wanted=streams, allow_seen=allow_seen)
-    scores = score([model.runner for model in opened], passage.tokens, at_once=at_once, progress=progress)
-    info, *infos = (model.runner.info for model in opened)
+    scores = score(runners, passage.tokens, at_once=at_once, progress=progress)
+    shifts = None
+    if routing:
+        shifts = compare_routing(*_as_torch(runners), passage.tokens, at_once=at_once, progress=progress)
+    info, *infos = (runner.info for runner in runners)
     ppl = math.exp(scores[0].nll.mean())
     windows = Windows(*scores[0].nll.shape)
     return ComparisonReport(
@@ -240,8 +260,22 @@ def compare(
             for info, own in zip(infos, scores[1:], strict=True)
         ),
         max_ppl_increase_pct=max_ppl_increase,
+        routing=None if shifts is None else tuple(shifts),
         scores=tuple(scores),
     )
+
+
+def _check_shows_routing(sources: Sequence[Located | Weights]) -> None:
+    """Programs do not say what their routers choose."""
+    programs = [source.given for source in sources if isinstance(source, Located) and source.path.is_file()]
+    if programs:
+        what = "routing is compared between PyTorch models, and these are artifacts"
+        raise InputError.listing(what, programs, "Give the checkpoints that they were lowered from.")
+
+
+def _as_torch(runners: Sequence[Runner]) -> tuple[TorchRunner, list[TorchRunner]]:
+    original, *candidates = [runner for runner in runners if isinstance(runner, TorchRunner)]
+    return original, candidates
 
 
 def _candidate(info: RunnerInfo, own: Scores, original: Scores, windows: Windows, gate: float | None) -> Candidate:

@@ -7,7 +7,7 @@ the Runners can take, and change results by rounding only.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -69,25 +69,45 @@ def score(
     total, length = tokens.shape[0], tokens.shape[1] - 1
     shape = (total, length)
     scores = [Scores(np.zeros(shape), np.zeros(shape), np.ones(shape, np.bool_)) for _ in runners]
-    rows = max(1, LOGITS_BYTES // (4 * len(runners) * runners[0].info.vocab_size))
-    together = min([total, rows, *(runner.info.max_batch or total for runner in runners)])
-    piece = max(1, min(PIECE, rows // together))
-    seconds = [0.0] * len(runners)
+    batches = [runner.info.max_batch or total for runner in runners]
+    seconds, states = [0.0] * len(runners), list[State]()
     with ThreadPoolExecutor(at_once) as pool:
-        for first in range(0, total, together):
-            part = slice(first, min(first + together, total))
-            states = [runner.initial_state(part.stop - part.start) for runner in runners]
-            for start in range(0, length, piece):
-                span = slice(start, min(start + piece, length))
-                # The slowest begins first, so that no core waits for it in the end.
-                order = sorted(range(len(runners)), key=seconds.__getitem__, reverse=True)
-                calls = {i: pool.submit(_timed_advance, runners[i], tokens[part, span], states[i]) for i in order}
-                logits, states, seconds = map(list, zip(*(calls[i].result() for i in sorted(calls)), strict=True))
-                _keep(pool, scores, logits, tokens[part, span.start + 1 : span.stop + 1], part, span)
-                _check_losses(runners, scores, part, span)
-                if progress is not None:
-                    progress("tokens", first * length + (part.stop - part.start) * span.stop, total * length)
+        for part, span in pieces(shape, runners[0].info.vocab_size, held=len(runners), max_batch=min(batches)):
+            if span.start == 0:
+                states = [runner.initial_state(part.stop - part.start) for runner in runners]
+            # The slowest begins first, so that no core waits for it in the end.
+            order = sorted(range(len(runners)), key=seconds.__getitem__, reverse=True)
+            calls = {i: pool.submit(_timed_advance, runners[i], tokens[part, span], states[i]) for i in order}
+            logits, states, seconds = map(list, zip(*(calls[i].result() for i in sorted(calls)), strict=True))
+            _keep(pool, scores, logits, tokens[part, span.start + 1 : span.stop + 1], part, span)
+            _check_losses(runners, scores, part, span)
+            if progress is not None:
+                progress("tokens", read_by(shape, part, span), total * length)
     return scores
+
+
+def pieces(shape: tuple[int, int], vocab_size: int, *, held: int, max_batch: int) -> Iterator[tuple[slice, slice]]:
+    """(streams, tokens) that go through the models in one call; the streams' states begin where tokens begin at 0.
+
+    Args:
+        shape: streams, and tokens that each predicts.
+        vocab_size: V.
+        held: arrays of logits that are held at a time.
+        max_batch: most streams in one call.
+    """
+    total, length = shape
+    rows = max(1, LOGITS_BYTES // (4 * held * vocab_size))
+    together = min(total, rows, max_batch)
+    piece = max(1, min(PIECE, rows // together))
+    for first in range(0, total, together):
+        for start in range(0, length, piece):
+            yield slice(first, min(first + together, total)), slice(start, min(start + piece, length))
+
+
+def read_by(shape: tuple[int, int], part: slice, span: slice) -> int:
+    """Tokens that were read when a piece is done."""
+    done: int = part.start * shape[1] + (part.stop - part.start) * span.stop
+    return done
 
 
 def _timed_advance(runner: Runner, tokens: Tokens, state: State) -> tuple[Floats, State, float]:
@@ -117,6 +137,16 @@ def _keep(
     blocks = product(range(batch), range(0, time_steps, step))
     for kept in [pool.submit(keep_block, *block) for block in blocks]:
         kept.result()
+
+
+def divergences(original: Floats, candidate: Floats) -> NDArray[np.float64]:
+    """KL(original ‖ candidate) of logits [B, T, V] in nats [B, T], some positions at a time."""
+    found = np.empty(original.shape[:2])
+    step = max(1, _BLOCK_LOGITS // original.shape[2])
+    for row, at in product(range(original.shape[0]), range(0, original.shape[1], step)):
+        place = row, slice(at, at + step)
+        found[place] = divergence.kl(Predictions(original[place]), Predictions(candidate[place]))
+    return found
 
 
 def _check_losses(runners: Sequence[Runner], scores: Sequence[Scores], part: slice, span: slice) -> None:

@@ -35,7 +35,7 @@ class RunnerInfo:
         kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
         vocab_size: V; tokens must lie in 0..V-1.
         activations: activation format of the linear inputs: "fp32", "int8_block", "int8_row_asym", or "planned".
-        state_format: format in which the state is carried.
+        state_format: format in which the state is carried; where arrays have several, all of them.
         weights: recipe name, or the stored dtype of a checkpoint ("bfloat16").
         max_batch: largest batch, None for any.
         max_chunk: most tokens in one call, None for any.
@@ -86,11 +86,18 @@ class RunnerInfo:
 
 
 class State:
-    """Opaque recurrent state of one Runner; a call consumes it, so that the runtime may update it in place."""
+    """Opaque recurrent state of one Runner; a call consumes it, so that the runtime may update it in place.
 
-    def __init__(self, payload: Any, batch: int) -> None:
+    Attributes:
+        batch: streams.
+        position: tokens that were read since it began, as far as is known: a state format that draws its roundings
+            needs to know the token. `Runner.write` begins at 0.
+    """
+
+    def __init__(self, payload: Any, batch: int, *, position: int = 0) -> None:
         self._payload: Any = payload
         self.batch = batch
+        self.position = position
 
     def take(self) -> Any:
         """The payload, once. Raises `UsedStateError` on a second use."""

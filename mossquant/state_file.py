@@ -103,7 +103,7 @@ def save_state(
         raise InputError(f"a state of {saved.state.batch} streams was given; save one stream a file")
     if not 1 <= saved.tokens <= _MOST_TOKENS:  # a file may claim as many as can be counted
         raise InputError(f"a state after {saved.tokens} tokens was given; save one after 1 to {_MOST_TOKENS}")
-    if info.state_format == "fp64":
+    if "fp64" in info.state_format:
         raise InputError(f"{info.path} computes in fp64, and states are saved in fp32; run it in fp32")
     arrays = {**runner.read(saved.state), _LOGITS: saved.logits[:, -1:].astype(np.float32)}
     broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
@@ -146,7 +146,9 @@ def load_state(path: str | Path, runner: Runner, *, tokenizer: Tokenizer | None 
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); give a readable file") from None
     logits = arrays.pop(_LOGITS)
-    return SavedState(runner.write(arrays), logits, metadata.tokens, metadata.recent)
+    state = runner.write(arrays)
+    state.position = metadata.tokens
+    return SavedState(state, logits, metadata.tokens, metadata.recent)
 
 
 def check_state_free(path: str | Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> None:

@@ -75,3 +75,14 @@ KL_IN_FLOAT32 = 3e-3
 
 ESTIMATED_LOG_ERROR = 0.7
 """Root mean square of log(estimated / measured KL): 128 windows spread by 13 %, and some tenths are model error."""
+
+STATE_STEADY = 0.01
+"""Of the channel's largest value: how far a state format may let a constant input's steady state lie off, at decay
+0.999. A code of int8 is 0.8 % of it, and a value that rests lies between two of them."""
+
+STATE_STALLS = 0.1
+"""Of the channel's largest value: what rounding to nearest keeps such a state from at least, in the cases planted."""
+
+DRAWN_SIGMAS = 5.0
+"""Standard errors of a mean of roundings, drawn by a fixed hash: one of some thousand means lies so far out by chance
+once in a thousand sets of them."""

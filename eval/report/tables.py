@@ -9,7 +9,9 @@ from mossquant.eval.bench import BenchReport, Speed
 from mossquant.eval.compare import Candidate, ComparisonReport
 from mossquant.eval.perplexity import PerplexityReport
 from mossquant.eval.report.grid import DASH, figure, grid, left, right, spaced
+from mossquant.eval.routing import ForcedLoss, RouterShift
 from mossquant.eval.verify import VerifyReport
+from mossquant.eval.windows import Interval
 from mossquant.targets.export import Needs
 from mossquant.targets.info_report import InfoReport
 
@@ -58,6 +60,22 @@ def comparison_table(report: ComparisonReport) -> Table:
     caption = f"{where}{seen}; intervals are 95 %{nothing}"
     columns = right("perplexity", "increase, %", "KL,\nnats a token", "same\ntop, %", "weights, MB\nbits a weight")
     return grid([*left(""), *columns], rows, caption=caption)
+
+
+def comparison_tables(report: ComparisonReport) -> list[Table | str]:
+    """The comparison; where it was asked for, what every candidate's routers do, and what that explains of its KL."""
+    tables = [comparison_table(report)]
+    for shift in report.routing or ():
+        means = [mean for kind in ("ssm", "mlp") if (mean := shift.mean(kind)) is not None]
+        rows = [_router(router) for router in (*shift.routers, *means)]
+        heads = [*left("router", "of"), *right("same\nexperts, %", "gates\nmoved, %", "load\nmoved, %")]
+        tables.append(grid(heads, rows, caption=f"{shift.path}: routing against the original's"))
+        free = ("none", _mean_between(shift.kl_mean, shift.kl_ci95), DASH)
+        forced = [("chosen experts", *_forced(shift.chosen)), ("and their gates", *_forced(shift.gates))]
+        caption = f"{shift.path}: what routing explains"
+        columns = right("KL,\nnats a token", "explained, %")
+        tables.append(grid([*left("original's choices"), *columns], [free, *forced], caption=caption))
+    return spaced(*tables)
 
 
 def needs_table(needs: Needs) -> Table:
@@ -164,16 +182,35 @@ def scientific(value: float) -> str:
 
 def _divergence(candidate: Candidate) -> str:
     """Mean; below it its interval, both with the mean's exponent; below that the median."""
-    if candidate.kl_ci95 is None or candidate.kl_mean <= 0:
-        return scientific(candidate.kl_mean)
-    (mean, low, high), exponent = scaled(candidate.kl_mean, candidate.kl_ci95.low, candidate.kl_ci95.high)
-    return f"{mean:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}\nmedian {scientific(candidate.kl_median)}"
+    between = _mean_between(candidate.kl_mean, candidate.kl_ci95)
+    return f"{between}\nmedian {scientific(candidate.kl_median)}" if "\n" in between else between
 
 
 def scaled(first: float, *others: float) -> tuple[list[float], int]:
     """Numbers over the power of ten of the first, and its exponent."""
     exponent = math.floor(math.log10(first))
     return [value / 10.0**exponent for value in (first, *others)], exponent
+
+
+def _mean_between(mean: float, interval: Interval | None) -> str:
+    """A mean and below it its interval, both with the mean's exponent."""
+    if interval is None or mean <= 0:
+        return scientific(mean)
+    (shown, low, high), exponent = scaled(mean, interval.low, interval.high)
+    return f"{shown:.2f}e{exponent}\n[{low:.2f}, {high:.2f}]e{exponent}"
+
+
+def _router(router: RouterShift) -> tuple[str, ...]:
+    figures = router.overlap, router.total_variation, router.load_shift
+    return (router.name, router.kind, *(f"{100 * value:.2f}" for value in figures))
+
+
+def _forced(loss: ForcedLoss) -> tuple[str, str]:
+    """KL, and the share of the free run's that is gone."""
+    between = loss.explained_ci95
+    share = DASH if loss.explained is None else f"{100 * loss.explained:.1f}"
+    share += "" if between is None else f"\n[{100 * between.low:.1f}, {100 * between.high:.1f}]"
+    return _mean_between(loss.kl_mean, loss.kl_ci95), share
 
 
 def _kind(kind: str, activations: str) -> str:

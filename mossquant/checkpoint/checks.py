@@ -8,8 +8,9 @@ from mossquant.checkpoint.packing import stored_layout, stored_names, unpack
 from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, all_finite, tensor_offenders
 from mossquant.files.space import row_blocks
 from mossquant.formats import FORMATS, get_format
-from mossquant.formats.activations import ACTIVATION_FORMATS, STATE_FORMATS
+from mossquant.formats.activations import ACTIVATION_FORMATS
 from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.formats.states import STATE_FORMATS
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs
 from mossquant.model.tensors import SiteSpec, TensorSpec

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan makes of the inputs of linear layers, as a pass of the model takes it (`mossquant.model.forward`)."""
+"""What a plan makes of the inputs of linear layers and of states, as a pass of the model takes it
+(`mossquant.model.forward`).
+"""
 
 from collections.abc import Callable
 
@@ -7,7 +9,10 @@ from torch import Tensor
 
 from mossquant.checkpoint.weights import Weights
 from mossquant.formats.activations import ACTIVATION_FORMATS, get_activation_format
+from mossquant.formats.states import STATE_FORMATS
 from mossquant.model.forward import GATED, Activation, ExpertInput
+from mossquant.model.mossnet import state_specs
+from mossquant.model.scan import RoundState
 
 
 def activation_model(source: Weights, name: str = "planned") -> Activation:
@@ -58,3 +63,10 @@ def expert_input_model(source: Weights, name: str = "planned") -> Callable[[str]
         return GATED if number_format.group_size is None else ExpertInput(gated=True, joined=number_format.name)
 
     return way
+
+
+def state_model(source: Weights) -> Callable[[str], RoundState | None] | None:
+    """What states are rounded with after each token, for `Forward`; None where all are carried as they are."""
+    formats = {spec.name: STATE_FORMATS[source.state(spec.name)] for spec in state_specs(source.config)}
+    rounded = {name: known.apply for name, known in formats.items() if known.rounding is not None}
+    return rounded.get if rounded else None

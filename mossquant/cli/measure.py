@@ -76,6 +76,7 @@ def compare(
     activations: options.RunActivations = None,
     threads: options.Threads = None,
     allow_seen: options.AllowSeen = False,
+    routing: Annotated[bool, typer.Option("--routing", help="also what the routers do (PyTorch models)")] = False,
     json: options.Json = None,
 ) -> None:
     """Measure candidates against the original on the same tokens: perplexity, KL, top-1 agreement, bytes.
@@ -83,7 +84,7 @@ def compare(
     Example: mossquant compare tiny tiny-int4 tiny-int4-onnx --max-ppl-increase 6%
     """
     from mossquant.eval.compare import compare as run
-    from mossquant.eval.report.tables import comparison_table
+    from mossquant.eval.report.tables import comparison_tables
 
     options.check_json(json, base, *candidates, text, ids)
     gate = None if max_ppl_increase is None else _percent(max_ppl_increase)
@@ -98,9 +99,10 @@ def compare(
             activations=activations,
             threads=threads,
             allow_seen=allow_seen,
+            routing=routing,
             progress=shown,
         )
-    options.finish(json, report, comparison_table(report))
+    options.finish(json, report, *comparison_tables(report))
     if report.gate_failed:
         terminal.warn(f"gate failed: perplexity rose by more than {str(max_ppl_increase).removesuffix('%')}%")
         raise typer.Exit(_GATE_FAILED)

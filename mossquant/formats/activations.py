@@ -22,9 +22,6 @@ from torch import Tensor
 
 from mossquant.errors import InputError
 
-STATE_FORMATS = ("fp32",)
-"""Formats in which a recurrent state is carried."""
-
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod

@@ -99,7 +99,7 @@ class Block(nn.Module, ABC):
         Args:
             u: [B, T, D] normed.
             state: arrays [B, …] by the names of `states`; others may be there.
-            run: how to compute.
+            run: how to compute; `run.rounding` says for each of its states what it is rounded with after each token.
 
         Returns:
             [B, T, D], and its own states after the last token.

@@ -2,9 +2,9 @@
 """How one pass through the model is computed: which form of the scan, in which type, with which activations.
 
 A pass is the same arithmetic whatever its `Forward`; only what is said here differs. `activation` models what a target
-does to the input of a linear layer (int8 blocks, for example), `weight` what quantization does to a tensor; `observe`
-shows intermediate values to whoever asks. All of them speak in the names of a checkpoint's tensors, also where experts
-are computed in one matmul.
+does to the input of a linear layer (int8 blocks, for example), `weight` what quantization does to a tensor, `state`
+what a state loses from token to token; `observe` shows intermediate values to whoever asks. All of them speak in the
+names of a checkpoint's tensors, also where experts are computed in one matmul, or in those of state arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mossquant.model.routing import Routing
-from mossquant.model.scan import ScanForm
+from mossquant.model.scan import RoundState, ScanForm
 
 Activation = Callable[[str, Tensor], Tensor]
 """(weight tensor's name, input [..., K]) → the input as the target sees it."""
@@ -90,6 +90,10 @@ class Forward:
         weight: what is computed with in place of each tensor: linears, routers, norms, the table and small tensors, of
             every expert before they are stacked. A tied table is given twice, for the look-up and for the head.
         observe: is shown what enters and leaves every linear that is not a router.
+        observe_steps: is shown the time steps Δ [B, T, E] of every scan, with the name of the tensor of its decays.
+        state: state array's name → what its values are rounded with after each token; None where they are carried as
+            they are. A rounded state is advanced token by token, whatever the form of the scan.
+        position: index of the first token since the state began.
     """
 
     scan: ScanForm = "kernel"
@@ -101,6 +105,9 @@ class Forward:
     reroute: Reroute | None = None
     weight: WeightModel | None = None
     observe: Observe | None = None
+    observe_steps: Callable[[str, Tensor], None] | None = None
+    state: Callable[[str], RoundState | None] | None = None
+    position: int = 0
 
     def linear(
         self, x: Tensor, weight: Tensor, name: str, *, rows: Tensor | None = None, gates: Tensor | None = None
@@ -197,6 +204,10 @@ class Forward:
     def routed(self, name: str, routing: Routing) -> Routing:
         """Let a routing be replaced."""
         return routing if self.reroute is None else self.reroute(name, routing)
+
+    def rounding(self, name: str) -> RoundState | None:
+        """What a state array is rounded with after each token; None where it is carried as it is."""
+        return None if self.state is None else self.state(name)
 
     def step(self) -> "Forward":
         """The same pass for one token."""

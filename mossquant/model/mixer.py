@@ -16,6 +16,7 @@ ssm.expert.dt_bias, ssm.A_log, ssm.D, ssm.out_proj. States: ssm.conv_state, ssm.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from mossquant.model.block import Block
 from mossquant.model.config import MossNetConfig
 from mossquant.model.forward import GATED, ExpertPart, Forward
 from mossquant.model.routing import Routing, route
-from mossquant.model.scan import SCANS, causal_conv, conv_step
+from mossquant.model.scan import SCANS, causal_conv, conv_rounded, conv_step, scan_sequential, softplus
 from mossquant.model.tensors import Experts, SiteSpec, StateSpec, Stored, TensorSpec, Use
 
 
@@ -149,6 +150,8 @@ class Mixer(Block):
         batch, time, width = u.shape
         x, z = run.linear(u, self.value("in_proj", run), f"{at}.in_proj.weight").chunk(2, -1)
         convolve = conv_step if run.scan == "step" else run.conv or causal_conv
+        if (rounding := run.rounding(window)) is not None:
+            convolve = partial(conv_rounded, rounding=rounding, position=run.position)
         x, conv = convolve(x, self.value("conv", run), self.value("conv_bias", run), state[window])
         rows = u.reshape(-1, width)
         router = None if self.router is None else self.value("router", run)
@@ -157,8 +160,13 @@ class Mixer(Block):
         mix = self._mix_dense if run.dense_ssm else self._mix_chosen
         dt, Bm, Cm = mix(x.reshape(-1, x.shape[-1]), routing, run)
         shape = (batch, time, -1)
+        if run.observe_steps is not None:
+            run.observe_steps(f"{at}.A_log", softplus(dt.reshape(shape).to(ssm.dtype)))
         A = -torch.exp(self.value("A_log", run).to(ssm.dtype))
-        y, ssm = SCANS[run.scan](
+        scan = SCANS[run.scan]
+        if (rounding := run.rounding(ssm_state)) is not None:
+            scan = partial(scan_sequential, rounding=rounding, position=run.position)
+        y, ssm = scan(
             x.to(ssm.dtype),
             dt.reshape(shape).to(ssm.dtype),
             A,

@@ -20,26 +20,43 @@ from torch import Tensor
 from mossquant.kernels.scan.autograd import selective_scan as scan_kernel
 
 ScanForm = Literal["sequential", "chunked", "kernel", "step"]
+RoundState = Callable[[Tensor, int], Tensor]
+"""(a state array [B, …] after a token, that token's index since the state began) → what is carried on."""
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CHUNK = 32
 """Tokens that the chunked form advances at once: log2(32) = 5 passes over [B, 32, E, N]."""
 
 
-def _softplus(dt: Tensor) -> Tensor:
+def softplus(dt: Tensor) -> Tensor:
     """log(1 + exp(dt)); above the threshold dt itself, where the difference, exp(−dt), is less than half a rounding."""
     return F.softplus(dt, threshold=40) if dt.dtype == torch.float64 else F.softplus(dt)
 
 
 def scan_sequential(
-    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor, h: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    Bm: Tensor,
+    Cm: Tensor,
+    D: Tensor,
+    h: Tensor,
+    *,
+    rounding: RoundState | None = None,
+    position: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The reference: one token after the other, in any float type."""
-    delta = _softplus(dt)
+    """The reference: one token after the other, in any float type.
+
+    With `rounding` h is rounded after each token, the first of which has the index `position`; y_t is computed before.
+    A token's arithmetic is the same, to the bit, however many are given.
+    """
     rows = []
     for t in range(x.shape[1]):
-        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * x[:, t])[..., None] * Bm[:, t, None, :]
+        delta = softplus(dt[:, t].contiguous())  # other strides would take another loop, with other roundings
+        h = torch.exp(delta[..., None] * A) * h + (delta * x[:, t])[..., None] * Bm[:, t, None, :]
         rows.append((h * Cm[:, t, None, :]).sum(-1))
+        if rounding is not None:
+            h = rounding(h, position + t)
     y = torch.stack(rows, 1) if rows else torch.zeros_like(x)
     return y + D * x, h
 
@@ -51,7 +68,7 @@ def scan_chunked(
 
     Only decays are multiplied with one another, each at most 1, so that nothing overflows however long Δ A is.
     """
-    delta = _softplus(dt)
+    delta = softplus(dt)
     out = []
     for start in range(0, x.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
@@ -71,7 +88,7 @@ def scan_chunked(
 
 def scan_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """One token (T = 1)."""
-    delta = _softplus(dt)
+    delta = softplus(dt)
     h = torch.exp(delta.transpose(1, 2) * A) * h + (delta * x).transpose(1, 2) * Bm
     return torch.matmul(h, Cm.transpose(1, 2)).transpose(1, 2) + D * x, h
 
@@ -104,6 +121,18 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tupl
         total = total + padded[:, tap : tap + length] * weight[:, tap]
     # A copy: a view would keep the whole text in memory for as long as the state lives.
     return F.silu(total), padded[:, length:].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def conv_rounded(
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, *, rounding: RoundState, position: int
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv` one token after the other, the window rounded after each, the first of which is at `position`."""
+    rows = []
+    for t in range(x.shape[1]):
+        row, window = conv_step(x[:, t : t + 1], weight, bias, window)
+        window = rounding(window, position + t)
+        rows.append(row)
+    return torch.cat(rows, 1), window
 
 
 def conv_step(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:

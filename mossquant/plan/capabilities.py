@@ -12,8 +12,9 @@ from typing import Literal
 
 from mossquant.errors import InputError
 from mossquant.formats import FORMATS
-from mossquant.formats.activations import ACTIVATION_FORMATS, STATE_FORMATS
+from mossquant.formats.activations import ACTIVATION_FORMATS
 from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.formats.states import STATE_FORMATS
 from mossquant.model.blocks import KINDS, blocks_of
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import tensor_specs
@@ -98,7 +99,7 @@ CAPABILITIES: dict[str, Capabilities] = {
             tuple(FLOAT_DTYPES),
             tuple(ACTIVATION_FORMATS),
             "int8_block",
-            STATE_FORMATS,
+            tuple(STATE_FORMATS),
             Limits(),
             None,
         ),

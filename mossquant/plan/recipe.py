@@ -43,8 +43,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from mossquant.errors import InputError
 from mossquant.files.yaml import Lines, parse_yaml, read_yaml_text
 from mossquant.formats import get_format
+<<<<<<< HEAD
 from mossquant.formats.activations import STATE_FORMATS, get_activation_format
 from mossquant.plan.groups import Group
+=======
+from mossquant.formats.activations import get_activation_format
+from mossquant.formats.states import get_state_format
+>>>>>>> h3
 
 RECIPES = ("int4", "int8", "int4-best", "int8-best", "int4-uniform", "int8-uniform")
 """Recipes that ship with the package, by name."""
@@ -57,12 +62,6 @@ SolverName = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 """Which solvers there are, only calibration knows."""
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
-
-
-def _known_state(name: str) -> str:
-    if name not in STATE_FORMATS:
-        raise InputError.unknown("state format", name, STATE_FORMATS)
-    return name
 
 
 def _recipe_name(name: str) -> str:
@@ -177,7 +176,7 @@ class ActivationRule(Rule):
 class StateRule(Rule):
     """Recurrent state arrays that get a state format."""
 
-    format: Annotated[str, AfterValidator(_known_state)]
+    format: Annotated[str, AfterValidator(lambda name: get_state_format(name).name)]
 
 
 class Recipe(BaseModel):

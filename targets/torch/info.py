@@ -9,6 +9,7 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import Weights
 from mossquant.formats.dtypes import dtype_name
+from mossquant.formats.states import get_state_format
 from mossquant.targets.info_report import InfoReport, WeightsRow, file_rows, text_facts
 from mossquant.targets.target import active_share
 
@@ -39,11 +40,18 @@ def _of_quantized(located: Located) -> InfoReport:
         ("recipe", weights.plan.recipe),
         ("targets", ", ".join(weights.plan.targets)),
         ("activations", ", ".join(sorted({site.format for site in weights.plan.activations}))),
-        ("state", ", ".join(sorted({state.format for state in weights.plan.state}))),
+        ("state", _state(weights)),
         ("made from", f"{parent.torch_dtype}, {parent.parameters} parameters, {parent.bytes} bytes"),
         ("written by", f"mossquant {manifest.release}"),
     ]
     return _report(located, weights, rows, facts, tuple(asdict(entry) for entry in entries))
+
+
+def _state(weights: QuantizedCheckpoint) -> str:
+    """State formats, and the bytes of what a stream carries before its first token."""
+    states = weights.plan.state
+    size = sum(get_state_format(state.format).bytes(state.shape) for state in states)
+    return f"{', '.join(sorted({state.format for state in states}))}, {size:,} bytes a stream"
 
 
 def _report(

@@ -2,7 +2,8 @@
 """The reference Runner: the PyTorch model of a checkpoint, or of a quantized checkpoint's dequantized weights.
 
 A quantized checkpoint is run with fp32 activations (what the weights alone cost) or with the activation formats of its
-plan modelled, so that an artifact can be judged against its own arithmetic. Letters as in `mossquant.model`.
+plan modelled, so that an artifact can be judged against its own arithmetic. Its states are always carried in the
+formats of its plan. Letters as in `mossquant.model`.
 """
 
 from collections.abc import Mapping
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.checkpoint.checkpoint import load_model
-from mossquant.checkpoint.inputs import activation_model, expert_input_model
+from mossquant.checkpoint.inputs import activation_model, expert_input_model, state_model
 from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.model.forward import Activation, Forward
+from mossquant.model.forward import Activation, Forward, Reroute
 from mossquant.model.mossnet import MossNet, state_specs
 from mossquant.model.routing import Routing
 from mossquant.model.scan import ScanForm
@@ -93,6 +94,7 @@ class TorchRunner:
         if threads is not None:
             torch.set_num_threads(threads)
         runner = cls(load_model(weights, dtype=dtype).to(device), _info(weights, activations, dtype), scan=scan)
+        runner._forward = replace(runner._forward, state=state_model(weights))
         if activations != "fp32":
             activation, way = activation_model(weights, activations), expert_input_model(weights, activations)
             runner._forward = replace(runner._forward, activation=activation, expert_input=way)
@@ -155,9 +157,16 @@ class TorchRunner:
             smallest = np.minimum(smallest, torch.cat(parts, 1).cpu().numpy())
         return values, state, smallest
 
+    def run_routed(
+        self, tokens: Tokens, state: State, reroute: Reroute, *, logits: LogitsWanted = "all"
+    ) -> tuple[Floats, State]:
+        """Like a call, in which every router's decision is shown to `reroute`, piece by piece of the tokens."""
+        checked_tokens(tokens, state, self._info.vocab_size)
+        return self._run(tokens, state, logits, replace(self._forward, reroute=reroute))
+
     def copy(self, state: State) -> State:
         """An independent copy; the model never changes a state array in place, so that sharing them is enough."""
-        return State(dict(state.peek()), state.batch)
+        return State(dict(state.peek()), state.batch, position=state.position)
 
     def read(self, state: State) -> dict[str, NDArray[np.float32]]:
         """The state as named fp32 arrays [B, …]."""
@@ -182,7 +191,7 @@ class TorchRunner:
             ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self._device)
             for start in range(0, time, piece):
                 part = ids[:, start : start + piece]
-                run = forward.step() if part.shape[1] == 1 else forward
+                run = replace(forward.step() if part.shape[1] == 1 else forward, position=state.position + start)
                 hidden, carried = self._model.hidden(part, carried, run)
                 if wanted == "all":
                     values = self._model.head(hidden, run).cpu().numpy()
@@ -190,11 +199,17 @@ class TorchRunner:
                         every[:, start : start + piece] = values
                 elif start + piece >= time:
                     values = self._model.head(hidden[:, -1:], run).cpu().numpy()
-        return values if every is None else every, State(carried, batch)
+        return values if every is None else every, State(carried, batch, position=state.position + time)
 
 
 def _numpy_type(dtype: torch.dtype) -> type[np.floating[Any]]:
     return np.float64 if dtype == torch.float64 else np.float32
+
+
+def _state_format(weights: Weights, dtype: torch.dtype) -> str:
+    """The formats of all state arrays; what is carried as it is, is carried in the type computed in."""
+    own = {weights.state(spec.name) for spec in state_specs(weights.config)} or {"fp32"}
+    return ", ".join(sorted("fp64" if name == "fp32" and dtype == torch.float64 else name for name in own))
 
 
 def _info(weights: Weights, activations: str, dtype: torch.dtype) -> RunnerInfo:
@@ -204,7 +219,7 @@ def _info(weights: Weights, activations: str, dtype: torch.dtype) -> RunnerInfo:
         kind=origin.kind,
         vocab_size=weights.config.vocab_size,
         activations=activations,
-        state_format="fp64" if dtype == torch.float64 else "fp32",
+        state_format=_state_format(weights, dtype),
         weights=origin.name,
         weight_bytes=origin.payload_bytes,
         file_bytes=origin.file_bytes,

@@ -48,6 +48,17 @@ def test_perplexity(byte_model: Path, text_file: Path) -> None:
     assert "> 10^6; a perplexity above 10^6 is as good as no prediction" in " ".join(lost.split())
 
 
+def test_routing(byte_model: Path, other_byte_model: Path, text_file: Path) -> None:
+    report = compare(byte_model, [other_byte_model, byte_model], text=text_file, routing=True)
+    text = _text(*tables.comparison_tables(report))
+    assert report.routing is not None
+    shift = report.routing[0]
+    assert f"{100 * shift.routers[1].overlap:.2f}" in text
+    assert text.count("layers.1.mlp.router") == text.count("mean of 2") / 2 == 2
+    assert shift.chosen.explained is not None
+    assert f"{100 * shift.chosen.explained:.1f}" in text
+
+
 def test_comparison(byte_model: Path, other_byte_model: Path, text_file: Path) -> None:
     report = compare(byte_model, [other_byte_model, byte_model], text=text_file, max_ppl_increase=-100)
     text = _text(tables.comparison_table(report))
@@ -56,6 +67,7 @@ def test_comparison(byte_model: Path, other_byte_model: Path, text_file: Path) -
     assert f"{report.candidates[0].ppl_increase_pct:+.2f}" in text
     assert "—" in text
     assert "no prediction" not in text
+    assert len(tables.comparison_tables(report)) == 1
     lost = replace(report, baseline=replace(report.baseline, perplexity=2.7e17))
     assert "no prediction" in " ".join(_text(tables.comparison_table(lost)).split())
 
