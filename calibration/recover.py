@@ -10,7 +10,6 @@ text and the step alone: every window once, in an order of its own, before any c
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -244,9 +243,11 @@ def routers_apart(exact: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Ten
 
 
 class HeadDivergence(torch.autograd.Function):
-    """Mean over rows of KL(softmax(taught · taught_tableᵀ) ‖ softmax(hidden · tableᵀ)), hidden and taught [n, D], tables
-    [V, D]. Few logits exist at once: the gradients of hidden and table, (q − p) · table and (q − p)ᵀ · hidden, are made
-    while the rows' probabilities are there."""
+    """Mean over rows of KL(softmax(taught · taught_tableᵀ) ‖ softmax(hidden · tableᵀ)).
+
+    hidden and taught are [n, D], tables [V, D]. Few logits exist at once: the gradients of hidden and table,
+    (q − p) · table and (q − p)ᵀ · hidden, are made while the rows' probabilities are there.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, taught: Tensor, taught_table: Tensor) -> Tensor:

@@ -4,10 +4,11 @@
     quantized:  value = round(u) · s,   s = s₀ · e^r in the stored scale type     [rows, groups, G] · [rows, groups, 1]
     kept:       value = w + x · m in the stored float type,                       m the root mean square of w
 
-u are the weights in units of their group's scale, r the logarithm of what became of the scale, x what was added
-to a kept tensor w, in units of its size: a step of an optimizer means the same everywhere. Roundings pass gradients straight through (Bengio,
-Léonard & Courville 2013): dvalue/du = s, dvalue/dr = value, dvalue/dx = m. u starts where the full-precision weight
-lies, moved no further than into the interval that rounds to the solved code, so that the start is what was solved.
+u are the weights in units of their group's scale, r the logarithm of what became of the scale, x what was added to a
+kept tensor w, in units of its size: a step of an optimizer means the same everywhere. Roundings pass gradients straight
+through (Bengio, Léonard & Courville 2013): dvalue/du = s, dvalue/dr = value, dvalue/dx = m. u starts where the
+full-precision weight lies, moved no further than into the interval that rounds to the solved code, so that the start is
+what was solved.
 Tensors that the model stacks are one parameter, as far as their neighbours are stored alike.
 """
 
@@ -107,6 +108,7 @@ class Student:
                         self.groups["codes" if alike[0].is_matrix else "small"].append(quantized.u)
                     runs.append(quantized)
             self._runs[specs[0].name] = runs
+        self._names = list(weights.specs)
         self._values: dict[str, Tensor] = {}
 
     def refresh(self) -> None:
@@ -127,8 +129,9 @@ class Student:
                 run.stay_in_range()
 
     def tensors(self) -> dict[str, Stored]:
-        """Every tensor as it is stored, by name, on the CPU."""
-        return {name: stored for run in self._all() for name, stored in run.stored()}
+        """Every tensor as it is stored, by name, in processing order, on the CPU."""
+        made = {name: stored for run in self._all() for name, stored in run.stored()}
+        return {name: made[name] for name in self._names}
 
     def _all(self) -> Iterator["_Quantized | _Kept"]:
         for runs in self._runs.values():

@@ -69,3 +69,6 @@ EXECUTORCH_MEDIAN_STATE = 1e-5
 
 EXECUTORCH_FORMS_MEDIAN_KL = 1e-7
 """Nats, the median over positions of one text read in one call and token by token, free running."""
+
+STRAIGHT_THROUGH = 1e-5
+"""Gradients of a few values up to 10 through a rounding, in fp32, against PyTorch's own operations one by one."""
