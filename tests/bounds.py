@@ -86,3 +86,6 @@ STATE_STALLS = 0.1
 DRAWN_SIGMAS = 5.0
 """Standard errors of a mean of roundings, drawn by a fixed hash: one of some thousand means lies so far out by chance
 once in a thousand sets of them."""
+
+STRAIGHT_THROUGH = 1e-5
+"""Gradients of a few values up to 10 through a rounding, in fp32, against PyTorch's own operations one by one."""

@@ -133,9 +133,12 @@ class Block(nn.Module, ABC):
     def value(self, name: str, run: Forward) -> Tensor:
         """A parameter as this pass sees it: `run.weight` is shown each tensor before experts are stacked."""
         parameter: Tensor = getattr(self, name)
-        if run.weight is None:
+        if run.parameter is None and run.weight is None:
             return parameter
         specs = self._specs[name]
+        if run.parameter is not None:
+            return run.parameter([spec.name for spec in specs], parameter)
+        assert run.weight is not None
         # unbind, not indexing: the gradient of an index is a whole stack of zeros for every expert
         stored = parameter.unbind() if specs[0].expert is not None else (parameter,)
         seen = [run.weight(spec.name, part.view(spec.shape)) for spec, part in zip(specs, stored, strict=True)]

@@ -24,6 +24,8 @@ Convolve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Reroute = Callable[[str, Routing], Routing]
 WeightModel = Callable[[str, Tensor], Tensor]
 """(tensor's name, its parameter in the shape of a checkpoint) → what is computed with in its place, same shape."""
+ParameterModel = Callable[[Sequence[str], Tensor], Tensor]
+"""(names of the tensors that a parameter holds, the parameter) → what is computed with in its place, same shape."""
 Observe = Callable[[Sequence[str], Tensor, Tensor | None, Tensor | None, Tensor], None]
 """(names, x, rows, gates, out), called after every linear.
 
@@ -89,6 +91,7 @@ class Forward:
         reroute: is shown a router's decision, with its name ("layers.3.mlp.router"), and may replace it.
         weight: what is computed with in place of each tensor: linears, routers, norms, the table and small tensors, of
             every expert before they are stacked. A tied table is given twice, for the look-up and for the head.
+        parameter: the same for whole parameters, experts stacked as the model holds them; `weight` is then not asked.
         observe: is shown what enters and leaves every linear that is not a router.
         observe_steps: is shown the time steps Δ [B, T, E] of every scan, with the name of the tensor of its decays.
         state: state array's name → what its values are rounded with after each token; None where they are carried as
@@ -104,6 +107,7 @@ class Forward:
     conv: Convolve | None = None
     reroute: Reroute | None = None
     weight: WeightModel | None = None
+    parameter: ParameterModel | None = None
     observe: Observe | None = None
     observe_steps: Callable[[str, Tensor], None] | None = None
     state: Callable[[str], RoundState | None] | None = None

@@ -165,6 +165,8 @@ class MossNet(nn.Module):
     def _value(self, name: str, run: Forward) -> Tensor:
         """A parameter that belongs to no block, as this pass sees it."""
         parameter = self._own()[name]
+        if run.parameter is not None:
+            return run.parameter([name], parameter)
         return parameter if run.weight is None else run.weight(name, parameter)
 
     def forward(

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`recover`: distil what rounding lost back into a solved model, through the recurrence.
+
+    loss = mean over tokens of KL(p ‖ q)  +  λ · mean over routers and tokens of KL(softmax(ρ) ‖ softmax(ρ'))
+
+p and q are the next-token distributions of the full-precision model and of the one that will be stored, ρ and ρ' all
+logits of a router in the one and in the other. Everything is computed in fp32, with exactly the codes and scales that
+will be stored (`mossquant.calibration.student`). Adam, short warm-up, cosine. Which tokens a step sees depends on the
+text and the step alone: every window once, in an order of its own, before any comes again.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mossquant.calibration.student import Planned, Stored, Student
+from mossquant.calibration.text import CalibrationText
+from mossquant.checkpoint.inputs import activation_model, expert_input_model
+from mossquant.checkpoint.weights import Weights, value
+from mossquant.errors import InputError
+from mossquant.formats import QuantizedTensor
+from mossquant.kernels.conv.autograd import causal_conv as conv_kernel
+from mossquant.model.forward import Forward
+from mossquant.model.mossnet import MossNet, tensor_specs
+from mossquant.model.routing import Routing
+from mossquant.model.tensors import Use, outside_blocks
+from mossquant.plan.plan import Plan
+from mossquant.progress import Progress
+
+Strength = Literal["weights", "scales"]
+"""What is trained beside norms, routers and other kept tensors: codes and scales, or scales alone."""
+Activations = Literal["fp32", "planned"]
+"""What enters the linears while training: fp32 values, or as the plan rounds them."""
+
+LEAST_TOKENS = 4
+"""A shorter text says nothing."""
+_LOGITS = 1 << 20
+"""Logits of a model that exist at once while the loss is computed."""
+_JUDGED_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast and on how much at once. Found on text that nothing was judged on.
+
+    Attributes:
+        batch: windows a step.
+        window: tokens a window, each from an empty state.
+        codes: learning rate of weights, in units of their group's scale.
+        small: of quantized tensors that are no matrices, relative to their group's largest value.
+        scales: of scales, relative.
+        kept: of kept tensors, relative to their root mean square.
+        routing: λ.
+        warmup: share of the steps with a rate that rises.
+        seed: decides the order of the windows.
+    """
+
+    batch: int = 8
+    window: int = 256
+    codes: float = 5e-3
+    small: float = 1e-3
+    scales: float = 3e-4
+    kept: float = 1e-3
+    routing: float = 10.0
+    warmup: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RecoveryStep:
+    """What is shown after a step: KL at the output and of the routers (means, nats a token), before the step."""
+
+    step: int
+    steps: int
+    kl: float
+    routing: float
+    tokens: int
+
+
+def recover(
+    weights: Weights,
+    plan: Plan,
+    solved: Mapping[str, QuantizedTensor],
+    text: CalibrationText,
+    *,
+    tokens: int,
+    strength: Strength = "weights",
+    activations: Activations = "fp32",
+    rates: Rates | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    shown: Callable[[RecoveryStep], None] | None = None,
+) -> dict[str, Stored]:
+    """Distil the full-precision model into what a plan stores of it.
+
+    Args:
+        weights: the full-precision model.
+        plan: its plan.
+        solved: tensor name → its quantized matrix view, of every tensor that the plan quantizes.
+        text: what is learned from; read more than once where it has fewer than `tokens`.
+        tokens: how many to learn from, rounded up to whole steps.
+        strength: what is trained.
+        activations: what enters the linears.
+        rates: how fast; None: the defaults.
+        device: "cpu" or "cuda".
+        progress: called after each step, with tokens done and in all.
+        shown: called after each step, with the losses.
+
+    Returns:
+        Every tensor of the plan, by name: quantized ones in their format, kept ones in the type in which the plan
+        keeps them, on the CPU.
+
+    Raises:
+        InputError: an unknown strength or way of activations, no tokens asked for, fewer than 4 tokens of text, a loss
+            that is not finite.
+    """
+    _check(strength, Strength, "strength")
+    _check(activations, Activations, "activation mode")
+    if tokens < 1:
+        raise InputError(f"recovery from {tokens} tokens; ask for one or more")
+    rates = rates or Rates()
+    schedule = _Windows(text, rates, tokens)
+    codes = strength == "weights"
+    distillation = _Distillation(weights, plan, solved, codes=codes, activations=activations, device=device)
+    student = distillation.student
+    peaks = {"codes": rates.codes, "small": rates.small, "scales": rates.scales, "kept": rates.kept}
+    groups = [{"params": of, "lr": peaks[kind], "peak": peaks[kind]} for kind, of in student.groups.items() if of]
+    # Gradients of a mean over thousands of tokens are small: a usual ε would slow the smallest ones down.
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15, fused=True)
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * _share(step, schedule.steps, rates.warmup)
+        kl, routing = distillation.loss(schedule.windows(step).to(device))
+        if not bool(torch.isfinite(kl) & torch.isfinite(routing)):
+            raise InputError(f"recovery diverged at step {step}: the loss is not finite; check the model and the text")
+        optimizer.zero_grad(set_to_none=True)
+        (kl + rates.routing * routing).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        student.stay_in_range()
+        done = (step + 1) * schedule.tokens_a_step
+        if progress is not None:
+            progress("recovering", done, schedule.steps * schedule.tokens_a_step)
+        if shown is not None:
+            shown(RecoveryStep(step + 1, schedule.steps, kl.item(), routing.item(), done))
+    return student.tensors()
+
+
+def kl_on(
+    weights: Weights,
+    plan: Plan,
+    tensors: Mapping[str, Stored],
+    text: CalibrationText,
+    *,
+    activations: Activations = "fp32",
+) -> float:
+    """Mean over tokens of KL(full precision ‖ stored), nats a token, in fp32 on the CPU.
+
+    Args:
+        weights: the full-precision model.
+        plan: its plan.
+        tensors: tensor name → as stored; kept ones that are not there are the model's own.
+        text: what it is judged on, in windows of at most 1,024 tokens, each from an empty state.
+        activations: what enters the linears of the stored model.
+
+    Raises:
+        InputError: an unknown way of activations, or fewer than 4 tokens of text.
+    """
+    _check(activations, Activations, "activation mode")
+    _check_text(text)
+    stored = Planned(weights, plan, tensors)
+    exact, judged = _model(weights), _model(stored)
+    run = Forward(**_inputs(stored, activations))
+    total = 0.0
+    windows = text.windows(len(text), _JUDGED_WINDOW)
+    with torch.no_grad():
+        for window in windows.split(1):
+            teacher, _ = exact.hidden(window, exact.initial_state(1), Forward())
+            student, _ = judged.hidden(window, judged.initial_state(1), run)
+            seen, table = _head(judged, student, run, None)
+            total += float(HeadDivergence.apply(seen, table, teacher.flatten(0, 1), _table(exact)))  # type: ignore[no-untyped-call]
+    return total / len(windows)
+
+
+class _Distillation:
+    """The full-precision model, its student, and what lies between them."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        plan: Plan,
+        solved: Mapping[str, QuantizedTensor],
+        *,
+        codes: bool,
+        activations: Activations,
+        device: str,
+    ) -> None:
+        self.student = Student(weights, plan, solved, codes=codes, device=device)
+        self._model, self._device = _model(weights).to(device), device
+        self._inputs = _inputs(Planned(weights, plan, solved), activations)
+
+    def loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """windows int64 [B, T] → KL at the output and of the routers, means."""
+        model, student = self._model, self.student
+        exact, own = dict[str, Tensor](), dict[str, Tensor]()
+        with torch.no_grad():
+            taught, _ = model.hidden(windows, model.initial_state(len(windows)), self._run(exact))
+        student.refresh()
+        run = self._run(own, parameter=student.parameter, **self._inputs)
+        hidden, _ = model.hidden(windows, model.initial_state(len(windows)), run)
+        seen, table = _head(model, hidden, run, student)
+        kl: Tensor = HeadDivergence.apply(seen, table, taught.flatten(0, 1), _table(model))  # type: ignore[no-untyped-call]
+        return kl, routers_apart(exact, own)
+
+    def _run(self, logits: dict[str, Tensor], **more: Any) -> Forward:
+        """The fast form; routers' logits [rows, X] are put into `logits`, by the routers' names."""
+        on_cpu = self._device == "cpu"
+
+        def remember(name: str, routing: Routing) -> Routing:
+            if routing.logits is not None:
+                logits[name] = routing.logits
+            return routing
+
+        scan: Literal["kernel", "chunked"] = "kernel" if on_cpu else "chunked"
+        conv = conv_kernel if on_cpu else None
+        return Forward(scan=scan, dense_ssm=True, conv=conv, reroute=remember, **more)
+
+
+def routers_apart(exact: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
+    """Mean over routers and rows of KL(softmax(exact) ‖ softmax(own)), logits [rows, X] by router; 0 without any."""
+    if not exact:
+        return torch.zeros(())
+    apart = [
+        F.kl_div(F.log_softmax(own[name], -1), F.log_softmax(logits, -1), log_target=True, reduction="batchmean")
+        for name, logits in exact.items()
+    ]
+    return torch.stack(apart).mean()
+
+
+class HeadDivergence(torch.autograd.Function):
+    """Mean over rows of KL(softmax(taught · taught_tableᵀ) ‖ softmax(hidden · tableᵀ)).
+
+    hidden and taught are [n, D], tables [V, D]. Few logits exist at once: the gradients of hidden and table,
+    (q − p) · table and (q − p)ᵀ · hidden, are made while the rows' probabilities are there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, taught: Tensor, taught_table: Tensor) -> Tensor:
+        learning = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        d_hidden = torch.empty_like(hidden) if learning else hidden
+        d_table = torch.zeros_like(table) if learning else table
+        total = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+        for rows in range(0, len(hidden), max(1, _LOGITS // len(table))):
+            part = slice(rows, rows + max(1, _LOGITS // len(table)))
+            log_p = torch.log_softmax(taught[part] @ taught_table.T, -1)
+            log_q = torch.log_softmax(hidden[part] @ table.T, -1)
+            p = log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum()
+            if learning:
+                difference = log_q.exp_().sub_(p)
+                torch.mm(difference, table, out=d_hidden[part])
+                d_table.addmm_(difference.T, hidden[part])
+        if learning:
+            ctx.save_for_backward(d_hidden.div_(len(hidden)), d_table.div_(len(hidden)))
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_table = ctx.saved_tensors
+        return d_hidden * grads[0], d_table * grads[0], None, None
+
+
+class _Windows:
+    """Which tokens a step sees."""
+
+    def __init__(self, text: CalibrationText, rates: Rates, tokens: int) -> None:
+        _check_text(text)
+        self._tokens, self._seed = text.tokens, rates.seed
+        self._size = min(rates.window, len(text))
+        self._count = len(text) // self._size
+        self._batch = min(rates.batch, self._count)
+        self.tokens_a_step = self._batch * self._size
+        self.steps = -(-tokens // self.tokens_a_step)
+
+    def windows(self, step: int) -> Tensor:
+        """int64 [batch, window]."""
+        return torch.from_numpy(np.stack([self._window(step * self._batch + row) for row in range(self._batch)]))
+
+    def _window(self, index: int) -> np.ndarray[Any, Any]:
+        """The text is cut anew each time that it was read, from another first token on."""
+        time_read, place = divmod(index, self._count)
+        random = np.random.default_rng([self._seed, time_read])
+        first = int(random.integers(0, len(self._tokens) - self._count * self._size + 1))
+        start = first + int(random.permutation(self._count)[place]) * self._size
+        return self._tokens[start : start + self._size].astype(np.int64)
+
+
+def _share(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to 0: share of the largest rate."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+
+def _model(weights: Weights) -> MossNet:
+    return MossNet(weights.config).load(lambda name: value(weights, name))
+
+
+def _inputs(planned: Planned, activations: Activations) -> dict[str, Any]:
+    if activations == "fp32":
+        return {}
+    return {"activation": activation_model(planned), "expert_input": expert_input_model(planned)}
+
+
+def _table(model: MossNet) -> Tensor:
+    return model.embeddings if model.lm_head is None else model.lm_head
+
+
+def _head(model: MossNet, hidden: Tensor, run: Forward, student: Student | None) -> tuple[Tensor, Tensor]:
+    """hidden [B, T, D] → [B · T, D] as the head sees it, and the head's matrix [V, D]."""
+    name = outside_blocks(tensor_specs(model.config))[Use.LINEAR].name
+    rows, table = hidden.flatten(0, 1), _table(model)
+    seen = rows if run.activation is None else run.activation(name, rows)
+    return seen, table if student is None else student.parameter([name], table)
+
+
+def _check(given: str, known: Any, what: str) -> None:
+    if given not in get_args(known):
+        raise InputError.unknown(what, given, get_args(known))
+
+
+def _check_text(text: CalibrationText) -> None:
+    if len(text) < LEAST_TOKENS:
+        raise InputError(f"{text.name} has {len(text)} tokens, {LEAST_TOKENS} are needed; give a longer text")

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recovery lowers what it says it lowers, keeps the plan's formats, and refuses what it cannot learn from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import bounds
+import pytest
+import torch
+import torch.nn.functional as F
+from small import CONFIGS, difference
+from solved import Solved, random_text, solved
+
+from mossquant.calibration.recover import HeadDivergence, Rates, RecoveryStep, kl_on, recover, routers_apart
+from mossquant.calibration.student import Planned
+from mossquant.checkpoint.packing import PackedTensor
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
+from mossquant.checkpoint.weights import value
+from mossquant.checkpoint.writer import QuantizedWriter
+from mossquant.errors import InputError
+from mossquant.formats import QuantizedTensor
+from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.model.mossnet import MossNet
+
+FEW = Rates(batch=4, window=16, codes=2e-2, scales=2e-3, kept=5e-3, small=5e-3)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Solved:
+    """A small model with experts of both kinds at 4 bits."""
+    return solved(tmp_path_factory.mktemp("experts") / "model", CONFIGS["experts"])
+
+
+def slow_kl(case: Solved, tensors: dict[str, QuantizedTensor], tokens: torch.Tensor) -> float:
+    """In float64, all logits at once."""
+    planned = Planned(case.weights, case.plan, tensors)
+    logits = [
+        MossNet(case.weights.config, dtype=torch.float64).load(lambda name, of=of: value(of, name))(tokens)[0]
+        for of in (case.weights, planned)
+    ]
+    p, q = (torch.log_softmax(one, -1) for one in logits)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_divergence_against_plain_pytorch(learning: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mossquant.calibration.recover._LOGITS", 5 * 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden, taught = (torch.randn(12, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    table, taught_table = (torch.randn(7, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    hidden.requires_grad_(learning)
+    table.requires_grad_(learning)
+    found = HeadDivergence.apply(hidden, table, taught, taught_table)  # type: ignore[no-untyped-call]
+    log_p, log_q = F.log_softmax(taught @ taught_table.T, -1), F.log_softmax(hidden @ table.T, -1)
+    expected = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    assert difference(found.detach(), expected.detach()) < bounds.SAME_SUM_FLOAT64
+    if learning:
+        for ours, slow in zip(
+            torch.autograd.grad(3 * found, (hidden, table)),
+            torch.autograd.grad(3 * expected, (hidden, table)),
+            strict=True,
+        ):
+            assert difference(ours, slow) < bounds.SAME_SUM_FLOAT64
+
+
+def test_routers_apart_by_hand() -> None:
+    """One router that says 3 : 1 where the other says 1 : 1, and one that is the same."""
+    logits = torch.tensor([[3.0, 1.0]]).log()
+    expected = 0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log()
+    same = torch.randn(4, 3)
+    found = routers_apart({"a": logits, "b": same}, {"a": torch.zeros(1, 2), "b": same + 2})
+    assert abs(float(found - expected / 2)) < 1e-6
+    assert float(routers_apart({}, {})) == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_kl_on_a_text(config: str, tmp_path: Path) -> None:
+    case = solved(tmp_path / "model", CONFIGS[config])
+    text = random_text(53, 40)
+    expected = slow_kl(case, case.tensors, torch.from_numpy(text.tokens)[None])
+    found = kl_on(case.weights, case.plan, case.tensors, text)
+    assert abs(found - expected) < bounds.CUT_NATS
+    assert kl_on(case.weights, case.plan, case.tensors, text, activations="planned") != found
+
+
+@pytest.mark.parametrize("strength", ["weights", "scales"])
+def test_it_lowers_its_loss(experts: Solved, strength: str) -> None:
+    """On the text that it learned from, output and routers together, and the output alone."""
+    text, steps = random_text(53, 256), list[RecoveryStep]()
+    made = recover(
+        experts.weights, experts.plan, experts.tensors, text, tokens=2048, strength=strength, rates=FEW,  # type: ignore[arg-type]
+        shown=steps.append,
+    )  # fmt: skip
+    first, last = (sum(s.kl + FEW.routing * s.routing for s in some) for some in (steps[:4], steps[-4:]))
+    assert last < 0.9 * first
+    before = kl_on(experts.weights, experts.plan, experts.tensors, text)
+    assert kl_on(experts.weights, experts.plan, made, text) < 0.9 * before
+    assert steps[-1].step == steps[-1].steps == 32
+    assert steps[-1].tokens == 2048
+    same = [torch.equal(made[name].codes, one.codes) for name, one in experts.tensors.items()]  # type: ignore[union-attr]
+    assert all(same) == (strength == "scales")
+
+
+def test_first_loss_is_that_of_what_was_solved(experts: Solved) -> None:
+    """The first step sees the solved tensors: its KL is that of its windows."""
+    text, steps = random_text(53, 64), list[RecoveryStep]()
+    rates = replace(FEW, batch=1, window=64)
+    recover(experts.weights, experts.plan, experts.tensors, text, tokens=1, rates=rates, shown=steps.append)
+    assert abs(steps[0].kl - slow_kl(experts, experts.tensors, torch.from_numpy(text.tokens)[None])) < bounds.CUT_NATS
+
+
+@pytest.mark.parametrize("activations", ["fp32", "planned"])
+@pytest.mark.parametrize(("config", "recipe", "dtype"), [
+    ("experts", "int4", torch.float16), ("mamba", "int8", torch.bfloat16), ("pruned", "int4", torch.bfloat16),
+    ("untied", "int8", torch.float32),
+])  # fmt: skip
+def test_made_as_planned(config: str, recipe: str, dtype: torch.dtype, activations: str, tmp_path: Path) -> None:
+    """Formats, types and shapes are the plan's, the writer takes them, and what is read back is what was made."""
+    case = solved(tmp_path / "model", CONFIGS[config], recipe=recipe, dtype=dtype)
+    text = random_text(53, 50)
+    made = recover(case.weights, case.plan, case.tensors, text, tokens=100, activations=activations, rates=FEW)  # type: ignore[arg-type]
+    assert list(made) == [entry.name for entry in case.plan.tensors]
+    (tmp_path / "out").mkdir()
+    writer = QuantizedWriter(tmp_path / "out", case.weights, case.recipe, case.plan)
+    for entry in case.plan.tensors:
+        stored = made[entry.name]
+        if isinstance(stored, QuantizedTensor):
+            assert stored.format.name == entry.format
+            packed = PackedTensor(entry.name, stored.format, stored.rows, stored.columns)
+            packed.put(slice(None), stored)
+            writer.add_quantized(entry.name, packed, 0.0)
+        else:
+            assert stored.dtype == FLOAT_DTYPES[entry.kept or ""]
+            assert stored.shape == entry.shape
+            assert not torch.equal(stored, case.weights.kept(entry.name).to(stored.dtype)) or recipe == "int8"
+            writer.add_kept(entry.name, stored)
+    writer.finish()
+    opened = QuantizedCheckpoint.open(tmp_path / "out")
+    planned = Planned(case.weights, case.plan, made)
+    assert all(torch.equal(value(opened, name), value(planned, name)) for name in made)
+
+
+def test_same_twice(experts: Solved) -> None:
+    text = random_text(53, 100)
+    one, two = (recover(experts.weights, experts.plan, experts.tensors, text, tokens=300, rates=FEW) for _ in range(2))
+    for name, stored in one.items():
+        again = two[name]
+        if isinstance(stored, QuantizedTensor):
+            assert isinstance(again, QuantizedTensor)
+            assert torch.equal(stored.codes, again.codes)
+            assert torch.equal(stored.scales, again.scales)
+        else:
+            assert isinstance(again, torch.Tensor)
+            assert torch.equal(stored, again)
+
+
+def test_every_window_before_any_again(experts: Solved) -> None:
+    """Progress counts whole steps; a text shorter than a window is one window."""
+    seen: list[tuple[str, int, int]] = []
+    text = random_text(53, 5)
+    recover(
+        experts.weights, experts.plan, experts.tensors, text, tokens=9, rates=FEW, progress=lambda *s: seen.append(s)
+    )
+    assert seen == [("recovering", 5, 10), ("recovering", 10, 10)]
+
+
+def test_refusals(experts: Solved) -> None:
+    text = random_text(53, 50)
+
+    def refused(message: str, *, of: int = 50, tokens: int = 10, **more: str) -> None:
+        with pytest.raises(InputError) as caught:
+            recover(experts.weights, experts.plan, experts.tensors, text.first(of), tokens=tokens, **more)  # type: ignore[arg-type]
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    refused("unknown strength 'all'; known strengths: weights, scales", strength="all")
+    refused("unknown activation mode 'int8'; known modes: fp32, planned", activations="int8")
+    refused("has 3 tokens, 4 are needed", of=3)
+    refused("recovery from 0 tokens", tokens=0)
+    with pytest.raises(InputError, match="has 3 tokens, 4 are needed"):
+        kl_on(experts.weights, experts.plan, experts.tensors, text.first(3))
+    with pytest.raises(InputError, match="recovery diverged at step 1: the loss is not finite"):
+        recover(
+            experts.weights, experts.plan, experts.tensors, text, tokens=100, rates=replace(FEW, batch=1, kept=1e38)
+        )
