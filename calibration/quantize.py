@@ -18,9 +18,11 @@ from mossquant.calibration.budget import spend
 from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of
+from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import planned_solvers
 from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
 from mossquant.calibration.solver import Measured, Solve, Solver
+from mossquant.calibration.student import Stored
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
@@ -31,7 +33,7 @@ from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
-from mossquant.formats import get_format
+from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
@@ -118,7 +120,8 @@ def quantize(
         check_tokenizer_size(origin.tokenizer)
     origin.declared_text(weights.config.vocab_size)  # is taken along, and so must be readable
     say = said or (lambda line: None)
-    needs_text = bool(text) or bool(recover) or asked.measure
+    tokens = asked.recover if recover is None else recover
+    needs_text = bool(text) or bool(tokens) or asked.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
     learned, judged = (None, None) if calibration is None else calibration.split(JUDGED_TOKENS)
     chosen, losses = None, read_sensitivities(sensitivities, weights)
@@ -158,10 +161,28 @@ def quantize(
             for name, piece, error in pieces:
                 writer.add(name, piece, error)
             return writer.finish()
-        solved = {name: (piece, error) for name, piece, error in pieces}
+        rounded = {name: (piece, error) for name, piece, error in pieces}
         meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device)
-        after_rounding = meter.kl(_values(weights, plan, {name: piece for name, (piece, _) in solved.items()}))
-        for name, (piece, error) in solved.items():
+        before = meter.kl(_values(weights, plan, rounded))
+        made, after = rounded, before
+        if tokens:
+            say(f"distilling over {tokens:,} tokens of {learned.name}")
+            solved = {name: _quantized(plan, name, piece) for name, (piece, _) in rounded.items()}
+            stored = recovered(
+                weights,
+                plan,
+                {name: piece for name, piece in solved.items() if isinstance(piece, QuantizedTensor)},
+                learned,
+                tokens=tokens,
+                device=device,
+                progress=progress,
+            )
+            made = {name: _piece(weights, plan, name, value) for name, value in stored.items()}
+            after = meter.kl(_values(weights, plan, made))
+            if after.mean() >= before.mean():
+                say(f"distilling raised KL from {before.mean():.2e} to {after.mean():.2e}; it is left out")
+                made, after, tokens = rounded, before, 0
+        for name, (piece, error) in made.items():
             writer.add(name, piece, error)
         calibrated = Calibrated(
             text=learned.name,
@@ -170,26 +191,45 @@ def quantize(
             budget=None if chosen is None else chosen.budget,
             losses=None if chosen is None or losses is None else losses.method,
             predicted_kl=None if chosen is None else chosen.predicted_kl,
-            rounded_kl=float(after_rounding.mean()),
-            recovered_tokens=0,
-            kl=float(after_rounding.mean()),
-            kl_ci95=interval(after_rounding),
+            rounded_kl=float(before.mean()),
+            recovered_tokens=tokens,
+            kl=float(after.mean()),
+            kl_ci95=interval(after),
             frontier=() if chosen is None else chosen.frontier,
         )
         return writer.finish(calibrated, calibration_text=learned.sha256)
 
 
-def _values(weights: Weights, plan: Plan, pieces: Mapping[str, Piece]) -> dict[TensorSpec, Tensor]:
+def _quantized(plan: Plan, name: str, piece: Piece) -> Stored:
+    """What is stored, as codes and scales where it is quantized."""
+    entry = plan.by_name[name]
+    if isinstance(piece, Tensor):
+        return piece
+    number_format = get_format(entry.format or "")
+    return read_quantized(name, number_format, entry.rows, entry.columns, piece.tensors.__getitem__)
+
+
+def _piece(weights: Weights, plan: Plan, name: str, stored: Stored) -> tuple[Piece, float]:
+    """What is written, and its relative error."""
+    spec, exact = weights.specs[name], weights.kept(name).double()
+    if isinstance(stored, Tensor):
+        piece: Piece = stored
+        found = stored.double()
+    else:
+        packed = PackedTensor(name, stored.format, stored.rows, stored.columns)
+        packed.put(slice(0, stored.rows), stored)
+        piece, found = packed, spec.from_matrix(stored.dequantize()).double()
+    norm = float(fixed_sum(exact.square().flatten()))
+    lost = float(fixed_sum((found - exact).square().flatten()))
+    return piece, math.sqrt(lost / norm) if norm > 0 else 0.0
+
+
+def _values(weights: Weights, plan: Plan, made: Mapping[str, tuple[Piece, float]]) -> dict[TensorSpec, Tensor]:
     """The fp32 values of what is stored, in the shapes of the checkpoint."""
     values = {}
-    for name, piece in pieces.items():
-        spec, entry = weights.specs[name], plan.by_name[name]
-        if isinstance(piece, Tensor):
-            values[spec] = piece.float()
-        else:
-            number_format = get_format(entry.format or "")
-            stored = read_quantized(name, number_format, entry.rows, entry.columns, piece.tensors.__getitem__)
-            values[spec] = spec.from_matrix(stored.dequantize())
+    for name, (piece, _) in made.items():
+        spec, stored = weights.specs[name], _quantized(plan, name, piece)
+        values[spec] = stored.float() if isinstance(stored, Tensor) else spec.from_matrix(stored.dequantize())
     return values
 
 

@@ -179,7 +179,7 @@ def kl_on(
     total = 0.0
     windows = text.windows(len(text), _JUDGED_WINDOW)
     with torch.no_grad():
-        for window in windows.split(1):
+        for window in torch.split(windows, 1):
             teacher, _ = exact.hidden(window, exact.initial_state(1), Forward())
             student, _ = judged.hidden(window, judged.initial_state(1), run)
             seen, table = _head(judged, student, run, None)

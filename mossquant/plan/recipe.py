@@ -43,13 +43,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from mossquant.errors import InputError
 from mossquant.files.yaml import Lines, parse_yaml, read_yaml_text
 from mossquant.formats import get_format
-<<<<<<< HEAD
-from mossquant.formats.activations import STATE_FORMATS, get_activation_format
-from mossquant.plan.groups import Group
-=======
 from mossquant.formats.activations import get_activation_format
 from mossquant.formats.states import get_state_format
->>>>>>> h3
+from mossquant.plan.groups import Group
 
 RECIPES = ("int4", "int8", "int4-best", "int8-best", "int4-uniform", "int8-uniform")
 """Recipes that ship with the package, by name."""
