@@ -28,7 +28,12 @@ class Solved:
 
 
 def solved(
-    folder: Path, config: MossNetConfig, *, recipe: str = "int4", dtype: torch.dtype = torch.float32, rounded: int = 0
+    folder: Path,
+    config: MossNetConfig,
+    *,
+    recipe: str = "int4-uniform",
+    dtype: torch.dtype = torch.float32,
+    rounded: int = 0,
 ) -> Solved:
     """A random model of this shape, in `folder`, and what a recipe makes of it.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo found: the original, int8 and int4, as PyTorch runs the checkpoint, as .onnx and as .pte."""
+"""What the demo found: the original, and what recipes made of it, as PyTorch runs the checkpoint, as .onnx and .pte."""
 
 import shutil
 import sys
@@ -23,7 +23,7 @@ class DemoRow:
     """One line of the demo's table.
 
     Attributes:
-        model: "original, bf16", "int8" or "int4"; empty where it is the one of the line above.
+        model: "original, bf16", or the recipe; empty where it is the one of the line above.
         form: what was run: "checkpoint" (in PyTorch), ".onnx" or ".pte".
         perplexity: on the held-out tokens.
         candidate: how it compares with the original; None for the original itself.
@@ -52,7 +52,7 @@ class DemoReport:
         checkpoints: folders of the quantized checkpoints, by recipe.
         artifacts: programs by recipe, then by target; "original" is the full-precision one.
         prompt: what was continued.
-        generation: the continuation by the int4 .onnx.
+        generation: the continuation by the last recipe's .onnx.
         picture: the table as a picture.
     """
 
@@ -83,12 +83,13 @@ class DemoReport:
 
     def closing(self) -> list[str]:
         """What stands below the table: paths, what the smallest artifact writes, what to try next."""
-        int4, smallest = self.checkpoints["int4"], self.artifacts["int4"]
+        recipe = list(self.checkpoints)[-1]
+        checkpoint, smallest = self.checkpoints[recipe], self.artifacts[recipe]
         program, command = smallest["onnx"], _command()
         programs = [path for of_model in self.artifacts.values() for path in of_model.values()]
         return [
             "",
-            f"The int4 .onnx continues {self.prompt!r}:",
+            f"The {recipe} .onnx continues {self.prompt!r}:",
             "",
             *(f"    {line}" for line in (self.prompt + self.generation.text).splitlines()),
             "",
@@ -98,8 +99,8 @@ class DemoReport:
             "Try next:",
             f'    {command} generate {program} "def main(" --temperature 0.8 --max-tokens 64',
             f"    {command} info {program}",
-            f"    {command} verify {int4} {' '.join(map(str, smallest.values()))}",
-            f"    {command} quantize YOUR-MODEL --recipe int4 -o YOUR-MODEL-int4",
+            f"    {command} verify {checkpoint} {' '.join(map(str, smallest.values()))}",
+            f"    {command} quantize YOUR-MODEL --recipe {recipe} --text YOUR-TEXT -o YOUR-MODEL-int4",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class DemoReport:
 
 
 def demo_table(report: DemoReport) -> Table:
-    """What the demo ends with: the original, int8 and int4, as checkpoint, .onnx and .pte."""
+    """What the demo ends with: the original and what each recipe made of it, as checkpoint, .onnx and .pte."""
     rows = [
         (
             row.model,

@@ -13,7 +13,7 @@ from mossquant.errors import InputError
 
 def demo(
     output: options.Output = Path("demo"),
-    tokens: options.Tokens = 65536,
+    tokens: options.Tokens = 32768,
     threads: options.Threads = None,
     json: options.Json = None,
 ) -> None:
@@ -26,7 +26,7 @@ def demo(
 
     options.check_json(json, output=output)
     with terminal.bar() as shown:
-        report = run(output, tokens=tokens or 65536, threads=threads, said=terminal.say, progress=shown)
+        report = run(output, tokens=tokens or 32768, threads=threads, said=terminal.say, progress=shown)
     options.finish(json, report, demo_table(report), *report.closing())
 
 

@@ -111,8 +111,8 @@ def test_first_loss_is_that_of_what_was_solved(experts: Solved) -> None:
 
 @pytest.mark.parametrize("activations", ["fp32", "planned"])
 @pytest.mark.parametrize(("config", "recipe", "dtype"), [
-    ("experts", "int4", torch.float16), ("mamba", "int8", torch.bfloat16), ("pruned", "int4", torch.bfloat16),
-    ("untied", "int8", torch.float32),
+    ("experts", "int4-uniform", torch.float16), ("mamba", "int8-uniform", torch.bfloat16),
+    ("pruned", "int4-uniform", torch.bfloat16), ("untied", "int8-uniform", torch.float32),
 ])  # fmt: skip
 def test_made_as_planned(config: str, recipe: str, dtype: torch.dtype, activations: str, tmp_path: Path) -> None:
     """Formats, types and shapes are the plan's, the writer takes them, and what is read back is what was made."""
@@ -128,12 +128,12 @@ def test_made_as_planned(config: str, recipe: str, dtype: torch.dtype, activatio
             assert stored.format.name == entry.format
             packed = PackedTensor(entry.name, stored.format, stored.rows, stored.columns)
             packed.put(slice(None), stored)
-            writer.add_quantized(entry.name, packed, 0.0)
+            writer.add(entry.name, packed, 0.0)
         else:
             assert stored.dtype == FLOAT_DTYPES[entry.kept or ""]
             assert stored.shape == entry.shape
-            assert not torch.equal(stored, case.weights.kept(entry.name).to(stored.dtype)) or recipe == "int8"
-            writer.add_kept(entry.name, stored)
+            assert not torch.equal(stored, case.weights.kept(entry.name).to(stored.dtype)) or recipe == "int8-uniform"
+            writer.add(entry.name, stored, 0.0)
     writer.finish()
     opened = QuantizedCheckpoint.open(tmp_path / "out")
     planned = Planned(case.weights, case.plan, made)

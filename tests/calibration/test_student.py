@@ -36,7 +36,7 @@ def moved(student: Student) -> None:
     student.stay_in_range()
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8"])
+@pytest.mark.parametrize("recipe", ["int4-uniform", "int8-uniform"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_computes_with_what_is_stored(config: str, recipe: str, tmp_path: Path) -> None:
     case = solved(tmp_path / "model", CONFIGS[config], recipe=recipe)

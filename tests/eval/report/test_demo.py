@@ -49,6 +49,7 @@ def ran(
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "bench", _bench)
+        patched.setattr(module, "RECIPES", {"int8": 0, "int4-best": 2_000})
         if request.param == "small":
             small = _small(folder / "small")
             patched.setattr(module, "TARGETS", ("onnx",))
@@ -62,12 +63,12 @@ def ran(
             said=said.append,
             progress=lambda name, done, total: told.append(name),
         )
-        stages = ["quantizing to int8:", "quantizing to int4:", "lowering:", "measuring:"]
+        stages = ["quantizing by int8:", "quantizing by int4-best:", "lowering:", "measuring:"]
         assert all(any(name.startswith(stage) for name in told) for stage in stages), told
         yield folder / "out", report, said
 
 
-def test_the_table_has_original_int8_and_int4_as_checkpoint_onnx_and_pte(
+def test_the_table_has_original_and_every_recipe_as_checkpoint_onnx_and_pte(
     ran: tuple[Path, DemoReport, list[str]],
 ) -> None:
     _, report, _ = ran
@@ -78,7 +79,7 @@ def test_the_table_has_original_int8_and_int4_as_checkpoint_onnx_and_pte(
         ("", ".onnx"),
         ("int8", "checkpoint"),
         *programs,
-        ("int4", "checkpoint"),
+        ("int4-best", "checkpoint"),
         *programs,
     ]
     assert rows[0].candidate is None
@@ -99,7 +100,7 @@ def test_sizes_of_the_bundled_model(ran: tuple[Path, DemoReport, list[str]]) -> 
     _, report, _ = ran
     rows = report.rows()
     assert rows[2].bits_per_weight <= 8.7
-    assert rows[5].bits_per_weight <= 5.0
+    assert rows[5].bits_per_weight <= 4.75
     payload = report.comparison.candidates[1].bytes
     table = 4096 * 256 // 2 + 4096 * 8 * 2
     assert rows[6].file_bytes <= 1.08 * payload
@@ -108,7 +109,15 @@ def test_sizes_of_the_bundled_model(ran: tuple[Path, DemoReport, list[str]]) -> 
 
 def test_what_it_wrote_is_there_and_named_at_the_end(ran: tuple[Path, DemoReport, list[str]]) -> None:
     folder, report, _ = ran
-    names = {"tiny-int8", "tiny-int4", "tiny-app", "tiny-int8-app", "tiny-int4-app", "table.svg", "measured.json"}
+    names = {
+        "tiny-int8",
+        "tiny-int4-best",
+        "tiny-app",
+        "tiny-int8-app",
+        "tiny-int4-best-app",
+        "table.svg",
+        "measured.json",
+    }
     assert {path.name for path in folder.iterdir()} == names
     closing = "\n".join(report.closing())
     assert all(name in closing for name in names - {"measured.json"})
@@ -151,15 +160,15 @@ def test_what_was_measured_on_other_files_is_measured_again(ran: tuple[Path, Dem
 
 
 def test_it_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
-    (tmp_path / "tiny-int4").mkdir()
-    (tmp_path / "tiny-int4" / "precious.txt").write_text("mine")
+    (tmp_path / "tiny-int4-best").mkdir()
+    (tmp_path / "tiny-int4-best" / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="did not write"):
         demo(tmp_path)
-    assert (tmp_path / "tiny-int4" / "precious.txt").read_text() == "mine"
-    (tmp_path / "tiny-int4" / "manifest.json").write_text("{}")
+    assert (tmp_path / "tiny-int4-best" / "precious.txt").read_text() == "mine"
+    (tmp_path / "tiny-int4-best" / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="did not write, so it is not replaced"):
         demo(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-int4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-int4-best"]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         demo(tmp_path / "file")
@@ -174,7 +183,7 @@ def test_it_writes_into_no_folder_of_something_else(tmp_path: Path, name: str) -
 
 
 def test_it_does_not_write_into_a_checkpoint(ran: tuple[Path, DemoReport, list[str]]) -> None:
-    before = sorted(path.name for path in (ran[0] / "tiny-int4").iterdir())
+    before = sorted(path.name for path in (ran[0] / "tiny-int4-best").iterdir())
     with pytest.raises(InputError, match=r"holds config\.json and nothing that the demo wrote"):
-        demo(ran[0] / "tiny-int4")
-    assert sorted(path.name for path in (ran[0] / "tiny-int4").iterdir()) == before
+        demo(ran[0] / "tiny-int4-best")
+    assert sorted(path.name for path in (ran[0] / "tiny-int4-best").iterdir()) == before
