@@ -73,7 +73,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class GroupLosses:
-    """One group in each format that it may get; `expert` is set where an expert is looked at alone."""
+    """One group of so many weights in each format that it may get; `expert` is set where one is looked at alone."""
 
     __pydantic_config__ = _STRICT
 
@@ -81,6 +81,7 @@ class GroupLosses:
     role: str
     layer: int | None
     expert: int | None
+    weights: int
     tensors: tuple[str, ...]
     losses: tuple[Loss, ...]
 
@@ -132,6 +133,12 @@ class Sensitivities:
         return parse_stored(
             values, cls, where=where, noun="sensitivities", advice="Make them again with `mossquant sensitivity`."
         )
+
+    @classmethod
+    def read(cls, path: Path) -> "Sensitivities":
+        """Read a file that `sensitivity` wrote. Raises `InputError`: not readable, or another file."""
+        values = read_json(path, largest=LARGEST, advice="give a file that `mossquant sensitivity` wrote")
+        return cls.from_json(values, where=str(path))
 
     def check(self, weights: Weights) -> None:
         """Raise `InputError`: they are of another model."""
@@ -199,8 +206,7 @@ def sensitivity(
 def read_sensitivities(given: str | Path | Sensitivities | None, weights: Weights) -> Sensitivities | None:
     """Sensitivities as they were given. Raises `InputError`: not readable, or of another model."""
     if isinstance(given, str | Path):
-        values = read_json(Path(given), largest=LARGEST, advice="give a file that `mossquant sensitivity` wrote")
-        given = Sensitivities.from_json(values, where=str(given))
+        given = Sensitivities.read(Path(given))
     if given is not None:
         given.check(weights)
     return given
@@ -305,7 +311,9 @@ def _losses(
             table.get((group.group.name, storage), Loss(storage, size, 0.0)) for storage, size in group.bytes.items()
         ]
         named = group.group
-        found.append(GroupLosses(named.name, named.role, named.layer, group.expert, named.tensors, tuple(own)))
+        found.append(
+            GroupLosses(named.name, named.role, named.layer, group.expert, named.count, named.tensors, tuple(own))
+        )
     alone = sum(losses.kl(smallest[losses.name]) for losses in found if losses.name in smallest)
     return Sensitivities(
         method=chosen,

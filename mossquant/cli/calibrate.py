@@ -26,6 +26,7 @@ def sensitivity(
     experts: Annotated[bool, typer.Option("--experts", help="also each expert alone")] = False,
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    picture: options.Picture = None,
     force: options.Force = False,
 ) -> None:
     """Measure what each group of tensors costs in each format: KL at the output, the group alone.
@@ -33,8 +34,10 @@ def sensitivity(
     Example: mossquant sensitivity tiny -o tiny-sensitivity.json
     """
     from mossquant.calibration.sensitivity import sensitivity as run
+    from mossquant.eval.report.chart import sensitivity_chart, write_chart
     from mossquant.eval.report.sensitivity_tables import sensitivity_tables
 
+    options.check_picture(picture, model, *(text or ()), output)
     options.use_threads(threads)
     with terminal.bar("measuring") as shown:
         found = run(
@@ -51,5 +54,7 @@ def sensitivity(
             progress=shown,
         )
     terminal.show(*sensitivity_tables(found))
+    if picture is not None:
+        write_chart(*sensitivity_chart(found), picture)
     words = ("quantize", model, "--sensitivity", str(output), "-o", "OUTPUT")
     terminal.show(f"{output}: quantize by it with: {command_line(*words)}")

@@ -123,6 +123,7 @@ def quantize(
     ] = False,
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    picture: options.Picture = None,
     force: options.Force = False,
     json: options.Json = None,
 ) -> None:
@@ -131,10 +132,12 @@ def quantize(
     Example: mossquant quantize tiny -r int4 -o tiny-int4
     """
     from mossquant.calibration.quantize import quantize as run
+    from mossquant.eval.report.chart import frontier_chart, write_chart
     from mossquant.eval.report.plan_tables import plan_tables
     from mossquant.plan.recipe import recipe_files
 
     options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, output=output)
+    options.check_picture(picture, *recipe_files(recipe), *(text or ()), sensitivity)
     if output is None and not dry_run:
         raise InputError(options.NO_OUTPUT)
     options.use_threads(threads)
@@ -158,6 +161,8 @@ def quantize(
     if not dry_run:
         results.append(f"{output}: lower it with: {command_line('export', str(output), '-o', f'{output}-onnx')}")
     options.finish(json, plan, *results)
+    if picture is not None:
+        write_chart(*frontier_chart(plan), picture)
 
 
 def recipes() -> None:

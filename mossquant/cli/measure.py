@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs that measure, compare or describe what is there, and write it as JSON too where `--json` asks for it."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,17 +14,34 @@ _GATE_FAILED = 1
 """Exit status: accuracy or parity."""
 
 
-def info(path: options.Model, json: options.Json = None) -> None:
+def info(path: options.Model, picture: options.Picture = None, json: options.Json = None) -> None:
     """What a checkpoint, quantized checkpoint or artifact is: shapes, experts, bytes by format, ledger, hashes.
+
+    A file that `sensitivity` wrote is shown too.
 
     Example: mossquant info tiny
     """
+    from mossquant.calibration.sensitivity import Sensitivities
+    from mossquant.checkpoint.locate import locate
+    from mossquant.checkpoint.quantized import QuantizedCheckpoint
     from mossquant.eval.info import info as run
+    from mossquant.eval.report.chart import frontier_chart, sensitivity_chart, write_chart
+    from mossquant.eval.report.sensitivity_tables import sensitivity_tables
     from mossquant.eval.report.tables import info_tables
 
     options.check_json(json, path)
+    options.check_picture(picture, path)
+    if path.endswith(".json"):
+        found = Sensitivities.read(Path(path))
+        options.finish(json, found, *sensitivity_tables(found))
+        if picture is not None:
+            write_chart(*sensitivity_chart(found), picture)
+        return
     report = run(path)
     options.finish(json, report, *info_tables(report))
+    if picture is not None:
+        folder = locate(path).require("quantized checkpoint", verb="a picture")
+        write_chart(*frontier_chart(QuantizedCheckpoint.open(folder).plan), picture)
 
 
 def perplexity(

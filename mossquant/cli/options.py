@@ -26,6 +26,7 @@ Text = Annotated[Path | None, typer.Option(help="text file to measure on; the bu
 CalibrationTexts = Annotated[
     list[Path] | None, typer.Option("--text", help="text file to calibrate on; may be repeated")
 ]
+Picture = Annotated[Path | None, typer.Option(help="also draw KL over bits a weight into this .svg file")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model is run: cpu or cuda")]
 Special = Annotated[bool, typer.Option("--special", help="special tokens that the text spells are meant, not letters")]
 Separator = Annotated[
@@ -65,6 +66,18 @@ def check_json(path: Path | None, *inputs: str | Path | None, output: Path | Non
     check_outside(path)
     if path.exists() and path.suffix != ".json":
         raise InputError(f"{path} exists already, and a report replaces .json files only; choose another path")
+
+
+def check_picture(path: Path | None, *inputs: str | Path | None) -> None:
+    """A picture may replace an .svg file, but nothing else. Raises `InputError`: it would, or cannot be written."""
+    from mossquant.files.outputs import check_free, check_outside
+
+    if path is None:
+        return
+    if path.suffix != ".svg":
+        raise InputError(f"{path}: a picture is an .svg file; choose such a name")
+    check_free(path, force=True, as_file=True, inputs=[Path(source) for source in inputs if source])
+    check_outside(path)
 
 
 def measured_text(text: Path | None, ids: Path | None, special: bool, separator: str | None) -> Any:

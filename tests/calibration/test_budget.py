@@ -44,7 +44,7 @@ def made_up(weights: Weights, recipe: Recipe, *, together: float = 2.0) -> Sensi
             for storage, size in group.bytes.items()
         )
         named = group.group
-        groups.append(GroupLosses(named.name, named.role, named.layer, None, named.tensors, own))
+        groups.append(GroupLosses(named.name, named.role, named.layer, None, named.count, named.tensors, own))
     smallest = sum(group.losses[0].kl for group in groups)
     files = dict(weights.origin.files)
     return Sensitivities("measured", files, "made up", (), 1, together * smallest, smallest, tuple(groups))
