@@ -2,8 +2,8 @@
 """From a budget to a recipe: a format for every group whose format a recipe leaves open.
 
 What a group loses in a format is measured on text (`mossquant.calibration.sensitivity`) or, without text, what its role
-is known to lose:   sensitivity of the role · ‖W − Q‖² / ‖W‖² / groups of the role. The second ranks formats and
-promises nothing.
+is known to lose:   sensitivity · ‖W − Q‖² / ‖W‖² / groups of its rule. The second ranks formats and promises
+nothing.
 """
 
 from collections import Counter
@@ -70,7 +70,7 @@ def spend(
     if wanted.kind == "kl" and sensitivities is None:
         raise InputError(f"a budget of {wanted} needs losses that were measured; give text or sensitivities")
     groups = open_groups(weights, recipe, held)
-    losses = _known(weights, groups) if sensitivities is None else _measured(groups, sensitivities)
+    losses = _known(weights, recipe, groups) if sensitivities is None else _measured(groups, sensitivities)
     options = [
         [Option(storage, size, loss) for (storage, size), loss in zip(group.bytes.items(), own, strict=True)]
         for group, own in zip(groups, losses, strict=True)
@@ -101,16 +101,17 @@ def spend(
     return Chosen(chosen, str(wanted), scale * choice.loss, choice.gap, points, notes)
 
 
-def _known(weights: Weights, groups: Sequence[OpenGroup]) -> list[list[float]]:
-    of_role = Counter(group.group.role for group in groups)
+def _known(weights: Weights, recipe: Recipe, groups: Sequence[OpenGroup]) -> list[list[float]]:
+    rules = [recipe.weights.index(group.rule) for group in groups]
+    sharing = Counter(rules)
     return [
         [
             (group.rule.sensitivity or 0.0)
-            / of_role[group.group.role]
+            / sharing[rule]
             * relative_error(weights, group.group, storage, solver=group.rule.solver or "nearest-mse") ** 2
             for storage in group.bytes
         ]
-        for group in groups
+        for group, rule in zip(groups, rules, strict=True)
     ]
 
 

@@ -21,9 +21,9 @@ fp32, `keep: stored` in the checkpoint's own type; `why` says what for. A rule t
 it says `optional: true`, which is meant for parts that not every model has (routers, MLP experts, an untied head).
 
 `choose` leaves the format to the budget, for each group of tensors (`mossquant.plan.groups`) on its own; `stored` is
-the checkpoint's own type. `sensitivity` says what the role is known to lose where nothing is measured on text: KL in
-nats a token ≈ sensitivity · ‖W − Q‖² / ‖W‖², all layers of the role together. A recipe with `measure: true` asks for
-text and measures instead; `recover: N` asks for distillation over N tokens.
+the checkpoint's own type. `sensitivity` says what is known to be lost where nothing is measured on text: KL in nats a
+token ≈ sensitivity · ‖W − Q‖² / ‖W‖², everything that the rule applies to together. A recipe with `measure: true` asks
+for text and measures instead; `recover: N` asks for distillation over N tokens.
 """
 
 import json
