@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it costs to carry states in fewer bits: a model against itself with its states rounded after every token.
 
-    python bench/state_formats.py [MODEL] [--text FILE] [--tokens 32768] [--bucket 4096]
+    python bench/state_formats.py [MODEL] [--text FILE] [--tokens 32768] [--bucket 4096] [--formats int8] [--windows]
 
-Prints two Markdown tables. The first has a row for each format, of the SSM states alone and of the convolutions'
-windows too: bytes of a stream's state, KL to the model itself with its 95 % interval, and drift: with r the candidate's
-perplexity over the model's in a bucket of positions of one stream, r(last bucket) / r(first), ± two standard errors.
-The second is arithmetic alone: how far a state with decay 0.999 and a constant input lies off its steady state after
-20,000 tokens, in per cent of its channel's largest value, the worst of steady states from 0.0001 to 1 of that value;
-from zero, and beside a value that is at its steady state from the beginning. All of it on one thread.
+Prints two Markdown tables. The first has a row for each format of the SSM states, with `--windows` also of these and
+the convolutions' windows: bytes of a stream's state, KL to the model itself with its 95 % interval, and drift: with r
+the candidate's perplexity over the model's in a bucket of positions of one stream, r(last bucket) / r(first), ± two
+standard errors. The second is arithmetic alone: how far a state with decay 0.999 and a constant input lies off its
+steady state after 20,000 tokens, in per cent of its channel's largest value, the worst of steady states from 0.0001 to
+1 of that value; from zero, and beside a value that is at its steady state from the beginning. All of it on one thread.
 """
 
 import argparse
@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--bucket", type=int, default=4096)
+    parser.add_argument("--formats", nargs="+", default=["fp16", "int8"], choices=["fp16", "int8"])
+    parser.add_argument("--windows", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     opened, weights = open_model(asked.model, threads=1), open_weights(asked.model, verb="bench")
@@ -100,9 +102,8 @@ def main() -> None:
     every = {spec.role for spec in state_specs(weights.config)}
     views = {
         f"{name}, {what}": Rounded(weights, name, roles)
-        for name in STATE_FORMATS
-        if STATE_FORMATS[name].rounding is not None
-        for what, roles in (("SSM states", {"ssm.ssm_state"}), ("all states", every))
+        for name in asked.formats
+        for what, roles in (("SSM states", {"ssm.ssm_state"}), ("all states", every))[: 1 + asked.windows]
     }
     begun = time.perf_counter()
     scores = score([opened.runner, *map(TorchRunner.open, views.values())], passage.tokens)

@@ -33,6 +33,8 @@ _WORD = (1 << 32) - 1
 _FP16_MAX = 65504.0
 _FP16_DIGITS, _FP16_LEAST = 11, -24
 """Significant bits of fp16, and the exponent of its smallest step."""
+_LEAST_DIVISOR = 2.0**-119
+"""127 / this is finite in fp32; a channel that is smaller has few codes, and one of zeros has none."""
 _FP16_DRAWN, _INT8_DRAWN = 24 - _FP16_DIGITS, 24 - 7
 """Bits of u: what fp32 has beside those of a code."""
 
@@ -53,15 +55,20 @@ def _places(channels: int, width: int, device: torch.device) -> Tensor:
     return _mixed(rows[:, None] ^ torch.arange(width, device=device))
 
 
+@lru_cache(maxsize=4)  # both tokens of a pair take it
+def _first_drawn(pair: int, channels: int, width: int, bits: int, device: torch.device) -> Tensor:
+    """u of the first token of a pair, fp32 [channels, width]."""
+    at = _mixed(_mixed(pair >> 32) ^ (pair & _WORD))
+    mixed = _mixed(_places(channels, width, device) ^ at)
+    values: Tensor = (mixed >> (32 - bits)).float() * 2.0**-bits
+    return values
+
+
 def drawn(token: int, channels: int, width: int, *, bits: int, device: torch.device | None = None) -> Tensor:
     """u of every value at one token: fp32 [channels, width], multiples of 2^−bits in [0, 1)."""
     pair, second = divmod(token, 2)
-    at = _mixed(_mixed(pair >> 32) ^ (pair & _WORD))
-    mixed = _mixed(_places(channels, width, device or torch.device("cpu")) ^ at)
-    if second:
-        mixed = mixed ^ _WORD  # 1 − 2^−bits − u
-    values: Tensor = (mixed >> (32 - bits)).float() * 2.0**-bits
-    return values
+    first = _first_drawn(pair, channels, width, bits, device or torch.device("cpu"))
+    return (1 - 2.0**-bits) - first if second else first
 
 
 def _drawn_for(value: Tensor, token: int, bits: int) -> Tensor:
@@ -83,9 +90,7 @@ def int8(value: Tensor, token: int) -> Tensor:
     """value [B, …, N] as int8 codes with one scale a channel carry it; same shape and type."""
     exact = value.float()
     largest: Tensor = torch.linalg.vector_norm(exact, torch.inf, -1, keepdim=True)
-    reciprocal = torch.where(largest > 0, 127 / largest, 0.0)
-    # Near the smallest floats 127 / largest overflows; such a channel counts as zero.
-    reciprocal = torch.where(torch.isinf(reciprocal), 0.0, reciprocal)
+    reciprocal = 127 / largest.clamp(min=_LEAST_DIVISOR)
     codes: Tensor = torch.floor(exact * reciprocal + _drawn_for(value, token, _INT8_DRAWN)).clamp(-127, 127)
     return (codes * (largest / 127)).to(value.dtype)
 
