@@ -303,7 +303,8 @@ def rewritten(recipe: Recipe, choices: Mapping[Group, str], *, targets: Sequence
             continue
         own = {group: storage for group, storage in choices.items() if _index_of(recipe, group) == index}
         solver = {} if rule.solver is None else {"solver": rule.solver}
-        usual = Counter(own.values()).most_common(1)[0][0] if own else ""
+        # What most of a role get is said of the role; a rule by names says nothing of the rest of a role.
+        usual = Counter(own.values()).most_common(1)[0][0] if own and rule.role is not None else ""
         for group, storage in own.items():
             if storage != usual:
                 weights += [{"match": name, **_stored_as(storage, why, solver)} for name in group.patterns]
