@@ -14,6 +14,7 @@ from torch import Tensor
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.registry import planned_solvers
 from mossquant.calibration.solver import Measured, Solve
+from mossquant.calibration.statistics import Statistics
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.packing import PackedTensor
@@ -44,6 +45,7 @@ def quantize(
     *,
     recipe: str | Path = "int4",
     measured: Measured | None = None,
+    stats: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -55,6 +57,7 @@ def quantize(
         output: folder to write; nothing may be there, unless `force`.
         recipe: a recipe's name ("int8", "int4") or a YAML file (`mossquant.plan.recipe`).
         measured: gives what was measured for a tensor to solvers that need it.
+        stats: a folder that `calibrate` wrote for this model, in the place of `measured`.
         force: replace what is at `output`.
         dry_run: make and check the plan, write nothing.
         progress: called after each tensor, with weights done and in all.
@@ -68,7 +71,7 @@ def quantize(
             or memory: before any work. Statistics that were not measured for one tensor: when its turn comes.
     """
     asked, destination = load_recipe(recipe), Path(output)
-    inputs = recipe_files(recipe)
+    inputs = recipe_files(recipe) + ([] if stats is None else [Path(stats)])
     if isinstance(model, str | Path):
         inputs.append(locate(model).require("checkpoint", verb="quantize"))
     if not dry_run:
@@ -82,28 +85,31 @@ def quantize(
     origin.declared_text(weights.config.vocab_size)  # is taken along, and so must be readable
     plan = make_plan(weights.config, {name: weights.kept(name).dtype for name in weights.specs}, asked)
     check(Held.by(plan, weights.config), asked.targets)
+    statistics = None if stats is None else Statistics.open(stats, weights)
+    measured = measured if statistics is None else statistics.measured
     solvers = planned_solvers(plan, measured=measured is not None)
     if dry_run:
         return plan
     copied = sum(path.stat().st_size for path in origin.beside)
-    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan))
+    held, seen = (0, ()) if statistics is None else (statistics.memory_bytes, tuple(statistics.manifest.text))
+    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
     total, done = sum(entry.count for entry in plan.tensors), 0
     with new_folder(destination, force=force) as partial:
-        writer = QuantizedWriter(partial, weights, asked, plan)
+        writer = QuantizedWriter(partial, weights, asked, plan, calibration_text=seen)
         for entry in plan.tensors:
             tensor = weights.kept(entry.name)
             if entry.kept is not None:
                 writer.add_kept(entry.name, tensor.to(FLOAT_DTYPES[entry.kept]))
             else:
                 solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
-                statistics = measured(entry.name) if measured is not None and solver.needs else {}
-                missing = " and ".join(need for need in solver.needs if need not in statistics)
+                known = measured(entry.name) if measured is not None and solver.needs else {}
+                missing = " and ".join(need for need in solver.needs if need not in known)
                 if missing:
                     raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
                 matrix = weights.specs[entry.name].to_matrix(tensor)
                 packed = PackedTensor(entry.name, number_format, *matrix.shape)
-                error = _solve(matrix, solver.prepare(number_format, statistics), packed)
-                writer.add_quantized(entry.name, packed, error)
+                error = _solve(matrix, solver.prepare(number_format, known), packed)
+                writer.add_quantized(entry.name, packed, error, solver.note(known))
             before, done = done, done + entry.count
             if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
                 trim_heap()

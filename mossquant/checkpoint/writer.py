@@ -4,6 +4,7 @@
 What is written depends on the checkpoint, the recipe and the release alone: no clock, host, path or thread count.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from mossquant.release import release
 _SHAPE_BYTES = 16
 _HEADER_BYTES = 200
 _RESULT_BYTES = 40
+_NOTE_BYTES = 200
 _REST_BYTES = 1 << 16
 
 
@@ -27,7 +29,7 @@ def container_bytes(plan: Plan) -> int:
 
     What is copied along (a tokenizer) is not counted.
     """
-    ledger = len(json_bytes(plan.to_json())) + len(plan.tensors) * _RESULT_BYTES
+    ledger = len(json_bytes(plan.to_json())) + len(plan.tensors) * (_RESULT_BYTES + _NOTE_BYTES)
     return ledger + len(plan.tensors) * (3 * _HEADER_BYTES + _SHAPE_BYTES) + _REST_BYTES
 
 
@@ -39,26 +41,33 @@ class QuantizedWriter:
         weights: what is quantized.
         recipe: what was asked.
         plan: what was planned.
+        calibration_text: SHA-256 of the texts that it is calibrated on.
     """
 
-    def __init__(self, folder: Path, weights: Weights, recipe: Recipe, plan: Plan) -> None:
+    def __init__(
+        self, folder: Path, weights: Weights, recipe: Recipe, plan: Plan, *, calibration_text: Sequence[str] = ()
+    ) -> None:
         self._folder, self._weights, self._recipe, self._plan = folder, weights, recipe, plan
+        self._calibration_text = calibration_text
         quantized = sum(entry.format is not None for entry in plan.tensors)
         self._tensors = TensorWriter(folder, total_bytes=plan.predicted_bytes + quantized * _SHAPE_BYTES)
         self._results: dict[str, tuple[int, float]] = {}
+        self._notes: dict[str, str] = {}
 
-    def add_quantized(self, name: str, packed: PackedTensor, relative_error: float) -> None:
-        """Store a quantized tensor."""
+    def add_quantized(self, name: str, packed: PackedTensor, relative_error: float, note: str | None = None) -> None:
+        """Store a quantized tensor; the note goes into the ledger."""
         for stored, tensor in packed.tensors.items():
             self._tensors.add(stored, tensor)
-        self._note(name, packed.payload_bytes, relative_error)
+        self._record(name, packed.payload_bytes, relative_error)
+        if note is not None:
+            self._notes[name] = note
 
     def add_kept(self, name: str, tensor: Tensor) -> None:
         """Store a tensor as it is kept."""
         self._tensors.add(name, tensor)
-        self._note(name, tensor.nbytes, 0.0)
+        self._record(name, tensor.nbytes, 0.0)
 
-    def _note(self, name: str, written: int, relative_error: float) -> None:
+    def _record(self, name: str, written: int, relative_error: float) -> None:
         predicted = self._plan.by_name[name].predicted_bytes
         assert written == predicted, f"{name}: {written} bytes written, {predicted} predicted"
         self._results[name] = (written, relative_error)
@@ -67,7 +76,7 @@ class QuantizedWriter:
         """Write what is left of the tensors, config, recipe, ledger and manifest."""
         self._tensors.close()
         folder, weights, recipe = self._folder, self._weights, self._recipe
-        origin, ledger = weights.origin, self._plan.with_results(self._results)
+        origin, ledger = weights.origin, self._plan.with_results(self._results, self._notes)
         config = weights.config.to_json(torch_dtype=origin.torch_dtype)
         config["quantization_config"] = quantization_config(weights.specs, ledger)
         write_json(folder / "config.json", config)
@@ -93,7 +102,10 @@ class QuantizedWriter:
                     "bytes": origin.payload_bytes,
                     "files": dict(origin.files),
                 },
-                "text": {"training": list(origin.training_text), "calibration": list(origin.calibration_text)},
+                "text": {
+                    "training": list(origin.training_text),
+                    "calibration": [*origin.calibration_text, *self._calibration_text],
+                },
             },
         )
         return ledger
