@@ -37,7 +37,7 @@ from mossquant.calibration.statistics import (
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
-from mossquant.checkpoint.tensorfiles import TensorFile, save_tensors
+from mossquant.checkpoint.tensorfiles import TensorFile, all_finite, save_tensors
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_apart, check_free, json_bytes, new_file, new_folder
@@ -292,12 +292,15 @@ class _Sums:
             return
         x = x if gates is None else x * gates
         held = self._held if rows is None else self._held[rows]
+        # A power of two moves no rounding, and keeps squares of large values inside fp32.
+        size = 2.0 ** int(torch.frexp(x.abs().amax()).exponent)
+        x = x / size
         learned = x[~held]
-        self._moments[entry.name] += learned.T @ learned
+        self._moments[entry.name] += (learned.T @ learned).double() * size**2
         if bool(held.any()):
             signs = self._signs[: entry.sketched]
             signs = signs if rows is None else signs[:, rows]
-            self._sketches[entry.name] += signs[:, held] @ x[held]
+            self._sketches[entry.name] += (signs[:, held] @ x[held]).double() * size
 
     def reroute(self, name: str, routing: Routing) -> Routing:
         """A `Reroute` that changes nothing, and counts with which gates experts were chosen."""
@@ -545,9 +548,17 @@ class _Walk:
         return max(found, default=-1)
 
     def _store(self, at: int, step: _Step, number: int, sums: _Sums) -> None:
-        """Add what all processes found to what earlier rounds did, and store it."""
+        """Add what all processes found to what earlier rounds did, and store it.
+
+        Raises:
+            InputError: the model computes values that are not finite on this text.
+        """
         tensors = sums.stored(step)
         self._processes.add(tensors)
+        broken = [entry.name for entry in step.inputs if not all_finite(tensors[entry.moments])]
+        if broken:
+            advice = "Look at the weights before it, or take other text."
+            raise InputError.listing(f"{self._weights.origin.path} computes NaN or infinite values", broken, advice)
         if self._processes.first:
             if number > 0:
                 before = TensorFile(self._file(at, number - 1))

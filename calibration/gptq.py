@@ -22,8 +22,8 @@ from mossquant.calibration.solver import Solve, Solver, Statistics
 from mossquant.calibration.statistics import Hessian
 from mossquant.formats import NumberFormat, QuantizedTensor
 
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-DEFAULT_DAMPING = 0.1
+DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1)
+DEFAULT_DAMPING = 0.03
 """Where nothing was held out."""
 POWER = 0.75
 

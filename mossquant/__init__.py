@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mossquant.calibration.calibrate import calibrate as calibrate
     from mossquant.calibration.quantize import quantize as quantize
     from mossquant.checkpoint.open import open_weights as open_weights
     from mossquant.errors import InputError as InputError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mossquant.training.trainer import Schedule as Schedule
 
 _WHERE = {
+    "mossquant.calibration.calibrate": ["calibrate"],
     "mossquant.calibration.quantize": ["quantize"],
     "mossquant.checkpoint.open": ["open_weights"],
     "mossquant.errors": ["InputError"],

@@ -69,3 +69,9 @@ EXECUTORCH_MEDIAN_STATE = 1e-5
 
 EXECUTORCH_FORMS_MEDIAN_KL = 1e-7
 """Nats, the median over positions of one text read in one call and token by token, free running."""
+
+STATISTICS_FLOAT32 = 2e-5
+"""Relative to the largest second moment: a model in fp32, and products of one pass in fp32, against float64."""
+
+PROCESSES_FLOAT64 = 1e-12
+"""Relative: sums of the same passes over one process and over two, in float64."""

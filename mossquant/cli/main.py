@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mossquant.cli.calibrate import calibrate
 from mossquant.cli.generate import generate
 from mossquant.cli.make import demo, export, import_, quantize, recipes, train
 from mossquant.cli.measure import bench, compare, info, perplexity, verify
@@ -55,7 +56,11 @@ def options(
         raise typer.Exit
 
 
-for _verb in (demo, info, train, import_, quantize, recipes, export, perplexity, compare, verify, generate, bench):
+_VERBS = (
+    *(demo, info, train, import_, calibrate, quantize, recipes, export),
+    *(perplexity, compare, verify, generate, bench),
+)
+for _verb in _VERBS:
     app.command(_verb.__name__.rstrip("_"))(_verb)
 
 

@@ -105,6 +105,9 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
     output: options.MaybeOutput = None,
     recipe: options.Recipe = "int4",
+    stats: Annotated[
+        Path | None, typer.Option(help="what `mossquant calibrate` wrote, for solvers that need it")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan, bytes, disk and memory; write nothing")
     ] = False,
@@ -119,11 +122,11 @@ def quantize(
     from mossquant.eval.report.plan_tables import plan_tables
     from mossquant.plan.recipe import recipe_files
 
-    options.check_json(json, model, *recipe_files(recipe), output=output)
+    options.check_json(json, model, stats, *recipe_files(recipe), output=output)
     if output is None and not dry_run:
         raise InputError(options.NO_OUTPUT)
     with terminal.bar("quantizing") as shown:
-        plan = run(model, output or Path(), recipe=recipe, force=force, dry_run=dry_run, progress=shown)
+        plan = run(model, output or Path(), recipe=recipe, stats=stats, force=force, dry_run=dry_run, progress=shown)
     results = plan_tables(plan)
     if not dry_run:
         results.append(f"{output}: lower it with: {command_line('export', str(output), '-o', f'{output}-onnx')}")
