@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`calibrate`: run text through a model block by block, and gather the statistics of its linears.
 
-Windows of 512 tokens, each with the state at zero, come in an order drawn once over the whole text, four at a time: a
-pass through a block. Each block is loaded alone; what enters it (the residual stream of all windows of a round) waits
+Windows of 512 tokens, each with the state at zero, come in an order drawn once over the whole text. Up to four at a
+time pass through a block, which is loaded alone; what enters it (the residual stream of all windows of a round) waits
 in memory, or on disk where it is longer. A round takes every window that is new through all blocks; each round doubles
 the windows, until every input has its quota of effective tokens or the tokens that may be read are used up.
 
@@ -54,7 +54,9 @@ from mossquant.text.text import Text
 WINDOW = 512
 """Tokens a window."""
 PASS_WINDOWS = 4
-"""Windows that go through a block at once."""
+"""Windows that go through a block at once, at most."""
+_PASS_VALUES = 1 << 21
+"""Values of the widest input of a pass, at most, unless one window has more."""
 HELD_OUT = 8
 """One window of so many is held out."""
 FIRST_ROUND = 32
@@ -109,7 +111,7 @@ def calibrate(
         InputError: a bad checkpoint or a quantized one, a bad text, no CUDA device, an output that cannot be written,
             too little disk or memory, a work folder of another run: before any work.
     """
-    destination, say = Path(output), said or (lambda line: None)
+    destination = Path(output)
     inputs = [Path(item) for item in text if not isinstance(item, Text)]
     if isinstance(model, str | Path):
         inputs.append(locate(model).require("checkpoint", verb="calibrate"))
@@ -147,6 +149,7 @@ def calibrate(
             with new_file(work / _RUN, force=True) as partial:
                 partial.write_bytes(json_bytes(run))
         processes.wait()
+        say = said if said is not None and processes.first else lambda line: None
         with torch.no_grad():
             say(walk.expected())
             seen = walk.run(progress or (lambda name, done, total: None), say)
@@ -296,11 +299,11 @@ class _Sums:
         size = 2.0 ** int(torch.frexp(x.abs().amax()).exponent)
         x = x / size
         learned = x[~held]
-        self._moments[entry.name] += (learned.T @ learned).double() * size**2
+        self._moments[entry.name].add_(learned.T @ learned, alpha=size**2)
         if bool(held.any()):
             signs = self._signs[: entry.sketched]
             signs = signs if rows is None else signs[:, rows]
-            self._sketches[entry.name] += (signs[:, held] @ x[held]).double() * size
+            self._sketches[entry.name].add_(signs[:, held] @ x[held], alpha=size)
 
     def reroute(self, name: str, routing: Routing) -> Routing:
         """A `Reroute` that changes nothing, and counts with which gates experts were chosen."""
@@ -351,14 +354,15 @@ class _Walk:
         self._steps.append(_Step("head", None, 0, head, 0))
 
     @property
-    def _rows_of_pass(self) -> int:
-        return PASS_WINDOWS * self._windows.shape[1]
+    def _pass_windows(self) -> int:
+        widest = max(entry.width for entry in self.inputs)
+        return max(1, min(PASS_WINDOWS, _PASS_VALUES // (self._windows.shape[1] * widest)))
 
     @property
     def _most_waiting(self) -> int:
         """Bytes of the residual stream of the longest round that may come, in one process."""
         longest = max(min(FIRST_ROUND, len(self._windows)), -(-len(self._windows) // 2))
-        share = -(-longest // self._processes.count) + PASS_WINDOWS
+        share = -(-longest // self._processes.count) + self._pass_windows
         return share * self._windows.shape[1] * self._weights.config.hidden_size * 4
 
     @property
@@ -380,13 +384,18 @@ class _Walk:
         widest = max(entry.width for entry in self.inputs)
         sums = max(sum(8 * entry.width**2 for entry in step.inputs) for step in self._steps)
         waiting = min(self._most_waiting, self._memory)
-        return max(sizes.values()) + sums + _PASS_ARRAYS * 4 * self._rows_of_pass * widest + waiting
+        return (
+            max(sizes.values())
+            + sums
+            + _PASS_ARRAYS * 4 * self._pass_windows * self._windows.shape[1] * widest
+            + waiting
+        )
 
     def expected(self) -> str:
         """Minutes, disk and memory, in a line: a pass through the first layer is timed for it."""
         first, total = min(FIRST_ROUND, len(self._windows)), len(self._windows)
         timed = [step for step in self._steps if step.kind is not None and step.layer == 0]
-        batch = self._windows[:PASS_WINDOWS]
+        batch = self._windows[: self._pass_windows]
         x = self._embedded(batch)
         took = 0.0
         for step in timed:
@@ -474,8 +483,9 @@ class _Walk:
         finished = processes.agreed([self._stored(at) >= number for at in range(len(self._steps))])
         if all(finished):
             return False
-        passes = list(enumerate(range(start, last, PASS_WINDOWS)))
-        own = [(at, min(at + PASS_WINDOWS, last)) for i, at in passes if i % processes.count == processes.number]
+        size = self._pass_windows
+        passes = list(enumerate(range(start, last, size)))
+        own = [(at, min(at + size, last)) for i, at in passes if i % processes.count == processes.number]
         stream = self._stream(sum(end - at for at, end in own))
         filled = 0
         for at, end in own:

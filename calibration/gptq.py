@@ -40,9 +40,14 @@ def prepare(number_format: NumberFormat, statistics: Statistics) -> Solve:
     if not bool(hessian.sketch.any()):
         return spectrum.solver(number_format, DEFAULT_DAMPING)
     rows: Tensor = statistics["rows"]
-    solvers = [spectrum.solver(number_format, damping) for damping in DAMPINGS]
-    errors = [_held_out_error(solver(rows), rows, hessian.sketch) for solver in solvers]
-    return solvers[errors.index(min(errors))]
+
+    def held_out_error(damping: float) -> float:
+        """‖S (W − Q)ᵀ‖²."""
+        error = spectrum.solver(number_format, damping)(rows).dequantize().double() - rows.double()
+        return float((hessian.sketch @ error.T).square().sum())
+
+    # The factor of the best is made once more: holding one of each would take more memory than all the rest.
+    return spectrum.solver(number_format, min(DAMPINGS, key=held_out_error))
 
 
 def note(statistics: Statistics) -> str | None:
@@ -79,11 +84,6 @@ def _blank(hessian: Hessian) -> bool:
     return not float(hessian.mean.diagonal().sum()) > 0
 
 
-def _held_out_error(solved: QuantizedTensor, rows: Tensor, sketch: Tensor) -> float:
-    """‖S (W − Q)ᵀ‖²."""
-    return float((sketch @ (solved.dequantize().double() - rows.double()).T).square().sum())
-
-
 class _Spectrum:
     """Hᵖ by its eigenvalues: no damping makes it anew."""
 
@@ -99,7 +99,7 @@ class _Spectrum:
         added = damping * self._diagonal.mean()
         vectors = self._vectors[self._order]
         inverse = (vectors / (self._values + added)) @ vectors.T
-        factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+        factor = torch.linalg.cholesky(inverse.add_(inverse.T.clone()).div_(2), upper=True)
         return partial(_solve, number_format, factor, self._order, (self._diagonal + added).float())
 
 
