@@ -33,7 +33,7 @@ def of_model(path: str, file: Path, wanted: str) -> dict[str, float]:
         if storage is None:
             continue
         kl[losses.role] += storages[storage]
-        errors[losses.role].append(relative_error(weights, groups[losses.name], storage, solver="nearest-mse") ** 2)
+        errors[losses.role].append(relative_error(weights, groups[losses.name], storage) ** 2)
     return {role: kl[role] * len(errors[role]) / sum(errors[role]) for role in kl if sum(errors[role])}
 
 

@@ -106,9 +106,7 @@ def _known(weights: Weights, recipe: Recipe, groups: Sequence[OpenGroup]) -> lis
     sharing = Counter(rules)
     return [
         [
-            (group.rule.sensitivity or 0.0)
-            / sharing[rule]
-            * relative_error(weights, group.group, storage, solver=group.rule.solver or "nearest-mse") ** 2
+            (group.rule.sensitivity or 0.0) / sharing[rule] * relative_error(weights, group.group, storage) ** 2
             for storage in group.bytes
         ]
         for group, rule in zip(groups, rules, strict=True)

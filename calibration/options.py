@@ -4,13 +4,13 @@
 relative error = ‖W − Q‖ / ‖W‖ over all weights of the group (Frobenius)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mossquant.calibration.registry import solver_named
+from mossquant.calibration.nearest import nearest_mse
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.formats import get_format
@@ -78,21 +78,19 @@ def stored_bytes(weights: Weights, spec: TensorSpec, storage: str) -> int:
     return min(kept, TensorEntry.of(spec, storage, stored_bytes=kept, reason="").predicted_bytes)
 
 
-def rounded(weights: Weights, spec: TensorSpec, storage: str, *, solver: str) -> Tensor:
-    """The fp32 values of a tensor in a format, by a solver that needs no statistics; shape of the checkpoint."""
+def rounded(weights: Weights, spec: TensorSpec, storage: str) -> Tensor:
+    """The fp32 values of a tensor in a format, by `nearest-mse`, in the shape of the checkpoint."""
     tensor = weights.kept(spec.name)
     if storage == STORED or stored_bytes(weights, spec, storage) == tensor.nbytes:
         return tensor.float()
-    solve = solver_named(solver).prepare(get_format(storage), {})
-    return spec.from_matrix(solve(spec.to_matrix(tensor).float().contiguous()).dequantize())
+    return spec.from_matrix(nearest_mse(get_format(storage), spec.to_matrix(tensor).float().contiguous()).dequantize())
 
 
-def relative_error(weights: Weights, group: Group, storage: str, *, solver: str) -> float:
-    """The group's relative error in a format, estimated on `_SAMPLED_ROWS` rows of each matrix."""
+def relative_error(weights: Weights, group: Group, storage: str) -> float:
+    """The group's relative error in a format by `nearest-mse`, estimated on `_SAMPLED_ROWS` rows of each matrix."""
     if storage == STORED:
         return 0.0
     lost = norm = 0.0
-    solve = solver_named(solver).prepare(get_format(storage), {})
     for spec in group.specs:
         matrix = spec.to_matrix(weights.kept(spec.name))
         step = max(1, matrix.shape[0] // _SAMPLED_ROWS)
@@ -100,12 +98,8 @@ def relative_error(weights: Weights, group: Group, storage: str, *, solver: str)
         own = float(rows.square().sum())
         norm += own * step
         if stored_bytes(weights, spec, storage) < spec.count * matrix.dtype.itemsize:
-            lost += float((solve(rows).dequantize() - rows).square().sum()) * step
+            lost += float((nearest_mse(get_format(storage), rows).dequantize() - rows).square().sum()) * step
     return (lost / norm) ** 0.5 if norm > 0 else 0.0
-
-
-Rounded = Callable[[TensorSpec, str], Tensor]
-"""(tensor, storage) → its fp32 values in that storage, in the checkpoint's shape."""
 
 
 def dtypes_of(weights: Weights) -> dict[str, torch.dtype]:

@@ -22,6 +22,7 @@ from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import planned_solvers
 from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
 from mossquant.calibration.solver import Measured, Solve, Solver
+from mossquant.calibration.statistics import Statistics
 from mossquant.calibration.student import Stored
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.locate import locate
@@ -71,6 +72,7 @@ def quantize(
     sensitivities: str | Path | Sensitivities | None = None,
     recover: int | None = None,
     measured: Measured | None = None,
+    stats: str | Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     force: bool = False,
     dry_run: bool = False,
@@ -90,6 +92,7 @@ def quantize(
         sensitivities: what groups lose, from `sensitivity`, or its file.
         recover: tokens of the text to distil over after rounding, in place of the recipe's own.
         measured: gives what was measured for a tensor to solvers that need it.
+        stats: a folder that `calibrate` wrote for this model, in the place of `measured`.
         device: where the model is run.
         force: replace what is at `output`.
         dry_run: make and check the plan, write nothing, and run nothing on text.
@@ -108,6 +111,7 @@ def quantize(
     asked, destination = load_recipe(recipe), Path(output)
     inputs = [*recipe_files(recipe), *(Path(item) for item in text if not isinstance(item, Text))]
     inputs += [Path(sensitivities)] if isinstance(sensitivities, str | Path) else []
+    inputs += [] if stats is None else [Path(stats)]
     if isinstance(model, str | Path):
         inputs.append(locate(model).require("checkpoint", verb="quantize"))
     if not dry_run:
@@ -139,8 +143,8 @@ def quantize(
                 progress=progress,
             )
         chosen = spend(weights, asked, budget=budget, targets=targets, sensitivities=losses)
-        for note in chosen.notes:
-            say(note)
+        for line in chosen.notes:
+            say(line)
         asked = chosen.recipe
     elif budget is not None:
         raise InputError(f"{asked.where} names every format, so there is nothing to spend {budget} on; add choose")
@@ -148,20 +152,27 @@ def quantize(
         asked = rewritten(asked, {}, targets=targets, why="for other targets")
     plan = make_plan(weights.config, dtypes_of(weights), asked)
     check(Held.by(plan, weights.config), asked.targets)
+    statistics = None if stats is None else Statistics.open(stats, weights)
+    measured = measured if statistics is None else statistics.measured
     solvers = planned_solvers(plan, measured=measured is not None)
     if dry_run:
         return plan
     copied = sum(path.stat().st_size for path in origin.beside)
     held = 0 if calibration is None else _ON_TEXT * origin.parameters
+    seen = () if learned is None else learned.sha256
+    if statistics is not None:
+        held, seen = held + statistics.memory_bytes, (*seen, *statistics.manifest.text)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
     with new_folder(destination, force=force) as partial:
         writer = QuantizedWriter(partial, weights, asked, plan)
         pieces = _solved(weights, plan, solvers, measured, progress)
         if learned is None or judged is None:
-            for name, piece, error in pieces:
-                writer.add(name, piece, error)
-            return writer.finish()
-        rounded = {name: (piece, error) for name, piece, error in pieces}
+            for name, piece, error, note in pieces:
+                writer.add(name, piece, error, note)
+            return writer.finish(calibration_text=seen)
+        every = list(pieces)
+        rounded = {name: (piece, error) for name, piece, error, _ in every}
+        notes = {name: note for name, _, _, note in every}
         meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device)
         before = meter.kl(_values(weights, plan, rounded))
         made, after = rounded, before
@@ -183,7 +194,7 @@ def quantize(
                 say(f"distilling raised KL from {before.mean():.2e} to {after.mean():.2e}; it is left out")
                 made, after, tokens = rounded, before, 0
         for name, (piece, error) in made.items():
-            writer.add(name, piece, error)
+            writer.add(name, piece, error, notes[name])
         calibrated = Calibrated(
             text=learned.name,
             tokens=len(learned),
@@ -197,7 +208,7 @@ def quantize(
             kl_ci95=interval(after),
             frontier=() if chosen is None else chosen.frontier,
         )
-        return writer.finish(calibrated, calibration_text=learned.sha256)
+        return writer.finish(calibrated, calibration_text=seen)
 
 
 def _quantized(plan: Plan, name: str, piece: Piece) -> Stored:
@@ -256,22 +267,23 @@ def _solved(
     solvers: Mapping[str, Solver],
     measured: Measured | None,
     progress: Progress | None,
-) -> Iterator[tuple[str, Piece, float]]:
-    """(name, what is stored, relative error) of every tensor, in the plan's order."""
+) -> Iterator[tuple[str, Piece, float, str | None]]:
+    """(name, what is stored, relative error, the solver's note) of every tensor, in the plan's order."""
     total, done = sum(entry.count for entry in plan.tensors), 0
     for entry in plan.tensors:
         tensor = weights.kept(entry.name)
         if entry.kept is not None:
-            yield entry.name, tensor.to(FLOAT_DTYPES[entry.kept]), 0.0
+            yield entry.name, tensor.to(FLOAT_DTYPES[entry.kept]), 0.0, None
         else:
             solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
-            statistics = measured(entry.name) if measured is not None and solver.needs else {}
-            missing = " and ".join(need for need in solver.needs if need not in statistics)
+            known = measured(entry.name) if measured is not None and solver.needs else {}
+            missing = " and ".join(need for need in solver.needs if need not in known)
             if missing:
                 raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
             matrix = weights.specs[entry.name].to_matrix(tensor)
             packed = PackedTensor(entry.name, number_format, *matrix.shape)
-            yield entry.name, packed, _solve(matrix, solver.prepare(number_format, statistics), packed)
+            error = _solve(matrix, solver.prepare(number_format, known), packed)
+            yield entry.name, packed, error, solver.note(known)
         before, done = done, done + entry.count
         if done // BLOCK_WEIGHTS > before // BLOCK_WEIGHTS:
             trim_heap()

@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every solver, by the name that recipes use; a new one is its file and its entry here."""
 
+from mossquant.calibration.gptq import GPTQ
 from mossquant.calibration.nearest import NEAREST, NEAREST_MSE
 from mossquant.calibration.solver import Solver
 from mossquant.errors import InputError
 from mossquant.plan.plan import Plan
 
-SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (NEAREST, NEAREST_MSE)}
-
-
-def solver_named(name: str) -> Solver:
-    """The solver of that name.
-
-    Raises:
-        InputError: no such solver; the known names are listed.
-    """
-    if name not in SOLVERS:
-        raise InputError.unknown("solver", name, SOLVERS)
-    return SOLVERS[name]
+SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (NEAREST, NEAREST_MSE, GPTQ)}
 
 
 def planned_solvers(plan: Plan, *, measured: bool) -> dict[str, Solver]:

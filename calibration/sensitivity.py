@@ -26,7 +26,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from mossquant.calibration.meter import WINDOW, Meter, interval
-from mossquant.calibration.options import OpenGroup, Rounded, open_groups, rounded, stored_bytes
+from mossquant.calibration.options import OpenGroup, open_groups, rounded, stored_bytes
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
@@ -230,7 +230,7 @@ def losses_of(
 
     Args:
         weights: the full-precision model.
-        recipes: say which formats a group may get, and by which solver it is rounded.
+        recipes: say which formats a group may get. Measured is what `nearest-mse` makes of it.
         text: where windows are taken from, spread evenly.
         targets: which must hold the formats; None: the recipes' own.
         tokens: how many tokens each group is measured on.
@@ -251,15 +251,11 @@ def losses_of(
             groups[group.group] = replace(known, bytes=dict(sorted(sizes.items(), key=lambda item: item[1])))
     if not groups:
         raise InputError(f"{recipes[0].where} names every format, so there is nothing to measure; add choose")
-    solver_of = {
-        spec: group.rule.solver or recipes[0].solver for group in groups.values() for spec in group.group.specs
-    }
     alone = [own for group in groups.values() for own in _by_expert(weights, group)] if experts else []
     return _losses(
         weights,
         [*groups.values(), *alone],
         text,
-        lambda spec, storage: rounded(weights, spec, storage, solver=solver_of[spec]),
         tokens=tokens,
         method=method,
         longest_seconds=longest_seconds,
@@ -273,7 +269,6 @@ def _losses(
     weights: Weights,
     groups: Sequence[OpenGroup],
     text: CalibrationText,
-    value: Rounded,
     *,
     tokens: int,
     method: Method | None,
@@ -291,7 +286,7 @@ def _losses(
     table: dict[tuple[str, str], Loss] = {}
 
     def changes(group: OpenGroup, storage: str) -> dict[TensorSpec, Tensor]:
-        return {spec: value(spec, storage) for spec in group.group.specs}
+        return {spec: rounded(weights, spec, storage) for spec in group.group.specs}
 
     if chosen == "measured":
         say(f"measuring {len(jobs)} changes of {len(groups)} groups: about {max(1, round(expected / 60))} minutes")

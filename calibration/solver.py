@@ -3,8 +3,8 @@
 
     prepare(format, statistics) → solve;   solve(rows [n, K]) → the quantized rows
 
-What a matrix shares (a factorization of its inputs' gram, say) is made once, in `prepare`; rows are then solved in
-pieces of bounded size, independently of one another.
+What a matrix shares (a factorization of its inputs' second moments, say) is made once, in `prepare`; rows are then
+solved in pieces of bounded size, independently of one another.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +23,10 @@ Solve = Callable[[Tensor], QuantizedTensor]
 """fp32 rows [n, K] of a matrix → the same quantized."""
 
 
+def _nothing_lacks(statistics: Statistics) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Solver:
     """One way to find scales and codes.
@@ -31,8 +35,10 @@ class Solver:
         name: the name used in recipes, ledgers and reports.
         needs: what must have been measured for a tensor; empty where the weights alone decide.
         prepare: (number format, statistics of the tensor) → what solves rows of it.
+        note: statistics of a tensor → what they lack and what is done instead, for the ledger; None where nothing.
     """
 
     name: str
     needs: tuple[str, ...]
     prepare: Callable[[NumberFormat, Statistics], Solve]
+    note: Callable[[Statistics], str | None] = _nothing_lacks

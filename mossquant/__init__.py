@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mossquant.calibration.calibrate import calibrate as calibrate
     from mossquant.calibration.quantize import quantize as quantize
     from mossquant.calibration.sensitivity import sensitivity as sensitivity
     from mossquant.checkpoint.open import open_weights as open_weights
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mossquant.training.trainer import Schedule as Schedule
 
 _WHERE = {
+    "mossquant.calibration.calibrate": ["calibrate"],
     "mossquant.calibration.quantize": ["quantize"],
     "mossquant.calibration.sensitivity": ["sensitivity"],
     "mossquant.checkpoint.open": ["open_weights"],

@@ -89,3 +89,9 @@ once in a thousand sets of them."""
 
 STRAIGHT_THROUGH = 1e-5
 """Gradients of a few values up to 10 through a rounding, in fp32, against PyTorch's own operations one by one."""
+
+STATISTICS_FLOAT32 = 2e-5
+"""Relative to the largest second moment: a model in fp32, and products of one pass in fp32, against float64."""
+
+PROCESSES_FLOAT64 = 1e-12
+"""Relative: sums of the same passes over one process and over two, in float64."""

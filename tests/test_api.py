@@ -10,8 +10,8 @@ import mossquant
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 VERBS = (
-    *("bench", "compare", "demo", "export", "generate", "import_mamba", "info", "perplexity", "quantize", "recipes"),
-    *("sensitivity", "train", "verify"),
+    *("bench", "calibrate", "compare", "demo", "export", "generate", "import_mamba", "info", "perplexity", "quantize"),
+    *("recipes", "sensitivity", "train", "verify"),
 )
 
 

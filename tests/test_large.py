@@ -3,9 +3,12 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bounds
@@ -16,10 +19,14 @@ from lowered import read_back as verify
 from memory import grown
 from small import random_model, write_model
 
+from mossquant.calibration.calibrate import calibrate
 from mossquant.calibration.quantize import memory_bytes, quantize
+from mossquant.calibration.statistics import Statistics
+from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.eval.info import info
 from mossquant.model.config import MossNetConfig
+from mossquant.plan.recipe import Recipe
 from mossquant.targets.export import export, export_needs
 from mossquant.targets.onnx import save
 
@@ -63,6 +70,32 @@ def test_quantizing_takes_what_was_said(many: Path, tmp_path: Path, layout: str,
         assert said < plan.stored_bytes / 2, "a bound that the whole model would keep is none"
     assert grown(lambda: quantize(many, tmp_path / "out", recipe=recipe)) <= said
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file() == (layout == "shards")
+
+
+@SLOW
+def test_calibrating_takes_what_was_said(many: Path, tmp_path: Path) -> None:
+    """However deep the model is; what waits lies on disk here."""
+    shallow = write_model(tmp_path / "shallow", random_model(replace(MANY, num_hidden_layers=2), dtype=torch.float32))
+    text, lines, peaks = tmp_path / "text.txt", tmp_path / "lines", []
+    text.write_bytes(bytes(range(32, 127)) * 50)
+
+    def said(line: str) -> None:
+        with lines.open("a") as file:
+            file.write(line + "\n")
+
+    for model in (shallow, many):
+        lines.unlink(missing_ok=True)
+        output = tmp_path / f"statistics-{model.name}"
+        peaks.append(grown(partial(calibrate, model, output, text=[text], tokens=4096, memory=0, said=said)))
+        about = re.search(r"about ([0-9,]+) MB of memory", lines.read_text())
+        assert about is not None
+        assert peaks[-1] <= 1e6 * (int(about[1].replace(",", "")) + 1)
+    assert peaks[1] <= 1.15 * peaks[0]
+    recipe, stats = tmp_path / "gptq.yaml", tmp_path / "statistics-shallow"
+    recipe.write_text(Recipe.named("int4").text.replace("solver: nearest-mse", "solver: gptq"))
+    plan = quantize(shallow, tmp_path / "out", recipe=recipe, stats=stats, dry_run=True)
+    room = memory_bytes(plan) + Statistics.open(stats, open_weights(shallow, verb="look")).memory_bytes
+    assert grown(partial(quantize, shallow, tmp_path / "out", recipe=recipe, stats=stats)) <= room
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(None, marks=SLOW), *RECIPES])

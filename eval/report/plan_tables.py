@@ -16,12 +16,15 @@ from mossquant.plan.recipe import Recipe, Rule, recipes
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
-    """A plan before it is executed, or the ledger after: by role, the reasons, and by format."""
+    """A plan before it is executed, or the ledger after: by role, the reasons, what solvers noted, and by format."""
     roles: dict[tuple[str, str], list[TensorEntry]] = {}
     reasons: dict[str, dict[str, None]] = {}
+    noted: list[tuple[str, str]] = []
     for entry in plan.tensors:
         roles.setdefault((entry.role, entry.storage), []).append(entry)
         reasons.setdefault(entry.reason, {})[entry.role] = None
+        if entry.note is not None:
+            noted.append((entry.name, entry.note))
     rows = [
         (
             role,
@@ -51,6 +54,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         *calibrated,
         grid(by_role, rows, whole_names=True),
         grid(left("because", "these are stored so"), because),
+        *([grid(left("tensor", "its solver says"), noted, whole_names=True)] if noted else []),
         grid(by_format, summary, caption=caption, whole_names=True),
     )
 

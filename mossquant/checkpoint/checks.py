@@ -56,7 +56,9 @@ def _tensor_fits(spec: TensorSpec, entry: TensorEntry) -> bool:
     planned = TensorEntry.of(
         spec, entry.storage, stored_bytes=entry.stored_bytes, reason=entry.reason, solver=entry.solver
     )
-    return entry == replace(planned, written_bytes=planned.predicted_bytes, relative_error=error)
+    if kept and entry.note is not None:
+        return False
+    return entry == replace(planned, written_bytes=planned.predicted_bytes, relative_error=error, note=entry.note)
 
 
 def _site_fits(site: SiteSpec, entry: SiteEntry, plan: Plan) -> bool:

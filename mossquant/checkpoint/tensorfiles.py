@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named tensors on disk: one `model.safetensors`, or shards with `model.safetensors.index.json`.
+"""Named tensors on disk: one `model.safetensors`, or shards with `model.safetensors.index.json`, or of another stem.
 
 Reading is memory-mapped, one tensor at a time. Writing holds one shard in memory: below 256 MB everything is one file,
 above it shards of whole tensors are closed at 64 MB, in the order in which the tensors come.
@@ -32,8 +32,7 @@ _LONGEST_NAME, _COMPARED = 200, 1000
 # The library takes headers of up to 100 MB, and some ten times that in memory to read them.
 _LARGEST_HEADER = LARGEST
 
-_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_STEM = "model"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Readers of other projects ask for it. One entry and no more: the library writes several in a random order.
@@ -95,17 +94,17 @@ class TensorFiles:
         dtypes: tensor name → dtype.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Read the headers.
+    def __init__(self, folder: Path, *, stem: str = _STEM) -> None:
+        """Read the headers of the files named `stem`.
 
         Raises:
             InputError: no tensor file, an index that is none or names files outside the folder; missing shards, files
                 that `TensorFile` does not read, a tensor in two shards, all offenders at once.
         """
-        listed = _weight_map(folder)
-        shards = [_FILE] if listed is None else sorted(set(listed.values()))
+        listed, index = _weight_map(folder, stem), _index_name(stem)
+        shards = [_file_name(stem)] if listed is None else sorted(set(listed.values()))
         check_fetched(*(folder / shard for shard in shards))
-        self.files = shards if listed is None else sorted([*shards, _INDEX])
+        self.files = shards if listed is None else sorted([*shards, index])
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._holder: dict[str, TensorFile] = {}
@@ -113,7 +112,7 @@ class TensorFiles:
         offenders = []
         for shard in shards:
             if not (folder / shard).is_file():
-                offenders.append(f"{shard} is missing, though {_INDEX} names it")
+                offenders.append(f"{shard} is missing, though {index} names it")
                 continue
             try:
                 file = TensorFile(folder / shard)
@@ -128,7 +127,7 @@ class TensorFiles:
             where |= dict.fromkeys(file.shapes, shard)
         if not offenders and listed is not None:
             wrong = sorted(name for name in {**listed, **where} if listed.get(name) != where.get(name))
-            offenders = [f"{_INDEX} does not say where {name[:80]} is" for name in wrong]
+            offenders = [f"{index} does not say where {name[:80]} is" for name in wrong]
         if offenders:
             raise InputError.listing(f"{folder} cannot be read", offenders, "Copy the whole folder again.")
 
@@ -184,10 +183,11 @@ class TensorWriter:
     Args:
         folder: an existing folder (itself written aside).
         total_bytes: bytes of all tensors that will come, which decides between one file and shards.
+        stem: what the files' names begin with.
     """
 
-    def __init__(self, folder: Path, *, total_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, total_bytes: int, stem: str = _STEM) -> None:
+        self._folder, self._stem = folder, stem
         self._limit = None if total_bytes <= ONE_FILE_BYTES else SHARD_BYTES
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -205,20 +205,20 @@ class TensorWriter:
 
     def _flush(self) -> None:
         number = len(self._shards)
-        save_tensors(self._pending, self._folder / _shard_name(number), metadata=_METADATA)
+        save_tensors(self._pending, self._folder / _shard_name(self._stem, number), metadata=_METADATA)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> None:
         """Write what is left, and the index."""
         if self._limit is None:
-            save_tensors(self._pending, self._folder / _FILE, metadata=_METADATA)
+            save_tensors(self._pending, self._folder / _file_name(self._stem), metadata=_METADATA)
             return
         if self._pending:
             self._flush()
-        where = {name: _shard_name(number) for number, names in enumerate(self._shards) for name in names}
+        where = {name: _shard_name(self._stem, number) for number, names in enumerate(self._shards) for name in names}
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-        write_json(self._folder / _INDEX, index)
+        write_json(self._folder / _index_name(self._stem), index)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -244,17 +244,26 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _shard_name(number: int) -> str:
-    return f"model-{number + 1:05d}.safetensors"
+def _file_name(stem: str) -> str:
+    return f"{stem}.safetensors"
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def _index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+def _shard_name(stem: str, number: int) -> str:
+    return f"{stem}-{number + 1:05d}.safetensors"
+
+
+def _weight_map(folder: Path, stem: str) -> dict[str, str] | None:
     """Tensor name → shard, as the index says; None where there is one file without an index."""
-    index = folder / _INDEX
-    present = [name for name in (_FILE, _INDEX) if (folder / name).is_file()]
+    one, many = _file_name(stem), _index_name(stem)
+    index = folder / many
+    present = [name for name in (one, many) if (folder / name).is_file()]
     if len(present) != 1:
-        raise InputError(f"{folder} holds {' and '.join(present) or 'neither'} of {_FILE} and {_INDEX}; one is needed")
-    if present == [_FILE]:
+        raise InputError(f"{folder} holds {' and '.join(present) or 'neither'} of {one} and {many}; one is needed")
+    if present == [one]:
         return None
     content = read_json(index, largest=LARGEST, advice="copy it again")
     listed = content.get("weight_map") if isinstance(content, dict) else None

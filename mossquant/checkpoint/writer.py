@@ -21,6 +21,7 @@ from mossquant.release import release
 _SHAPE_BYTES = 16
 _HEADER_BYTES = 200
 _RESULT_BYTES = 40
+_NOTE_BYTES = 200
 _REST_BYTES = 1 << 16
 
 
@@ -29,7 +30,7 @@ def container_bytes(plan: Plan) -> int:
 
     What is copied along (a tokenizer) is not counted.
     """
-    ledger = len(json_bytes(plan.to_json())) + len(plan.tensors) * _RESULT_BYTES
+    ledger = len(json_bytes(plan.to_json())) + len(plan.tensors) * (_RESULT_BYTES + _NOTE_BYTES)
     return ledger + len(plan.tensors) * (3 * _HEADER_BYTES + _SHAPE_BYTES) + _REST_BYTES
 
 
@@ -48,15 +49,18 @@ class QuantizedWriter:
         quantized = sum(entry.format is not None for entry in plan.tensors)
         self._tensors = TensorWriter(folder, total_bytes=plan.predicted_bytes + quantized * _SHAPE_BYTES)
         self._results: dict[str, tuple[int, float]] = {}
+        self._notes: dict[str, str] = {}
 
-    def add(self, name: str, piece: PackedTensor | Tensor, relative_error: float) -> None:
-        """Store a tensor, quantized or kept, with the error that it has."""
+    def add(self, name: str, piece: PackedTensor | Tensor, relative_error: float, note: str | None = None) -> None:
+        """Store a tensor, quantized or kept, with the error that it has; the note goes into the ledger."""
         stored = {name: piece} if isinstance(piece, Tensor) else piece.tensors
         for own, tensor in stored.items():
             self._tensors.add(own, tensor)
-        self._note(name, piece.nbytes if isinstance(piece, Tensor) else piece.payload_bytes, relative_error)
+        self._record(name, piece.nbytes if isinstance(piece, Tensor) else piece.payload_bytes, relative_error)
+        if note is not None:
+            self._notes[name] = note
 
-    def _note(self, name: str, written: int, relative_error: float) -> None:
+    def _record(self, name: str, written: int, relative_error: float) -> None:
         predicted = self._plan.by_name[name].predicted_bytes
         assert written == predicted, f"{name}: {written} bytes written, {predicted} predicted"
         self._results[name] = (written, relative_error)
@@ -71,7 +75,7 @@ class QuantizedWriter:
         self._tensors.close()
         folder, weights, recipe = self._folder, self._weights, self._recipe
         origin = weights.origin
-        ledger = replace(self._plan.with_results(self._results), calibrated=calibrated)
+        ledger = replace(self._plan.with_results(self._results, self._notes), calibrated=calibrated)
         seen = dict.fromkeys((*origin.calibration_text, *calibration_text))
         config = weights.config.to_json(torch_dtype=origin.torch_dtype)
         config["quantization_config"] = quantization_config(weights.specs, ledger)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mossquant.cli.calibrate import sensitivity
+from mossquant.cli.calibrate import calibrate, sensitivity
 from mossquant.cli.generate import generate
 from mossquant.cli.make import demo, export, import_, quantize, recipes, train
 from mossquant.cli.measure import bench, compare, info, perplexity, verify
@@ -56,7 +56,7 @@ def options(
         raise typer.Exit
 
 
-_MAKING = (demo, info, train, import_, sensitivity, quantize, recipes, export)
+_MAKING = (demo, info, train, import_, calibrate, sensitivity, quantize, recipes, export)
 for _verb in (*_MAKING, perplexity, compare, verify, generate, bench):
     app.command(_verb.__name__.rstrip("_"))(_verb)
 

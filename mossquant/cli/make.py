@@ -105,6 +105,9 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
     output: options.MaybeOutput = None,
     recipe: options.Recipe = "int4",
+    stats: Annotated[
+        Path | None, typer.Option(help="what `mossquant calibrate` wrote, for solvers that need it")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="bits a weight, bytes or KL: 4.75bpw, 40MB, kl=0.01; the recipe's if not given")
     ] = None,
@@ -136,7 +139,7 @@ def quantize(
     from mossquant.eval.report.plan_tables import plan_tables
     from mossquant.plan.recipe import recipe_files
 
-    options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, output=output)
+    options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, output=output)
     options.check_picture(picture, *recipe_files(recipe), *(text or ()), sensitivity)
     if output is None and not dry_run:
         raise InputError(options.NO_OUTPUT)
@@ -150,6 +153,7 @@ def quantize(
             targets=None if targets is None else [name.strip() for name in targets.split(",")],
             text=text or (),
             sensitivities=sensitivity,
+            stats=stats,
             recover=None if recover is None else options.token_count(recover),
             device=device,
             force=force,

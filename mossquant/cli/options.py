@@ -24,7 +24,8 @@ Json = Annotated[Path | None, typer.Option(help="also write the result as JSON t
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; all of them if not given")]
 Text = Annotated[Path | None, typer.Option(help="text file to measure on; the bundled held-out text if not given")]
 CalibrationTexts = Annotated[
-    list[Path] | None, typer.Option("--text", help="text file to calibrate on; may be repeated")
+    list[Path] | None,
+    typer.Option("--text", help="text file to calibrate on; may be repeated; the bundled text if not given"),
 ]
 Picture = Annotated[Path | None, typer.Option(help="also draw KL over bits a weight into this .svg file")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model is run: cpu or cuda")]

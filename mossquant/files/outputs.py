@@ -24,7 +24,7 @@ _CHECKPOINT_FILES = re.compile(
     r"(config|training|tokenizer|text)\.json|model(-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 _MANIFEST = "manifest.json"
-_KINDS = ("quantized checkpoint", "artifact")
+_KINDS = ("quantized checkpoint", "artifact", "statistics")
 _ANOTHER = "choose another output path"
 
 

@@ -33,6 +33,7 @@ class TensorEntry:
         predicted_bytes: bytes of codes, padding and scales, or of the kept values.
         written_bytes: bytes written; None before the run.
         relative_error: ‖W − Q‖ / ‖W‖; None before the run.
+        note: what its solver lacked and did instead; None, and then not stored, where there is nothing to say.
     """
 
     __pydantic_config__ = _STRICT
@@ -51,6 +52,7 @@ class TensorEntry:
     predicted_bytes: int
     written_bytes: int | None = None
     relative_error: float | None = None
+    note: str | None = None
 
     @classmethod
     def of(

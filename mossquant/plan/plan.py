@@ -143,19 +143,22 @@ class Plan:
         ]
         return sorted(rows, key=lambda row: (-row.bytes, row.storage))
 
-    def with_results(self, results: Mapping[str, tuple[int, float]]) -> "Plan":
-        """The ledger: the plan with (bytes written, relative error) of every tensor."""
-        entries = tuple(
-            replace(entry, written_bytes=results[entry.name][0], relative_error=results[entry.name][1])
-            for entry in self.tensors
-        )
-        return replace(self, tensors=entries)
+    def with_results(self, results: Mapping[str, tuple[int, float]], notes: Mapping[str, str] | None = None) -> "Plan":
+        """The ledger: the plan with (bytes written, relative error) of every tensor, and notes on some."""
+        entries = []
+        for entry in self.tensors:
+            (written, error), note = results[entry.name], (notes or {}).get(entry.name)
+            entries.append(replace(entry, written_bytes=written, relative_error=error, note=note))
+        return replace(self, tensors=tuple(entries))
 
     def to_json(self) -> dict[str, Any]:
         """The content of a plan file or `ledger.json`."""
         stored = asdict(self)
         if self.calibrated is None:
             del stored["calibrated"]
+        for entry in stored["tensors"]:
+            if entry["note"] is None:
+                del entry["note"]
         return stored
 
     @classmethod

@@ -7,6 +7,8 @@ import torch
 
 from mossquant.calibration.nearest import fixed_sum, nearest, nearest_mse
 from mossquant.calibration.registry import SOLVERS
+from mossquant.calibration.solver import Statistics
+from mossquant.calibration.statistics import Hessian
 from mossquant.formats import FORMATS, NumberFormat, QuantizedTensor
 
 EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
@@ -19,6 +21,13 @@ def matrix(rows: int, columns: int, *, tails: bool, seed: int = 0) -> torch.Tens
     return values / torch.rand(rows, columns, generator=generator).clamp_min(0.05) if tails else values
 
 
+def measured(values: torch.Tensor) -> Statistics:
+    """What a solver may ask for of a matrix: inputs that depend on one another, some of them held out."""
+    inputs = torch.randn(300, values.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    inputs = inputs.cumsum(1)
+    return {"hessian": Hessian(inputs[:250].T @ inputs[:250] / 250, 250.0, 200.0, inputs[250:]), "rows": values[:2]}
+
+
 def group_errors(found: QuantizedTensor, values: torch.Tensor) -> torch.Tensor:
     """Squared error of each group [rows, groups], float64."""
     return found.format.grouped((found.dequantize().double() - values.double()).square()).sum(-1)
@@ -29,7 +38,8 @@ def group_errors(found: QuantizedTensor, values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_rows_in_pieces_equal_the_whole(form: NumberFormat, shape: tuple[int, int], name: str) -> None:
     """Bit for bit, however the rows are cut: quantizing works on a few at a time."""
-    values, solve = matrix(*shape, tails=True), SOLVERS[name].prepare(form, {})
+    values = matrix(*shape, tails=True)
+    solve = SOLVERS[name].prepare(form, measured(values))
     whole = solve(values)
     for rows in (1, 3):
         parts = [solve(part) for part in values.split(rows)]
@@ -81,7 +91,7 @@ def test_mse_uses_the_eighth_code_below_zero() -> None:
 def test_extreme_values(form: NumberFormat, size: float) -> None:
     values = torch.tensor([[size, -size / 2, 0.0], [0.0, 0.0, 0.0]])
     for solver in SOLVERS.values():
-        found = solver.prepare(form, {})(values)
+        found = solver.prepare(form, measured(values))(values)
         assert bool((torch.isfinite(found.scales.float()) & (found.scales > 0)).all())
         assert bool(torch.isfinite(found.dequantize()).all())
         assert not found.codes[1].any()

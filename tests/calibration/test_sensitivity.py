@@ -70,13 +70,12 @@ def test_a_group_alone_is_what_two_models_say(weights: Weights) -> None:
     windows = text.windows(1, 256)
     everything: dict[str, torch.Tensor] = {}
     for losses in found.groups:
-        solver = groups[losses.name].rule.solver or INT4.solver
         specs = groups[losses.name].group.specs
         for loss in losses.losses:
-            changed = {spec.name: rounded(weights, spec, loss.storage, solver=solver) for spec in specs}
+            changed = {spec.name: rounded(weights, spec, loss.storage) for spec in specs}
             assert loss.kl == pytest.approx(brute_force(weights, changed, windows), rel=1e-3, abs=1e-9)
         smallest = losses.losses[0].storage
-        everything |= {spec.name: rounded(weights, spec, smallest, solver=solver) for spec in specs}
+        everything |= {spec.name: rounded(weights, spec, smallest) for spec in specs}
     assert found.together == pytest.approx(brute_force(weights, everything, windows), rel=1e-3)
     assert found.together_sum == pytest.approx(sum(losses.losses[0].kl for losses in found.groups))
 

@@ -25,7 +25,7 @@ from mossquant.files.outputs import file_sha256
 from mossquant.targets.export import export_needs
 
 VERBS = (
-    *("demo", "info", "train", "import", "quantize", "recipes"),
+    *("demo", "info", "train", "import", "calibrate", "quantize", "recipes"),
     *("export", "perplexity", "compare", "verify", "generate", "bench"),
 )
 

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of calibration as tables: how much of the text reached what."""
+
+from rich.table import Table
+
+from mossquant.calibration.statistics import InputRecord, Statistics
+from mossquant.eval.report.grid import DASH, grid, left, right, spaced
+
+
+def statistics_tables(statistics: Statistics) -> list[Table | str]:
+    """By input of a layer: its experts, and the fewest and most effective tokens; then what lacks text."""
+    manifest = statistics.manifest
+    sites: dict[str, list[InputRecord]] = {}
+    for record in manifest.inputs:
+        sites.setdefault(record.name.partition(".experts.")[0], []).append(record)
+    rows = []
+    for site, records in sites.items():
+        effective = sorted(record.effective for record in records)
+        lack = sum(record.lacks for record in records)
+        rows.append(
+            (
+                site,
+                DASH if records[0].expert is None else str(len(records)),
+                str(records[0].width),
+                f"{records[0].needed:,.0f}",
+                f"{effective[0]:,.0f}",
+                f"{effective[-1]:,.0f}",
+                str(lack) if lack else DASH,
+            )
+        )
+    lacking = [
+        (record.name, f"{record.tokens:,}", f"{record.effective:,.0f}", f"{record.needed:,.0f}")
+        for record in statistics.shortfalls
+    ]
+    caption = (
+        f"{manifest.tokens:,} tokens of {len(manifest.text)} text{'s' * (len(manifest.text) != 1)}, "
+        f"in windows of {manifest.window}; one of eight is held out. Effective tokens: (Σ g²)² / Σ g⁴ of the gates."
+    )
+    heads = [*left("input"), *right("experts", "width", "wanted", "fewest", "most", "lacking")]
+    tables = [grid(heads, rows, caption=caption, whole_names=True)]
+    if lacking:
+        tables.append(grid([*left("lacks text"), *right("tokens", "effective", "wanted")], lacking, whole_names=True))
+    return spaced(*tables)
