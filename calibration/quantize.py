@@ -123,6 +123,8 @@ def quantize(
     if origin.tokenizer is not None:
         check_tokenizer_size(origin.tokenizer)
     origin.declared_text(weights.config.vocab_size)  # is taken along, and so must be readable
+    statistics = None if stats is None else Statistics.open(stats, weights)
+    measured = measured if statistics is None else statistics.measured
     say = said or (lambda line: None)
     tokens = asked.recover if recover is None else recover
     needs_text = bool(text) or bool(tokens) or asked.measure
@@ -152,8 +154,6 @@ def quantize(
         asked = rewritten(asked, {}, targets=targets, why="for other targets")
     plan = make_plan(weights.config, dtypes_of(weights), asked)
     check(Held.by(plan, weights.config), asked.targets)
-    statistics = None if stats is None else Statistics.open(stats, weights)
-    measured = measured if statistics is None else statistics.measured
     solvers = planned_solvers(plan, measured=measured is not None)
     if dry_run:
         return plan

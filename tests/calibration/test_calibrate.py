@@ -35,7 +35,7 @@ from mossquant.plan.recipe import Recipe
 from mossquant.text.text import Text
 
 WINDOW = 24
-RECIPE = Recipe.named("int4").text.replace("solver: nearest-mse", "solver: gptq")
+RECIPE = Recipe.named("int4-uniform").text.replace("solver: nearest-mse", "solver: gptq")
 
 
 @pytest.fixture(autouse=True)
