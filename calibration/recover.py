@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mossquant.calibration.products import linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.inputs import activation_model, expert_input_model
@@ -179,7 +180,7 @@ def kl_on(
     total = 0.0
     windows = text.windows(len(text), _JUDGED_WINDOW)
     with torch.no_grad():
-        for window in windows.split(1):
+        for window in windows[:, None]:
             teacher, _ = exact.hidden(window, exact.initial_state(1), Forward())
             student, _ = judged.hidden(window, judged.initial_state(1), run)
             seen, table = _head(judged, student, run, None)
@@ -228,7 +229,7 @@ class _Distillation:
 
         scan: Literal["kernel", "chunked"] = "kernel" if on_cpu else "chunked"
         conv = conv_kernel if on_cpu else None
-        return Forward(scan=scan, dense_ssm=True, conv=conv, reroute=remember, **more)
+        return Forward(scan=scan, dense_ssm=True, multiply=linear, conv=conv, reroute=remember, **more)
 
 
 def routers_apart(exact: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
@@ -257,14 +258,14 @@ class HeadDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
         for rows in range(0, len(hidden), max(1, _LOGITS // len(table))):
             part = slice(rows, rows + max(1, _LOGITS // len(table)))
-            log_p = torch.log_softmax(taught[part] @ taught_table.T, -1)
-            log_q = torch.log_softmax(hidden[part] @ table.T, -1)
+            log_p = torch.log_softmax(product(taught[part], taught_table), -1)
+            log_q = torch.log_softmax(product(hidden[part], table), -1)
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum()
             if learning:
                 difference = log_q.exp_().sub_(p)
-                torch.mm(difference, table, out=d_hidden[part])
-                d_table.addmm_(difference.T, hidden[part])
+                d_hidden[part] = product(difference, table.T)
+                d_table += product(difference.T, hidden[part].T)
         if learning:
             ctx.save_for_backward(d_hidden.div_(len(hidden)), d_table.div_(len(hidden)))
         return total / len(hidden)
