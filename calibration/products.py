@@ -14,11 +14,12 @@ from torch import Tensor
 
 ROWS = 32
 """Numbers of rows are multiples of this."""
+_HAVE_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, K] · weight [N, K]ᵀ → [n, N]; by PyTorch itself for other types and devices. No gradients."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not _HAVE_ONEDNN:
         return F.linear(x, weight)
     made: Tensor = torch.ops.mkldnn._linear_pointwise(_padded(x), weight, None, "none", [], "")
     return made[: len(x)]

@@ -51,7 +51,8 @@ class Rates:
     """How fast and on how much at once. Found on text that nothing was judged on.
 
     Attributes:
-        batch: windows a step.
+        batch: windows a step, fewer where few tokens would otherwise give fewer steps than `steps`.
+        steps: how many steps are enough.
         window: tokens a window, each from an empty state.
         codes: learning rate of weights, in units of their group's scale.
         small: of quantized tensors that are no matrices, relative to their group's largest value.
@@ -63,7 +64,8 @@ class Rates:
     """
 
     batch: int = 8
-    window: int = 256
+    steps: int = 128
+    window: int = 128
     codes: float = 5e-3
     small: float = 1e-3
     scales: float = 3e-4
@@ -284,7 +286,8 @@ class _Windows:
         self._tokens, self._seed = text.tokens, rates.seed
         self._size = min(rates.window, len(text))
         self._count = len(text) // self._size
-        self._batch = min(rates.batch, self._count)
+        enough = max(1, tokens // (self._size * rates.steps))
+        self._batch = min(rates.batch, enough, self._count)
         self.tokens_a_step = self._batch * self._size
         self.steps = -(-tokens // self.tokens_a_step)
 
