@@ -64,12 +64,12 @@ class Rates:
     """
 
     batch: int = 8
-    steps: int = 128
+    steps: int = 192
     window: int = 128
-    codes: float = 5e-3
-    small: float = 1e-3
-    scales: float = 3e-4
-    kept: float = 1e-3
+    codes: float = 4e-3
+    small: float = 2e-3
+    scales: float = 1e-3
+    kept: float = 2e-3
     routing: float = 10.0
     warmup: float = 0.05
     seed: int = 0
