@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mossquant.calibration.products import linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.inputs import activation_model, expert_input_model
@@ -50,7 +51,8 @@ class Rates:
     """How fast and on how much at once. Found on text that nothing was judged on.
 
     Attributes:
-        batch: windows a step.
+        batch: windows a step, fewer where few tokens would otherwise give fewer steps than `steps`.
+        steps: how many steps are enough.
         window: tokens a window, each from an empty state.
         codes: learning rate of weights, in units of their group's scale.
         small: of quantized tensors that are no matrices, relative to their group's largest value.
@@ -62,11 +64,12 @@ class Rates:
     """
 
     batch: int = 8
-    window: int = 256
-    codes: float = 5e-3
-    small: float = 1e-3
-    scales: float = 3e-4
-    kept: float = 1e-3
+    steps: int = 192
+    window: int = 128
+    codes: float = 4e-3
+    small: float = 2e-3
+    scales: float = 1e-3
+    kept: float = 2e-3
     routing: float = 10.0
     warmup: float = 0.05
     seed: int = 0
@@ -179,7 +182,7 @@ def kl_on(
     total = 0.0
     windows = text.windows(len(text), _JUDGED_WINDOW)
     with torch.no_grad():
-        for window in torch.split(windows, 1):
+        for window in windows[:, None]:
             teacher, _ = exact.hidden(window, exact.initial_state(1), Forward())
             student, _ = judged.hidden(window, judged.initial_state(1), run)
             seen, table = _head(judged, student, run, None)
@@ -228,7 +231,7 @@ class _Distillation:
 
         scan: Literal["kernel", "chunked"] = "kernel" if on_cpu else "chunked"
         conv = conv_kernel if on_cpu else None
-        return Forward(scan=scan, dense_ssm=True, conv=conv, reroute=remember, **more)
+        return Forward(scan=scan, dense_ssm=True, multiply=linear, conv=conv, reroute=remember, **more)
 
 
 def routers_apart(exact: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
@@ -257,14 +260,14 @@ class HeadDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
         for rows in range(0, len(hidden), max(1, _LOGITS // len(table))):
             part = slice(rows, rows + max(1, _LOGITS // len(table)))
-            log_p = torch.log_softmax(taught[part] @ taught_table.T, -1)
-            log_q = torch.log_softmax(hidden[part] @ table.T, -1)
+            log_p = torch.log_softmax(product(taught[part], taught_table), -1)
+            log_q = torch.log_softmax(product(hidden[part], table), -1)
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum()
             if learning:
                 difference = log_q.exp_().sub_(p)
-                torch.mm(difference, table, out=d_hidden[part])
-                d_table.addmm_(difference.T, hidden[part])
+                d_hidden[part] = product(difference, table.T)
+                d_table += product(difference.T, hidden[part].T)
         if learning:
             ctx.save_for_backward(d_hidden.div_(len(hidden)), d_table.div_(len(hidden)))
         return total / len(hidden)
@@ -283,7 +286,8 @@ class _Windows:
         self._tokens, self._seed = text.tokens, rates.seed
         self._size = min(rates.window, len(text))
         self._count = len(text) // self._size
-        self._batch = min(rates.batch, self._count)
+        enough = max(1, tokens // (self._size * rates.steps))
+        self._batch = min(rates.batch, enough, self._count)
         self.tokens_a_step = self._batch * self._size
         self.steps = -(-tokens // self.tokens_a_step)
 

@@ -21,6 +21,7 @@ from mossquant.model.scan import RoundState, ScanForm
 Activation = Callable[[str, Tensor], Tensor]
 """(weight tensor's name, input [..., K]) → the input as the target sees it."""
 Convolve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Multiply = Callable[[Tensor, Tensor], Tensor]
 Reroute = Callable[[str, Routing], Routing]
 WeightModel = Callable[[str, Tensor], Tensor]
 """(tensor's name, its parameter in the shape of a checkpoint) → what is computed with in its place, same shape."""
@@ -87,6 +88,7 @@ class Forward:
         expert_input: weight tensor's name → what is rounded where experts are summed; None leaves it to the model.
         matmul_dtype: type in which linears multiply (accumulated in fp32), None for the parameters' own.
         dense_ssm: all SSM experts in stacked matmuls instead of the chosen ones only (training).
+        multiply: (x [..., K], weight [N, K]) → x · weightᵀ, used in linears instead of the plain one.
         conv: convolution used instead of the plain one.
         reroute: is shown a router's decision, with its name ("layers.3.mlp.router"), and may replace it.
         weight: what is computed with in place of each tensor: linears, routers, norms, the table and small tensors, of
@@ -104,6 +106,7 @@ class Forward:
     expert_input: Callable[[str], ExpertInput | None] | None = None
     matmul_dtype: torch.dtype | None = None
     dense_ssm: bool = False
+    multiply: Multiply | None = None
     conv: Convolve | None = None
     reroute: Reroute | None = None
     weight: WeightModel | None = None
@@ -198,9 +201,8 @@ class Forward:
         self, x: Tensor, weight: Tensor, names: Sequence[str], rows: Tensor | None, gates: Tensor | None
     ) -> Tensor:
         if self.matmul_dtype is not None:
-            out = F.linear(x.to(self.matmul_dtype), weight.to(self.matmul_dtype))
-        else:
-            out = F.linear(x, weight)
+            x, weight = x.to(self.matmul_dtype), weight.to(self.matmul_dtype)
+        out = (self.multiply or F.linear)(x, weight)
         if self.observe is not None:
             self.observe(names, x.reshape(-1, x.shape[-1]), rows, gates, out)
         return out

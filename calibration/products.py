@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""x · Wᵀ in fp32 on the CPU by oneDNN, with gradients: where PyTorch's own product takes MKL, which uses half the width
+of some machines' vectors.
+
+oneDNN makes code for each shape that it meets, and experts meet another number of rows every time: rows are padded with
+zeros to a multiple of `ROWS`, so that there are few shapes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 32
+"""Numbers of rows are multiples of this."""
+_HAVE_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, K] · weight [N, K]ᵀ → [n, N]; by PyTorch itself for other types and devices. No gradients."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not _HAVE_ONEDNN:
+        return F.linear(x, weight)
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(_padded(x), weight, None, "none", [], "")
+    return made[: len(x)]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] · weight [N, K]ᵀ → [..., N], with gradients."""
+    made: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    return made.view(*x.shape[:-1], -1)
+
+
+def _padded(x: Tensor) -> Tensor:
+    missing = -len(x) % ROWS
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = product(grads[0], weight.T) if ctx.needs_input_grad[0] else None
+        d_weight = product(_padded(grads[0]).T, _padded(x).T) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight

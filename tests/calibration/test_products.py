@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products by oneDNN are PyTorch's, whatever the number of rows, and so are their gradients."""
+
+import bounds
+import pytest
+import torch
+import torch.nn.functional as F
+from small import difference
+
+from mossquant.calibration.products import linear, product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1,), (31,), (32,), (2, 33)])
+def test_products_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, 13, dtype=dtype, generator=generator, requires_grad=True)
+    weight = torch.randn(5, 13, dtype=dtype, generator=generator, requires_grad=True)
+    exact = F.linear(x.double(), weight.double())
+    found = linear(x, weight)
+    assert found.dtype == dtype
+    assert difference(found.detach().double(), exact.detach()) < bounds.FORMS_FLOAT32
+    assert torch.equal(product(x.detach().reshape(-1, 13), weight.detach()), found.detach().reshape(-1, 5))
+    gradients = torch.autograd.grad(found.sin().sum(), (x, weight))
+    expected = torch.autograd.grad(exact.sin().sum(), (x, weight))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert difference(ours.double(), theirs.double()) < bounds.FORMS_FLOAT32
+
+
+def test_gradient_of_one_alone() -> None:
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3)
+    linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert difference(x.grad, weight.sum(0).expand(4, 3)) < bounds.FORMS_FLOAT32
