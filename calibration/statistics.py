@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 from torch import Tensor
 
 from mossquant.calibration.solver import Statistics as OfTensor
 from mossquant.checkpoint.manifest import FileName, FileRecord, Sha256, record_offenders
-from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, TensorWriter, tensor_offenders
+from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, TensorWriter, all_finite, tensor_offenders
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, read_json, read_stored
@@ -195,7 +195,7 @@ class Manifest(BaseModel):
     tokens: int
     window: int
     quota: float
-    inputs: list[InputRecord]
+    inputs: Annotated[list[InputRecord], FailFast()]
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,9 @@ class Statistics:
         """What was measured for a tensor.
 
         "hessian": `Hessian`, None for one that no linear multiplies; "rows": fp32 [≤ 64, K], some of its rows.
+
+        Raises:
+            InputError: it is not finite.
         """
         entry = self._inputs.get(tensor)
         if entry is None:
@@ -284,8 +287,11 @@ class Statistics:
         return {"hessian": hessian, "rows": matrix[::step].float().contiguous()}
 
     def _moments(self, entry: Input) -> Tensor:
-        """H, float64 [K, K]."""
-        return symmetric(self._files.tensor(entry.moments), entry.width)
+        """H, float64 [K, K]. Raises `InputError`: it or its sketch holds NaN or infinite values."""
+        moments = self._files.tensor(entry.moments)
+        if not (all_finite(moments) and all_finite(self._files.tensor(entry.sketch))):
+            raise InputError(f"{self.folder}: what was measured of {entry.name} is not finite. {_AGAIN}")
+        return symmetric(moments, entry.width)
 
     def _mean(self, site: str) -> Tensor:
         """Σ_e H_e / Σ_e Σ g² over the experts behind one site."""

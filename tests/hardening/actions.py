@@ -143,6 +143,13 @@ def recipe_quantize(place: Place) -> None:
     shutil.rmtree(place.out)
 
 
+def use_statistics(place: Place) -> None:
+    good, recipe = place.samples / "checkpoint", place.samples / "gptq.yaml"
+    mossquant.quantize(good, place.out, recipe=recipe, stats=place.damaged)
+    QuantizedCheckpoint.open(place.out)
+    shutil.rmtree(place.out)
+
+
 ACTIONS: dict[str, tuple[Action, ...]] = {
     "checkpoint": (
         info, run, perplexity, compare, compare_base, write_text, dry_run, quantize, export, import_mamba,
@@ -155,5 +162,6 @@ ACTIONS: dict[str, tuple[Action, ...]] = {
     "stream": (info, run_one, perplexity, compare, compare_base, write_text, verify_artifact),
     "source": (import_mamba,),
     "recipe": (recipe_dry_run, recipe_quantize),
+    "statistics": (use_statistics,),
 }  # fmt: skip
 """What can be done with each kind of folder."""

@@ -69,4 +69,6 @@ KINDS = (
     Kind("original", "config.json", mutate_json, "source"),
     Kind("original", "pytorch_model.bin", mutate_zip, "source"),
     Kind("recipe", "recipe.yaml", mutate_yaml, "recipe", weight=2),
+    Kind("statistics", "manifest.json", mutate_json, "statistics"),
+    Kind("statistics", "statistics.safetensors", mutate_safetensors, "statistics"),
 )

@@ -53,7 +53,9 @@ def _set(module: Any, **values: int) -> Iterator[None]:
 
 
 def make_samples(folder: Path) -> None:
-    """checkpoint, sharded, quantized, quantized-shards, artifact, artifact-pte, external, mamba, original, recipe."""
+    """checkpoint, sharded, quantized, quantized-shards, artifact, artifact-pte, external, mamba, original, recipe,
+    statistics.
+    """
     checkpoint = write_model(
         folder / "checkpoint", random_model(CONFIG, seed=7, dtype=torch.float32), dtype=torch.bfloat16
     )
@@ -81,6 +83,8 @@ def make_samples(folder: Path) -> None:
     (folder / "recipe").mkdir()
     (folder / "recipe" / "recipe.yaml").write_text(Recipe.named("int4-uniform").text)
     (folder / "text.txt").write_text(TEXT)
+    (folder / "gptq.yaml").write_text(Recipe.named("int4").text.replace("solver: nearest-mse", "solver: gptq"))
+    mossquant.calibrate(checkpoint, folder / "statistics", text=[folder / "text.txt"], tokens=1024)
 
 
 def _mambas(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from commands import process
 from hardening.cases import Case, make_case
 
-QUICK = range(10_000, 10_086)
+QUICK = range(10_000, 10_090)
 """Every kind of file as damaged, and with its hashes made right again."""
 ALL = range(0, 2400)
 QUICK_COMMANDS = range(20_000, 20_003)
@@ -69,13 +69,14 @@ def _words(case: Case, damaged: Path, samples: Path, out: Path) -> list[object]:
         "stream": [["compare", good, damaged, "--text", text, "--tokens", 24]],
         "source": [["import", damaged, "-o", out]],
         "recipe": [["quantize", good, "-o", out, "--recipe", damaged / "recipe.yaml"]],
+        "statistics": [["quantize", good, "-o", out, "--stats", damaged]],
     }
     reading: list[list[object]] = [
         ["info", damaged],
         ["perplexity", damaged, "--text", text, "--tokens", 24],
         ["generate", damaged, "def add(", "--max-tokens", 2],
     ]
-    known = verbs[case.kind.actions] + (reading if case.kind.actions not in ("source", "recipe") else [])
+    known = verbs[case.kind.actions] + (reading if case.kind.actions not in ("source", "recipe", "statistics") else [])
     return Random(case.seed).choice(known)
 
 
