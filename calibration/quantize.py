@@ -145,8 +145,6 @@ def quantize(
                 progress=progress,
             )
         chosen = spend(weights, asked, budget=budget, targets=targets, sensitivities=losses)
-        for line in chosen.notes:
-            say(line)
         asked = chosen.recipe
     elif budget is not None:
         raise InputError(f"{asked.where} names every format, so there is nothing to spend {budget} on; add choose")
@@ -155,7 +153,10 @@ def quantize(
     plan = make_plan(weights.config, dtypes_of(weights), asked)
     check(Held.by(plan, weights.config), asked.targets)
     solvers = planned_solvers(plan, measured=measured is not None)
+    notes = () if chosen is None else chosen.notes
     if dry_run:
+        for line in notes:
+            say(line)
         return plan
     copied = sum(path.stat().st_size for path in origin.beside)
     held = 0 if calibration is None else _ON_TEXT * origin.parameters
@@ -163,6 +164,8 @@ def quantize(
     if statistics is not None:
         held, seen = held + statistics.memory_bytes, (*seen, *statistics.manifest.text)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
+    for line in notes:
+        say(line)
     with new_folder(destination, force=force) as partial:
         writer = QuantizedWriter(partial, weights, asked, plan)
         pieces = _solved(weights, plan, solvers, measured, progress)
@@ -172,7 +175,7 @@ def quantize(
             return writer.finish(calibration_text=seen)
         every = list(pieces)
         rounded = {name: (piece, error) for name, piece, error, _ in every}
-        notes = {name: note for name, _, _, note in every}
+        lacking = {name: note for name, _, _, note in every}
         meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device)
         before = meter.kl(_values(weights, plan, rounded))
         made, after = rounded, before
@@ -194,7 +197,7 @@ def quantize(
                 say(f"distilling raised KL from {before.mean():.2e} to {after.mean():.2e}; it is left out")
                 made, after, tokens = rounded, before, 0
         for name, (piece, error) in made.items():
-            writer.add(name, piece, error, notes[name])
+            writer.add(name, piece, error, lacking[name])
         calibrated = Calibrated(
             text=learned.name,
             tokens=len(learned),

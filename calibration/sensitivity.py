@@ -45,8 +45,9 @@ from mossquant.text.text import Text
 
 Method = Literal["measured", "estimated"]
 
-_SHORT, _BACKWARD = 128, 128
-"""Tokens of a window, and windows, of the backward passes: the spread of an estimate is √(2 / windows)."""
+_SHORT = 128
+"""Tokens of a window of the backward passes; twice as many tokens are read there as where groups are measured, since
+the spread of an estimate is √(2 / windows)."""
 _MEASURED = 10
 """Groups that are measured to scale the estimates."""
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
@@ -353,7 +354,7 @@ def _estimated(
     say: Callable[[str], None],
     progress: Progress | None,
 ) -> dict[tuple[str, str], Loss]:
-    windows = text.windows(_BACKWARD, _SHORT)
+    windows = text.windows(max(1, 2 * meter.windows.numel() // _SHORT), _SHORT)
     model = meter.model
     # bf16 is enough for a change of which the second digit matters, and every format of every tensor is held.
     deltas = [

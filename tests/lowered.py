@@ -182,7 +182,7 @@ class Workshop:
 
         def make(folder: Path) -> None:
             text = RECIPES[recipe]
-            if text != recipe:
+            if "\n" in text:
                 path = folder.with_name(f"{folder.name}.yaml")
                 path.write_text(text)
                 text = str(path)

@@ -48,7 +48,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SLOW = pytest.mark.slow
-RECIPES = [pytest.param("int8", marks=SLOW), "int4"]
+RECIPES = [pytest.param("int8-uniform", marks=SLOW), "int4-uniform"]
 """What recipes share is in `make test` once."""
 
 
@@ -92,7 +92,7 @@ def test_calibrating_takes_what_was_said(many: Path, tmp_path: Path) -> None:
         assert peaks[-1] <= 1e6 * (int(about[1].replace(",", "")) + 1)
     assert peaks[1] <= 1.15 * peaks[0]
     recipe, stats = tmp_path / "gptq.yaml", tmp_path / "statistics-shallow"
-    recipe.write_text(Recipe.named("int4").text.replace("solver: nearest-mse", "solver: gptq"))
+    recipe.write_text(Recipe.named("int4-uniform").text.replace("solver: nearest-mse", "solver: gptq"))
     plan = quantize(shallow, tmp_path / "out", recipe=recipe, stats=stats, dry_run=True)
     room = memory_bytes(plan) + Statistics.open(stats, open_weights(shallow, verb="look")).memory_bytes
     assert grown(partial(quantize, shallow, tmp_path / "out", recipe=recipe, stats=stats)) <= room

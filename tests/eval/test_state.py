@@ -186,7 +186,8 @@ def test_a_state_of_another_model_is_refused(
 ) -> None:
     """The original and two of its quantizations are three models, and the error names the two that met."""
     quantize(checkpoint_folder, tmp_path / "int8", recipe="int8-uniform")
-    runners = {"bfloat16": opened("original"), "int4": opened("int4 .onnx"), "int8": open_runner(tmp_path / "int8")}
+    runners = {"bfloat16": opened("original"), "int4-uniform": opened("int4 .onnx")}
+    runners["int8-uniform"] = open_runner(tmp_path / "int8")
     for saver, source in runners.items():
         path = tmp_path / f"{saver}.state"
         continue_text(source, BYTES, PROMPT, max_tokens=0, save_state=path)

@@ -59,7 +59,7 @@ BAD_OPTIONS = [
     (f"{SMALL_TRAINING} --work TEXT", "is not a folder, nor can it be one"),
     ("train --preset huge --text TEXT -o OUT", "unknown preset 'huge'; known presets: tiny, 8x30m, 8x200m, 8x1.5b"),
     ("quantize MODEL", "no output folder was given"),
-    ("quantize MODEL -o OUT -r int5", "unknown recipe 'int5'; known recipes: int8, int4"),
+    ("quantize MODEL -o OUT -r int5", "unknown recipe 'int5'; known recipes: int4, int8"),
     ("export MODEL -o OUT --target abacus", "unknown target 'abacus'; known targets: onnx"),
     ("import MODEL -o OUT --tokenizer TEXT", "is not a tokenizer.json"),
     ("info MODEL --jsn x", "No such option: --jsn"),

@@ -203,7 +203,7 @@ def test_the_command_to_try_next_can_be_pasted(checkpoint_folder: Path, tmp_path
 def test_names_that_are_not_text(checkpoint_folder: Path, tmp_path: Path) -> None:
     """A file name of any bytes, and a terminal that cannot show everything."""
     made = subprocess.run(
-        [*COMMAND, "quantize", str(checkpoint_folder), "-o", tmp_path / "\u00fc\x1b[31m"],
+        [*COMMAND, "quantize", str(checkpoint_folder), "-r", "int4-uniform", "-o", tmp_path / "\u00fc\x1b[31m"],
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
         check=False,
