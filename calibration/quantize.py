@@ -130,6 +130,10 @@ def quantize(
     needs_text = bool(text) or bool(tokens) or asked.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
     learned, judged = (None, None) if calibration is None else calibration.split(JUDGED_TOKENS)
+    if judged is not None and learned is not None and len(judged) < 2:
+        raise InputError(
+            f"{learned.name} has {len(learned) + len(judged)} tokens, and 8 are needed; give a longer text"
+        )
     chosen, losses = None, read_sensitivities(sensitivities, weights)
     if asked.chooses:
         if losses is None and learned is not None:

@@ -31,7 +31,7 @@ from mossquant.targets.artifact import Artifact
 from mossquant.targets.executorch.packages import check_packages
 from mossquant.text.text import Tokenizer, bundled_text
 
-RECIPES = {"int8": 0, "int4-best": 60_000}
+RECIPES = {"int8": 0, "int4-best": 30_000}
 """What the bundled model is quantized by, and over how many tokens each is distilled: fewer than by the recipe."""
 TARGETS = ("onnx", "executorch")
 """What the quantized models are lowered to; the original, to compare with, to the first alone."""
