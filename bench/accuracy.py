@@ -13,9 +13,11 @@ predicted tokens, over which intervals and differences are paired bootstraps (95
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -47,7 +50,8 @@ from mossquant.eval.passage import held_out_passage
 from mossquant.eval.routing import compare_routing, routers_of
 from mossquant.eval.scores import Scores, score
 from mossquant.eval.windows import WINDOW, Interval, Windows
-from mossquant.files.outputs import new_file
+from mossquant.files.outputs import file_sha256, new_file
+from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan import recipe as recipes
 from mossquant.plan.plan import make_plan
 from mossquant.plan.recipe import load_recipe
@@ -62,22 +66,26 @@ STATISTICS = "statistics"
 """What solvers with data share."""
 
 LINEARS = """\
-# Every linear of a block in 4 bits, groups of 32 with bf16 scales; everything else in full precision.
+# Every linear of a block quantized; everything else in full precision.
 version: 1
 name: linears
 targets: [torch, onnx, executorch]
-solver: {solver}
+solver: SOLVER
+measure: MEASURE
 weights:
-  - {{role: ssm.in_proj, format: int4_g32}}
-  - {{role: "ssm.expert.*_proj", format: int4_g32}}
-  - {{role: ssm.out_proj, format: int4_g32}}
-  - {{role: "mlp.expert.*", format: int4_g32, optional: true}}
-  - {{role: "*", keep: fp32, why: "only linears are compared"}}
+  - {role: ssm.in_proj, FORMAT, sensitivity: 0.79}
+  - {role: ssm.expert.x_proj, FORMAT, sensitivity: 0.11}
+  - {role: ssm.expert.dt_proj, FORMAT, sensitivity: 0.082}
+  - {role: ssm.out_proj, FORMAT, sensitivity: 0.61}
+  - {role: "mlp.expert.w[13]", FORMAT, sensitivity: 0.11, optional: true}
+  - {role: mlp.expert.w2, FORMAT, sensitivity: 0.15, optional: true}
+  - {role: "*", keep: fp32, why: "only linears are compared"}
 activations:
-  - {{role: "*", format: int8_block}}
+  - {role: "*", format: int8_block}
 state:
-  - {{role: "*", format: fp32}}
+  - {role: "*", format: fp32}
 """
+"""int4_g32 everywhere, or for a budget int8 too, by the sensitivities of the recipe `int4` or by text."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,12 @@ class Job:
         return CalibrationText.of(self.weights, self.calibrate)
 
     @property
+    def linears(self) -> list[TensorSpec]:
+        """What the part "linears" is about: neither the table nor routers."""
+        uses = {Use.LINEAR, Use.SUMMED}
+        return [spec for spec in self.weights.specs.values() if spec.layer is not None and spec.use & uses]
+
+    @property
     def texts(self) -> dict[str, Path | None]:
         """Domain → text that is measured on; None: the bundled held-out text."""
         given = {"same domain": self.same, "other domain": self.other}
@@ -164,14 +178,17 @@ class Job:
             seconds.write_text(str(time.process_time() - began))
         return Statistics.open(folder, self.weights), float(seconds.read_text())
 
-    def recipe(self, name: str, solver: str) -> Path:
-        """A recipe with another solver."""
-        text = LINEARS.format(solver=solver)
-        if name != "linears":
+    def recipe(self, name: str, solver: str, *, opened: bool = False, measure: bool = False) -> Path:
+        """A named recipe with another solver, or one of the linears alone, `opened` for a budget."""
+        if name == "linears":
+            what = "choose: [int4_g32, int8_g32, int8]" if opened else "format: int4_g32"
+            text = LINEARS.replace("SOLVER", solver).replace("MEASURE", str(measure).lower()).replace("FORMAT", what)
+            text = text if opened else re.sub(r", sensitivity: [0-9.]+", "", text)
+        else:
             text = (Path(recipes.__file__).parent / "recipes" / f"{name}.yaml").read_text()
             assert text.count("solver: nearest-mse") == 1
             text = text.replace("solver: nearest-mse", f"solver: {solver}")
-        path = self.folder / f"{name}-{solver}.yaml"
+        path = self.folder / f"{name}-{solver}{'-open' if opened else ''}.yaml"
         path.write_text(text)
         return path
 
@@ -181,22 +198,45 @@ def _ours(
 ) -> Made:
     """A quantized checkpoint by `quantize`; `text` where formats are chosen on it."""
     name = "-".join([recipe, solver, *(["recovered"] if recovered else []), *(["text"] if text else [])])
-    output, given, seconds = job.folder / "made" / name, dict[str, Any](), 0.0
+    output, asked = job.folder / "made" / name, job.recipe(recipe, solver)
+    budget = f"{getattr(job, bits)}bpw" if bits else None
+    return _quantized(job, output, asked, solver=solver, budget=budget, recovered=recovered, text=text)
+
+
+def _quantized(
+    job: Job, output: Path, recipe: Path, *, solver: str, budget: str | None, recovered: bool, text: bool
+) -> Made:
+    given, seconds = dict[str, Any](), 0.0
     if solver == "gptq":
         _, seconds = job.statistics()
         given["stats"] = job.folder / STATISTICS
     if text or recovered:
         given |= {"text": job.calibrate, "recover": job.recover if recovered else 0}
-    if bits:
-        given["budget"] = f"{getattr(job, bits)}bpw"
-    ledger = quantize(job.model, output, recipe=job.recipe(recipe, solver), force=True, said=print, **given)
-    entries, specs, stored = ledger.tensors, job.weights.specs, ledger.predicted_bytes
-    count = ledger.parameters
-    if recipe == "linears":
-        own = [entry for entry in entries if entry.format is not None]
-        stored, count = sum(entry.predicted_bytes for entry in own), sum(specs[entry.name].count for entry in own)
+    ledger = quantize(job.model, output, recipe=recipe, budget=budget, force=True, said=print, **given)
+    stored, count = ledger.predicted_bytes, ledger.parameters
+    if ledger.recipe.startswith("linears"):
+        names = {spec.name for spec in job.linears}
+        own = [entry for entry in ledger.tensors if entry.name in names]
+        stored, count = sum(entry.predicted_bytes for entry in own), sum(entry.count for entry in own)
     notes = [] if ledger.calibrated is None else [f"recovered over {ledger.calibrated.recovered_tokens:,} tokens"]
     return Made(output, 8 * stored / count, seconds, notes if recovered else [])
+
+
+def _as_many_bits(solver: str, zero_bits: int, job: Job) -> Made:
+    """Ours, with the bits of linears that zero points of so many bits would take, spent on wider codes."""
+    plan = make_plan(job.weights.config, dtypes_of(job.weights), load_recipe(job.recipe("linears", "nearest-mse")))
+    own = [entry for entry in plan.tensors if entry.format is not None]
+    zeros = sum(entry.rows * entry.padded_columns // 32 for entry in own) * zero_bits // 8
+    on_text = solver == "gptq"
+    return _quantized(
+        job,
+        job.folder / "made" / f"linears-{solver}-{zero_bits}",
+        job.recipe("linears", solver, opened=True, measure=on_text),
+        solver=solver,
+        budget=f"{(plan.predicted_bytes + zeros) / 1e6:.6f}MB",
+        recovered=False,
+        text=on_text,
+    )
 
 
 def _scales(job: Job) -> Made:
@@ -209,12 +249,16 @@ def _scales(job: Job) -> Made:
     return Made(Planned(job.weights, plan, tensors), plan.bits_per_weight)
 
 
+def _methods_of_torchao() -> ModuleType:
+    """`bench/torchao_methods.py`; importing torchao takes seconds, and only its methods need it."""
+    sys.path.append(str(Path(__file__).parent))  # -P leaves it out
+    return importlib.import_module("torchao_methods")
+
+
 def _torchao(name: str, job: Job, *, calibrated: bool = False) -> Made:
     """A method of torchao, as values of the linears."""
-    sys.path.append(str(Path(__file__).parent))  # -P leaves it out
-    import torchao_methods as torchao
-
-    method, seconds = getattr(torchao, name), 0.0
+    torchao = _methods_of_torchao()
+    method = getattr(torchao, name)
     if name == "qat":
         learned, judged = job.text.split(JUDGED_TOKENS)
         held_out = judged.windows(max(1, len(judged) // METER_WINDOW), METER_WINDOW)
@@ -225,8 +269,8 @@ def _torchao(name: str, job: Job, *, calibrated: bool = False) -> Made:
         made = method(job.weights, windows[: statistics.manifest.tokens // windows.shape[1]])
     else:
         made = method(job.weights)
-    count = sum(spec.count for spec in torchao.linears_of(job.weights))
-    return Made(torchao.Replaced(job.weights, made.values), made.bits / count, seconds, made.notes)
+    count = sum(spec.count for spec in job.linears)
+    return Made(torchao.Replaced(job.weights, made.values), made.bits / count, notes=made.notes)
 
 
 def _artifact(of: str, target: str, job: Job) -> Made:
@@ -297,6 +341,12 @@ def _methods() -> dict[str, Method]:
         make = partial(_ours, "linears", solver=solver, recovered=True)
         said = f"ours, `{solver}`, then `recover`"
         found[f"{solver} recover"] = Method("linears", make, said, linears, statistics=solver == "gptq")
+    for solver in ("nearest-mse", "gptq"):
+        for zero_bits in (4, 16):
+            said = f"ours, `{solver}`, int8 where it helps most, in the bits of zero points of {zero_bits} bits"
+            make = partial(_as_many_bits, solver, zero_bits)
+            name = f"{solver} in zp{zero_bits}'s bits"
+            found[name] = Method("linears", make, said, linears, statistics=solver == "gptq")
     for name, said in (
         ("rtn", "round to nearest"),
         ("rtn_zp", "round to nearest, zero points of 4 bits"),
@@ -335,6 +385,8 @@ def stored_name(method: str) -> str:
 def make_and_measure(job: Job, name: str) -> None:
     """One method: made, measured on every text, stored."""
     method = METHODS[name]
+    if name.startswith("torchao"):
+        _methods_of_torchao()
     began, cpu = time.monotonic(), time.process_time()
     made = method.make(job)
     seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu
@@ -355,7 +407,8 @@ def make_and_measure(job: Job, name: str) -> None:
         tokens = passage.tokens[:, : whole + 1]
         scores = score([original.runner, *(candidate.runner for candidate in candidates)], tokens)
         texts[domain] = {
-            "text": passage.name,
+            "domain": domain,
+            "text": Path(passage.name).name,
             "sha256": passage.sha256,
             "tokens": whole,
             "original_nll": float(scores[0].nll.mean()),
@@ -438,6 +491,7 @@ def run(arguments: argparse.Namespace) -> None:
         "int8_bits": arguments.int8_bits,
         "recover": arguments.recover,
         "files": dict(job.weights.origin.files),
+        "texts": {path.name: file_sha256(path) for path in [*arguments.calibrate, same, other] if path is not None},
     }
     more = {
         "parameters": job.weights.origin.parameters,
@@ -519,19 +573,16 @@ def mean_of(values: Floats) -> str:
 
 def ratio_of(values: Floats, to: Floats) -> str:
     """A ratio of two means on the same windows with its interval."""
+    if not to.any():
+        return "–"
     return f"{values.mean() / to.mean():.3f} {_interval(_windows_of(values).ratio_interval(values, to), '.3f')}"
 
 
-def difference_of(values: Floats, to: Floats, *, sides: tuple[str, str] | None = None) -> str:
+def difference_of(values: Floats, to: Floats) -> tuple[str, str]:
     """A difference of two means on the same windows with its interval, and on whose side that lies."""
-    difference = values - to
-    found = _windows_of(values).interval(difference)
-    side = ""
-    if sides is not None:
-        side = (
-            f"**{sides[0]}** " if found and found.high < 0 else f"{sides[1]} " if found and found.low > 0 else "open "
-        )
-    return f"{side}{difference.mean():+.2e} {_interval(found, '+.2e')}"
+    found = _windows_of(values).interval(values - to)
+    side = "**ours**" if found and found.high < 0 else "theirs" if found and found.low > 0 else "open"
+    return f"{(values - to).mean():+.2e} {_interval(found, '+.2e')}", side
 
 
 def _windows_of(values: Floats) -> Windows:
@@ -584,6 +635,19 @@ ABOUT = """\
   and AWQ get the windows that `calibrate` read (AWQ at most 32,768 tokens), QAT the tokens and loss of `recover`.
 """
 
+COUNTERPARTS = {
+    "torchao rtn": ("nearest", "nearest-mse"),
+    "torchao rtn_zp": ("nearest-mse", "nearest-mse in zp4's bits"),
+    "torchao hqq": ("nearest-mse",),
+    "torchao hqq_zp": ("nearest-mse", "nearest-mse in zp16's bits"),
+    "torchao awq": ("nearest-mse", "gptq"),
+    "torchao awq_zp": ("gptq", "gptq in zp4's bits"),
+    "torchao gptq": ("nearest-mse", "gptq"),
+    "torchao gptq_zp": ("gptq", "gptq in zp16's bits"),
+    "torchao qat": ("nearest-mse recover", "gptq recover"),
+}
+"""Solvers meet solvers, recovery meets QAT, and zero points what else their bits buy."""
+
 STEPS = (
     ("bits by what roles are known to lose", "int4", "int4-uniform"),
     ("bits by losses on text, in their place", "int4 on text", "int4"),
@@ -630,14 +694,14 @@ def _model_section(found: Results) -> list[str]:
         head[3] = "of int4- or int8-uniform"
         lines += table(head, _rows(found, "all", domain))
         forced = [
-            [f"`{name}`", *(_forced(own, what) for what in ("chosen", "gates"))]
+            [f"`{name}`", *(_forced(found, name, own, what) for what in ("chosen", "gates"))]
             for name in found.parts("all")
             if "forced" in (own := found.of(name, domain))
         ]
         if forced:
             lines += table(["KL with the original's", "experts", "experts and gates"], forced)
         added = [
-            [what, ratio_of(found.kl(a, domain), found.kl(b, domain)), difference_of(*_pair(found, a, b, domain))]
+            [what, ratio_of(*_pair(found, a, b, domain)), difference_of(*_pair(found, a, b, domain))[0]]
             for what, a, b in STEPS
             if a in found.methods and b in found.methods
         ]
@@ -646,17 +710,15 @@ def _model_section(found: Results) -> list[str]:
         head = ["linears alone", *columns]
         head[3] = "of `nearest-mse`"
         lines += table(head, _rows(found, "linears", domain)) if found.parts("linears") else []
-        theirs = [name for name in found.parts("linears") if name.startswith("torchao")]
-        ours = [name for name in found.parts("linears") if not name.startswith("torchao")]
-        if theirs and ours:
-            pairs = [
-                [
-                    f"`{name}`, {found.methods[name]['bits']:.2f} bits",
-                    *(difference_of(*_pair(found, own, name, domain), sides=("ours", "theirs")) for own in ours),
-                ]
-                for name in theirs
-            ]
-            head = ["ours less", *(f"`{own}`, {found.methods[own]['bits']:.2f} bits" for own in ours)]
+        pairs = [
+            [f"`{theirs}`", f"{found.methods[theirs]['bits']:.2f}", f"`{own}`", f"{found.methods[own]['bits']:.2f}"]
+            + list(difference_of(*_pair(found, own, theirs, domain)))
+            for theirs, counterparts in COUNTERPARTS.items()
+            for own in counterparts
+            if theirs in found.methods and own in found.methods
+        ]
+        if pairs:
+            head = ["theirs", "bits", "ours", "bits", "ours less theirs, KL", "on whose side"]
             lines += table(head, pairs, left=len(head))
         programs = [
             [
@@ -683,9 +745,13 @@ def _pair(found: Results, a: str, b: str, domain: str) -> tuple[Floats, Floats]:
     return found.kl(a, domain), found.kl(b, domain)
 
 
-def _forced(own: Mapping[str, Any], what: str) -> str:
-    mean, interval = own["forced"][what]
-    return f"{mean:.2e} {_interval(None if interval is None else Interval(*interval), '.2e')}"
+def _forced(found: Results, name: str, own: Mapping[str, Any], what: str) -> str:
+    """KL with its interval, and what part of the uniform recipe's free KL it is."""
+    (mean, interval), base = own["forced"][what], METHODS[name].base
+    shown = f"{mean:.2e} {_interval(None if interval is None else Interval(*interval), '.2e')}"
+    if base not in found.methods:
+        return shown
+    return f"{shown}, {mean / np.mean(found.of(base, own['domain'])['kl']):.3f} × `{base}`"
 
 
 def command(found: Results) -> str:
@@ -694,7 +760,8 @@ def command(found: Results) -> str:
     parts += [f'"{found.name}"' if " " in found.name else found.name, about["model"]]
     parts += ["--calibrate", *about["calibrate"]] if about["calibrate"] else []
     parts += [f"--{key} {about[key]}" for key in ("same", "other") if about[key]]
-    parts += [f"--{key} {about[key]}" for key in ("bits", "tokens", "recover") if about[key] is not None]
+    numbers = {key: about[key] for key in ("bits", "int8_bits", "tokens", "recover") if about[key] is not None}
+    parts += [f"--{key.replace('_', '-')} {number:.12g}" for key, number in numbers.items()]
     parts += ["--artifacts"] if found.parts("artifact") else []
     return " ".join(parts + [f"--threads {about['threads']}"])
 

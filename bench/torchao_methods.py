@@ -14,9 +14,9 @@ What is replaced, and only while a method runs:
     awq    `AWQObserver` searches as it is; the weight type that `AWQConfig` would convert to does not run on a CPU in
            fp32, so that q(W · s) / s is computed here. s takes 16 bits an input, which count.
     hqq    "hqq-zp" is `_choose_qparams_and_quantize_affine_hqq` with fp16 scales and zero points, its default.
-    qat    `IntxFakeQuantizer` in the place of our student: our tokens, loss, optimizer and schedule. Adam's rate is the
-           one that leaves the least KL on held-out calibration text after an eighth of the tokens: of `QAT_RATES`, and
-           of a threefold or a third more where the best of them lies at an end.
+    qat    `IntxFakeQuantizer` in the place of our student: our tokens, loss, optimizer and schedule. Adam's rate is
+           chosen by KL on held-out calibration text: after an eighth of the tokens, of `QAT_RATES` and threefolds or
+           thirds of them where the best lies at an end; then the best and a third of it, each over all tokens.
 """
 
 import inspect
@@ -182,9 +182,14 @@ def qat(
         best = min(found, key=found.__getitem__)
         ends = {min(found): best / 3, max(found): best * 3}
         tried = [ends[best]] if best in ends else []
-    values, rounded = trained(best, tokens), rtn(weights)
-    notes = [f"rate {best:.2g}"]
-    if kl(values) >= kl(rounded.values):
+    rounded, runs = rtn(weights), dict[float, Values]()
+    for rate in (best, best / 3):  # what is best over few tokens may be too much over many
+        runs[rate] = trained(rate, tokens)
+        found[rate] = kl(runs[rate])
+        said(f"QAT, rate {rate:.2g}, all tokens: KL {found[rate]:.3e}")
+    best = min(runs, key=found.__getitem__)
+    values, notes = runs[best], [f"rate {best:.2g}"]
+    if found[best] >= kl(rounded.values):
         values, notes = rounded.values, ["training raised KL on held-out calibration text: left out"]
     return Made(values, rounded.bits, notes)
 
