@@ -218,8 +218,10 @@ def _quantized(
         names = {spec.name for spec in job.linears}
         own = [entry for entry in ledger.tensors if entry.name in names]
         stored, count = sum(entry.predicted_bytes for entry in own), sum(entry.count for entry in own)
-    notes = [] if ledger.calibrated is None else [f"recovered over {ledger.calibrated.recovered_tokens:,} tokens"]
-    return Made(output, 8 * stored / count, seconds, notes if recovered else [])
+    notes = []
+    if recovered and ledger.calibrated is not None and ledger.calibrated.recovered_tokens == 0:
+        notes = ["recovery raised KL on held-out calibration text: left out"]
+    return Made(output, 8 * stored / count, seconds, notes)
 
 
 def _as_many_bits(solver: str, zero_bits: int, job: Job) -> Made:

@@ -53,6 +53,7 @@ from mossquant.model.forward import Forward
 from mossquant.model.tensors import TensorSpec, Use
 
 GROUP = 32
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 QAT_RATES = (1e-4, 3e-4, 1e-3)
 AWQ_TOKENS = 32768
 """AWQ holds the inputs of a layer, and multiplies them 40 times."""
@@ -124,7 +125,8 @@ def hqq_zp(weights: Weights) -> Made:
             matrix, nbits=4, group_size=GROUP, compute_dtype=torch.float16, device="cpu"
         )
         groups = (codes.float() - 8).view(-1, GROUP)  # tinygemm's way: (code − 8) · scale + zero
-        return (groups * scale.float().view(-1, 1) + zero.float().view(-1, 1)).view(matrix.shape)
+        values: Tensor = groups * scale.float().view(-1, 1) + zero.float().view(-1, 1)
+        return values.view(matrix.shape)
 
     return _each(weights, solve, zero_bits=16)
 
@@ -208,7 +210,7 @@ class FakeQuantized:
             stacked = torch.stack([value(weights, spec.name) for spec in specs])
             self._leaves[name] = nn.Parameter(stacked.to(device))
             if name in linear:
-                config = IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, scale_precision=torch.bfloat16)
+                config = IntxFakeQuantizeConfig(INT4, group_size=GROUP, scale_precision=torch.bfloat16)
                 self._quantizers[name] = IntxFakeQuantizer(config)
         self.groups = {"codes": list(self._leaves.values())}
         self._values: dict[str, Tensor] = {}
@@ -258,7 +260,7 @@ def _intx(
     algorithm: IntxChooseQParamsAlgorithm = IntxChooseQParamsAlgorithm.AFFINE,
 ) -> IntxWeightOnlyConfig:
     return IntxWeightOnlyConfig(
-        weight_dtype=torch.int4,
+        weight_dtype=INT4,
         granularity=PerGroup(GROUP),
         mapping_type=mapping,
         scale_dtype=torch.bfloat16,
@@ -271,7 +273,7 @@ def _quantized(matrix: Tensor, config: IntxWeightOnlyConfig) -> Tensor:
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
     linear.weight = nn.Parameter(matrix.clone(), requires_grad=False)
     quantize_(linear, config)
-    values: Tensor = linear.weight.dequantize()  # type: ignore[operator]
+    values: Tensor = linear.weight.dequantize()
     return values.float()
 
 
