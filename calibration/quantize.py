@@ -32,7 +32,7 @@ from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
 from mossquant.errors import InputError
-from mossquant.files.outputs import check_free, new_folder
+from mossquant.files.outputs import check_free, check_outside, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
@@ -56,6 +56,9 @@ _SECONDS_TO_CHOOSE = 60.0
 """What measuring each group in each format may take here; else it is estimated."""
 _ON_TEXT = 24
 """Bytes a parameter that running the model on text holds, at most: fp32 weights, gradients, changes, what is solved."""
+
+_PASSES = 3.0
+"""What a token costs in recovery, in passes of the judging kind: measured on models of 6M and 11M parameters."""
 
 Piece = PackedTensor | Tensor
 """A tensor as it is stored: quantized, or kept."""
@@ -170,6 +173,8 @@ def quantize(
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
     for line in notes:
         say(line)
+    snapshot = destination.with_name(f"{destination.name}.recovering.safetensors")
+    check_outside(snapshot)
     with new_folder(destination, force=force) as partial:
         writer = QuantizedWriter(partial, weights, asked, plan)
         pieces = _solved(weights, plan, solvers, measured, progress)
@@ -184,7 +189,9 @@ def quantize(
         before = meter.kl(_values(weights, plan, rounded))
         made, after = rounded, before
         if tokens:
-            say(f"distilling over {tokens:,} tokens of {learned.name}")
+            minutes = max(1, round(_PASSES * meter.seconds * tokens / meter.windows.numel() / 60))
+            say(f"distilling over {tokens:,} tokens of {learned.name}: about {minutes} minutes")
+            say(f"a run that is stopped goes on from {snapshot}")
             solved = {name: _quantized(plan, name, piece) for name, (piece, _) in rounded.items()}
             stored = recovered(
                 weights,
@@ -193,6 +200,7 @@ def quantize(
                 learned,
                 tokens=tokens,
                 device=device,
+                snapshot=snapshot,
                 progress=progress,
             )
             made = {name: _piece(weights, plan, name, value) for name, value in stored.items()}
@@ -215,7 +223,9 @@ def quantize(
             kl_ci95=interval(after),
             frontier=() if chosen is None else chosen.frontier,
         )
-        return writer.finish(calibrated, calibration_text=seen)
+        ledger = writer.finish(calibrated, calibration_text=seen)
+    snapshot.unlink(missing_ok=True)
+    return ledger
 
 
 def _quantized(plan: Plan, name: str, piece: Piece) -> Stored:

@@ -9,22 +9,28 @@ will be stored (`mossquant.calibration.student`). Adam, short warm-up, cosine. W
 text and the step alone: every window once, in an order of its own, before any comes again.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mossquant.calibration.products import linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.inputs import activation_model, expert_input_model
+from mossquant.checkpoint.tensorfiles import TensorFile, save_tensors
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.errors import InputError
+from mossquant.files.outputs import new_file
 from mossquant.formats import QuantizedTensor
 from mossquant.kernels.conv.autograd import causal_conv as conv_kernel
 from mossquant.model.forward import Forward
@@ -39,6 +45,8 @@ Strength = Literal["weights", "scales"]
 Activations = Literal["fp32", "planned"]
 """What enters the linears while training: fp32 values, or as the plan rounds them."""
 
+EVERY = 100
+"""Steps between snapshots."""
 LEAST_TOKENS = 4
 """A shorter text says nothing."""
 _LOGITS = 1 << 20
@@ -97,6 +105,7 @@ def recover(
     activations: Activations = "fp32",
     rates: Rates | None = None,
     device: str = "cpu",
+    snapshot: Path | None = None,
     progress: Progress | None = None,
     shown: Callable[[RecoveryStep], None] | None = None,
 ) -> dict[str, Stored]:
@@ -112,6 +121,8 @@ def recover(
         activations: what enters the linears.
         rates: how fast; None: the defaults.
         device: "cpu" or "cuda".
+        snapshot: file in which the run is kept every `EVERY` steps; one that is there is gone on from, to the bit where
+            the number of threads is the same. It stays at the end.
         progress: called after each step, with tokens done and in all.
         shown: called after each step, with the losses.
 
@@ -121,7 +132,7 @@ def recover(
 
     Raises:
         InputError: an unknown strength or way of activations, no tokens asked for, fewer than 4 tokens of text, a loss
-            that is not finite.
+            that is not finite, a snapshot of another run.
     """
     _check(strength, Strength, "strength")
     _check(activations, Activations, "activation mode")
@@ -136,7 +147,8 @@ def recover(
     groups = [{"params": of, "lr": peaks[kind], "peak": peaks[kind]} for kind, of in student.groups.items() if of]
     # Gradients of a mean over thousands of tokens are small: a usual ε would slow the smallest ones down.
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15, fused=True)
-    for step in range(schedule.steps):
+    run = _Run(snapshot, optimizer, _identity(weights, plan, solved, text, tokens, strength, activations, rates))
+    for step in range(run.restore(), schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * _share(step, schedule.steps, rates.warmup)
         kl, routing = distillation.loss(schedule.windows(step).to(device))
@@ -146,6 +158,8 @@ def recover(
         (kl + rates.routing * routing).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         student.stay_in_range()
+        if (step + 1) % EVERY == 0:
+            run.save(step + 1)
         done = (step + 1) * schedule.tokens_a_step
         if progress is not None:
             progress("recovering", done, schedule.steps * schedule.tokens_a_step)
@@ -232,6 +246,70 @@ class _Distillation:
         scan: Literal["kernel", "chunked"] = "kernel" if on_cpu else "chunked"
         conv = conv_kernel if on_cpu else None
         return Forward(scan=scan, dense_ssm=True, multiply=linear, conv=conv, reroute=remember, **more)
+
+
+class _Run:
+    """A run as a file, from which it goes on: the parameters, the optimizer's moments, and how many steps are done.
+
+    Args:
+        path: the file; None: nothing is kept.
+        optimizer: whose parameters and moments are the run.
+        identity: what must be equal for a run to be gone on with.
+    """
+
+    def __init__(self, path: Path | None, optimizer: torch.optim.Adam, identity: str) -> None:
+        self._path, self._optimizer, self._identity = path, optimizer, identity
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def save(self, step: int) -> None:
+        """Write it, aside and renamed."""
+        if self._path is None:
+            return
+        arrays = {"step": torch.tensor(step)}
+        for number, parameter in enumerate(self._parameters):
+            arrays[f"{number}.value"] = parameter.detach().cpu()
+            for key, moment in self._optimizer.state[parameter].items():
+                arrays[f"{number}.{key}"] = moment.detach().cpu()
+        with new_file(self._path, force=True) as partial:
+            save_tensors(arrays, partial, metadata={"run": self._identity})
+
+    def restore(self) -> int:
+        """Go on from the file, if there is one; steps that are done. Raises `InputError`: it is of another run."""
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            opened = TensorFile(self._path)
+        except (SafetensorError, OSError):
+            raise InputError(f"{self._path} is not a snapshot of recovery; remove it to start again") from None
+        if opened.metadata.get("run") != self._identity:
+            raise InputError(f"{self._path} belongs to another model, recipe, text or length; remove it to start again")
+        arrays = {name: opened.tensor(name).clone() for name in opened.shapes}
+        for number, parameter in enumerate(self._parameters):
+            parameter.detach().copy_(arrays[f"{number}.value"])
+            moments = {key: arrays[f"{number}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self._optimizer.state[parameter] = {
+                key: of if key == "step" else of.to(parameter.device) for key, of in moments.items()
+            }
+        return int(arrays["step"])
+
+
+def _identity(
+    weights: Weights,
+    plan: Plan,
+    solved: Mapping[str, QuantizedTensor],
+    text: CalibrationText,
+    tokens: int,
+    strength: Strength,
+    activations: Activations,
+    rates: Rates,
+) -> str:
+    """SHA-256 of all that decides what a run does."""
+    found = hashlib.sha256(json.dumps([dict(weights.origin.files), plan.to_json(), asdict(rates)]).encode())
+    found.update(json.dumps([tokens, strength, activations]).encode())
+    found.update(text.tokens.astype(np.int64).tobytes())
+    for name, one in solved.items():
+        found.update(name.encode() + one.codes.numpy().tobytes() + one.scales.float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def routers_apart(exact: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:

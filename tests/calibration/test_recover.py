@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recovery lowers what it says it lowers, keeps the plan's formats, and refuses what it cannot learn from."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bounds
 import pytest
@@ -11,8 +13,17 @@ import torch.nn.functional as F
 from small import CONFIGS, difference
 from solved import Solved, random_text, solved
 
-from mossquant.calibration.recover import HeadDivergence, Rates, RecoveryStep, _Windows, kl_on, recover, routers_apart
-from mossquant.calibration.student import Planned
+from mossquant.calibration.recover import (
+    HeadDivergence,
+    Rates,
+    RecoveryStep,
+    Strength,
+    _Windows,
+    kl_on,
+    recover,
+    routers_apart,
+)
+from mossquant.calibration.student import Planned, Stored
 from mossquant.checkpoint.packing import PackedTensor
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import value
@@ -194,3 +205,58 @@ def test_refusals(experts: Solved) -> None:
         recover(
             experts.weights, experts.plan, experts.tensors, text, tokens=100, rates=replace(FEW, batch=1, kept=1e38)
         )
+
+
+class Stopped(Exception):
+    """What a run is stopped with, at a step."""
+
+
+def stop_at(step: int) -> Callable[[RecoveryStep], None]:
+    def shown(now: RecoveryStep) -> None:
+        if now.step == step:
+            raise Stopped
+
+    return shown
+
+
+@pytest.mark.parametrize("strength", ["weights", "scales"])
+def test_a_run_that_was_stopped_goes_on_to_the_bit(
+    strength: Strength, experts: Solved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mossquant.calibration.recover.EVERY", 2)
+    text, file = random_text(53, 100), tmp_path / "run.safetensors"
+
+    def run(snapshot: Path | None, **more: Any) -> dict[str, Stored]:
+        return recover(
+            experts.weights,
+            experts.plan,
+            experts.tensors,
+            text,
+            tokens=700,
+            strength=strength,
+            rates=FEW,
+            snapshot=snapshot,
+            **more,
+        )
+
+    whole = run(None)
+    for step in (3, 5):
+        with pytest.raises(Stopped):
+            run(file, shown=stop_at(step))
+    seen: list[int] = []
+    again = run(file, shown=lambda now: seen.append(now.step))
+    assert seen[0] == 5, "two steps more than the snapshot of the first run had, from the second run's"
+    for name, stored in whole.items():
+        other = again[name]
+        if isinstance(stored, QuantizedTensor):
+            assert isinstance(other, QuantizedTensor)
+            assert torch.equal(stored.codes, other.codes)
+            assert torch.equal(stored.scales, other.scales)
+        else:
+            assert isinstance(other, torch.Tensor)
+            assert torch.equal(stored, other)
+    with pytest.raises(InputError, match="belongs to another"):
+        recover(experts.weights, experts.plan, experts.tensors, text, tokens=701, rates=FEW, snapshot=file)
+    file.write_bytes(b"none")
+    with pytest.raises(InputError, match="is not a snapshot"):
+        run(file)
