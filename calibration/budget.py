@@ -18,6 +18,12 @@ from mossquant.errors import InputError
 from mossquant.plan.plan import FrontierPoint, make_plan
 from mossquant.plan.recipe import Budget, Recipe, rewritten
 
+_BY = {
+    None: "by what roles are known to lose",
+    "measured": "by what was lost on text",
+    "estimated": "by what is lost on text, estimated",
+}
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -94,7 +100,12 @@ def spend(
         choice = Choice(tuple(least), smallest - fixed, sum(own[i].loss for own, i in zip(options, least, strict=True)))
         notes = (f"the smallest choice takes {bits}, more than the recipe's {wanted}; it is taken",)
     picks = {group.group: own[pick].storage for group, own, pick in zip(groups, options, choice.picks, strict=True)}
-    chosen = rewritten(recipe, picks, targets=held, why=f"chosen for {wanted}")
+    chosen = rewritten(
+        recipe,
+        picks,
+        targets=held,
+        why=f"chosen for {wanted} {_BY[None if sensitivities is None else sensitivities.method]}",
+    )
     if sensitivities is None:
         return Chosen(chosen, str(wanted), None, choice.gap, (), notes)
     points = tuple(FrontierPoint(fixed + point.bytes, scale * point.loss) for point in frontier(options))

@@ -347,7 +347,7 @@ def rule_of(recipe: Recipe, group: Group) -> WeightRule | None:
 
 
 def _stored_as(storage: str, why: str, solver: Mapping[str, object]) -> dict[str, object]:
-    return {"keep": STORED, "why": why} if storage == STORED else {"format": storage, **solver}
+    return {"keep": STORED, "why": why} if storage == STORED else {"format": storage, **solver, "why": why}
 
 
 def first_match(rules: Sequence[Rule], *, role: str, name: str) -> int | None:
