@@ -638,10 +638,10 @@ ABOUT = """\
 """
 
 COUNTERPARTS = {
-    "torchao rtn": ("nearest", "nearest-mse"),
-    "torchao rtn_zp": ("nearest-mse", "nearest-mse in zp4's bits"),
-    "torchao hqq": ("nearest-mse",),
-    "torchao hqq_zp": ("nearest-mse", "nearest-mse in zp16's bits"),
+    "torchao rtn": ("nearest", "nearest-mse", "gptq"),
+    "torchao rtn_zp": ("nearest-mse", "nearest-mse in zp4's bits", "gptq in zp4's bits"),
+    "torchao hqq": ("nearest-mse", "gptq"),
+    "torchao hqq_zp": ("nearest-mse", "nearest-mse in zp16's bits", "gptq in zp16's bits"),
     "torchao awq": ("nearest-mse", "gptq"),
     "torchao awq_zp": ("gptq", "gptq in zp4's bits"),
     "torchao gptq": ("nearest-mse", "gptq"),
