@@ -409,7 +409,6 @@ def make_and_measure(job: Job, name: str) -> None:
         tokens = passage.tokens[:, : whole + 1]
         scores = score([original.runner, *(candidate.runner for candidate in candidates)], tokens)
         texts[domain] = {
-            "domain": domain,
             "text": Path(passage.name).name,
             "sha256": passage.sha256,
             "tokens": whole,
@@ -506,7 +505,7 @@ def run(arguments: argparse.Namespace) -> None:
     known = folder / "run.json"
     if known.exists():
         before = json.loads(known.read_text())
-        if {key: before[key] for key in about} != about:
+        if any(before.get(key, value) != value for key, value in about.items()):
             raise SystemExit(f"{folder} holds results of another run; give it other arguments, or another WORK")
     else:
         _store(known, {**about, **more})
@@ -638,10 +637,10 @@ ABOUT = """\
 """
 
 COUNTERPARTS = {
-    "torchao rtn": ("nearest", "nearest-mse"),
-    "torchao rtn_zp": ("nearest-mse", "nearest-mse in zp4's bits"),
-    "torchao hqq": ("nearest-mse",),
-    "torchao hqq_zp": ("nearest-mse", "nearest-mse in zp16's bits"),
+    "torchao rtn": ("nearest", "nearest-mse", "gptq"),
+    "torchao rtn_zp": ("nearest-mse", "nearest-mse in zp4's bits", "gptq in zp4's bits"),
+    "torchao hqq": ("nearest-mse", "gptq"),
+    "torchao hqq_zp": ("nearest-mse", "nearest-mse in zp16's bits", "gptq in zp16's bits"),
     "torchao awq": ("nearest-mse", "gptq"),
     "torchao awq_zp": ("gptq", "gptq in zp4's bits"),
     "torchao gptq": ("nearest-mse", "gptq"),
@@ -696,9 +695,9 @@ def _model_section(found: Results) -> list[str]:
         head[3] = "of int4- or int8-uniform"
         lines += table(head, _rows(found, "all", domain))
         forced = [
-            [f"`{name}`", *(_forced(found, name, own, what) for what in ("chosen", "gates"))]
+            [f"`{name}`", *(_forced(found, name, domain, what) for what in ("chosen", "gates"))]
             for name in found.parts("all")
-            if "forced" in (own := found.of(name, domain))
+            if "forced" in found.of(name, domain)
         ]
         if forced:
             lines += table(["KL with the original's", "experts", "experts and gates"], forced)
@@ -747,13 +746,13 @@ def _pair(found: Results, a: str, b: str, domain: str) -> tuple[Floats, Floats]:
     return found.kl(a, domain), found.kl(b, domain)
 
 
-def _forced(found: Results, name: str, own: Mapping[str, Any], what: str) -> str:
+def _forced(found: Results, name: str, domain: str, what: str) -> str:
     """KL with its interval, and what part of the uniform recipe's free KL it is."""
-    (mean, interval), base = own["forced"][what], METHODS[name].base
+    (mean, interval), base = found.of(name, domain)["forced"][what], METHODS[name].base
     shown = f"{mean:.2e} {_interval(None if interval is None else Interval(*interval), '.2e')}"
     if base not in found.methods:
         return shown
-    return f"{shown}, {mean / np.mean(found.of(base, own['domain'])['kl']):.3f} × `{base}`"
+    return f"{shown}, {mean / np.mean(found.of(base, domain)['kl']):.3f} × `{base}`"
 
 
 def command(found: Results) -> str:
