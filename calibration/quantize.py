@@ -52,8 +52,8 @@ _REST_BYTES = 1 << 24
 
 JUDGED_TOKENS = 16384
 """Tokens at the end of a calibration text that nothing is learned from, and on which what was learned is judged."""
-_SECONDS_TO_CHOOSE = 60.0
-"""What measuring each group in each format may take here; else it is estimated."""
+_WORK_TO_CHOOSE = 2.5e12
+"""Changes · tokens · parameters that are measured here, about a minute's; beyond that losses are estimated."""
 _ON_TEXT = 24
 """Bytes a parameter that running the model on text holds, at most: fp32 weights, gradients, changes, what is solved."""
 
@@ -140,13 +140,12 @@ def quantize(
     chosen, losses = None, read_sensitivities(sensitivities, weights)
     if asked.chooses:
         if losses is None and learned is not None:
-            longest = _SECONDS_TO_CHOOSE
             losses = losses_of(
                 weights,
                 [asked],
                 learned,
                 targets=targets,
-                longest_seconds=longest,
+                most_work=_WORK_TO_CHOOSE,
                 device=device,
                 said=say,
                 progress=progress,

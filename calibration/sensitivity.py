@@ -46,6 +46,8 @@ from mossquant.text.text import Text
 
 Method = Literal["measured", "estimated"]
 
+WORK_OF_THE_VERB = 1e14
+"""Changes · tokens · parameters that are measured one by one: about half an hour on two cores."""
 _SHORT = 128
 """Tokens of a window of the backward passes; twice as many tokens are read there as where groups are measured, since
 the spread of an estimate is √(2 / windows)."""
@@ -172,7 +174,7 @@ def sensitivity(
         text: files to measure on; none: the bundled calibration text, for the bundled model.
         recipes: their rules with `choose` say which formats a group may get.
         tokens: how many tokens each group is measured on.
-        method: "measured" or "estimated"; None: measured, unless that would take more than half an hour.
+        method: "measured" or "estimated"; None: measured, unless that takes some half an hour or more.
         experts: also each expert's tensors of a group alone.
         device: where the model is run.
         force: replace a file that is at `output`.
@@ -224,7 +226,7 @@ def losses_of(
     targets: Sequence[str] | None = None,
     tokens: int = 8192,
     method: Method | None = None,
-    longest_seconds: float = 1800.0,
+    most_work: float = WORK_OF_THE_VERB,
     experts: bool = False,
     device: str = "cpu",
     said: Callable[[str], None] | None = None,
@@ -238,7 +240,7 @@ def losses_of(
         text: where windows are taken from, spread evenly.
         targets: which must hold the formats; None: the recipes' own.
         tokens: how many tokens each group is measured on.
-        method: None: measured, unless that would take longer than `longest_seconds`.
+        method: None: measured, unless that is more than `most_work`: changes · tokens · parameters.
         experts: also each expert's tensors of a group alone.
         device: "cpu" or "cuda".
         said: called with one line about what will take how long.
@@ -262,7 +264,7 @@ def losses_of(
         text,
         tokens=tokens,
         method=method,
-        longest_seconds=longest_seconds,
+        most_work=most_work,
         device=device,
         say=said or (lambda line: None),
         progress=progress,
@@ -276,7 +278,7 @@ def _losses(
     *,
     tokens: int,
     method: Method | None,
-    longest_seconds: float,
+    most_work: float,
     device: str,
     say: Callable[[str], None],
     progress: Progress | None,
@@ -285,8 +287,10 @@ def _losses(
         raise InputError(f"{text.name} has {len(text)} token; sensitivities need two or more, so give a longer text")
     meter = Meter(weights, text.windows(max(1, tokens // WINDOW), WINDOW), device=device)
     jobs = [(group, storage) for group in groups for storage in group.bytes if storage != STORED]
-    expected = meter.seconds * (0.6 * len(jobs) + 2)
-    chosen: Method = method or ("measured" if expected <= longest_seconds else "estimated")
+    # By what is to be computed and not by a clock: the same input chooses the same formats on every machine.
+    work = len(jobs) * meter.windows.numel() * weights.origin.parameters
+    chosen: Method = method or ("measured" if work <= most_work else "estimated")
+    expected = 0.6 * meter.seconds * len(jobs)
     table: dict[tuple[str, str], Loss] = {}
 
     def changes(group: OpenGroup, storage: str) -> dict[TensorSpec, Tensor]:

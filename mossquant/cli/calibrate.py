@@ -69,7 +69,9 @@ def sensitivity(
     tokens: Annotated[int, typer.Option(min=2, max=options.MOST_TOKENS, help="tokens that each is measured on")] = 8192,
     method: Annotated[
         Literal["measured", "estimated"] | None,
-        typer.Option(help="each alone, or from gradients; measured if not given, unless it takes over half an hour"),
+        typer.Option(
+            help="each alone, or from gradients; measured if not given, unless it takes some half an hour or more"
+        ),
     ] = None,
     experts: Annotated[bool, typer.Option("--experts", help="also each expert alone")] = False,
     device: options.Device = "cpu",
