@@ -31,7 +31,7 @@ from mossquant.targets.artifact import Artifact
 from mossquant.targets.executorch.packages import check_packages
 from mossquant.text.text import Tokenizer, bundled_text
 
-RECIPES = {"int8": 0, "int4-best": 30_000}
+RECIPES = {"int8": 0, "int4-best": 60_000}
 """What the bundled model is quantized by, and over how many tokens each is distilled: fewer than by the recipe."""
 TARGETS = ("onnx", "executorch")
 """What the quantized models are lowered to; the original, to compare with, to the first alone."""
@@ -165,11 +165,13 @@ def _is_current_checkpoint(path: Path, recipe: str, original: Weights) -> bool:
         checkpoint = QuantizedCheckpoint.open(path)
     except InputError:
         return False
-    manifest = checkpoint.manifest
+    manifest, calibrated = checkpoint.manifest, checkpoint.plan.calibrated
+    recovered = 0 if calibrated is None else calibrated.recovered_tokens
     return (
         manifest.parent.files == dict(original.origin.files)
         and manifest.release == release()
         and manifest.recipe == recipe
+        and recovered in (0, RECIPES[recipe])  # 0 also where recovery did not help
     )
 
 
