@@ -19,12 +19,13 @@ from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.recover import recover as recovered
-from mossquant.calibration.registry import planned_solvers
+from mossquant.calibration.registry import needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
-from mossquant.calibration.solver import Measured, Solve, Solver
+from mossquant.calibration.solver import BlockSolver, Measured, Solve, Solver
 from mossquant.calibration.statistics import Statistics
 from mossquant.calibration.student import Stored
 from mossquant.calibration.text import CalibrationText
+from mossquant.calibration.walk import Walk
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.packing import PackedTensor, read_quantized
@@ -104,9 +105,9 @@ def quantize(
 
     Raises:
         InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a budget that cannot be kept, a
-            plan that its targets cannot hold, a solver that is unknown or lacks statistics, text that is needed and not
-            given, an output that cannot be written, too little disk or memory: before any work. Statistics that were
-            not measured for one tensor: when its turn comes.
+            plan that its targets cannot hold, a solver that is unknown or lacks statistics or text, text that is needed
+            and not given, an output that cannot be written, too little disk or memory: before any work. Statistics that
+            were not measured for one tensor: when its turn comes.
     """
     asked, destination = load_recipe(recipe), Path(output)
     inputs = [*recipe_files(recipe), *(Path(item) for item in text if not isinstance(item, Text))]
@@ -154,18 +155,25 @@ def quantize(
         asked = rewritten(asked, {}, targets=targets, why="for other targets")
     plan = make_plan(weights.config, dtypes_of(weights), asked)
     check(Held.by(plan, weights.config), asked.targets)
-    solvers = planned_solvers(plan, measured=measured is not None)
+    solvers = planned_solvers(plan, measured=measured is not None, text=needs_text)
     if dry_run:
         return plan
+    walk = None
+    if learned is not None and needs_walk(solvers, measured=measured is not None):
+        walk = Walk(weights, plan, solvers, learned, measured=measured, device=device)
     copied = sum(path.stat().st_size for path in origin.beside)
     held = 0 if calibration is None else _ON_TEXT * origin.parameters
+    held += 0 if walk is None else walk.memory_bytes
     seen = () if learned is None else learned.sha256
     if statistics is not None:
         held, seen = held + statistics.memory_bytes, (*seen, *statistics.manifest.text)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
     with new_folder(destination, force=force) as partial:
         writer = QuantizedWriter(partial, weights, asked, plan)
-        pieces = _solved(weights, plan, solvers, measured, progress)
+        if walk is None:
+            pieces = _solved(weights, plan, solvers, measured, progress)
+        else:
+            pieces = _walked(weights, plan, walk, say, progress)
         if learned is None or judged is None:
             for name, piece, error, note in pieces:
                 writer.add(name, piece, error, note)
@@ -261,10 +269,18 @@ def memory_bytes(plan: Plan) -> int:
     return held + container_bytes(plan) + _BLOCK_ARRAYS * 4 * max(BLOCK_WEIGHTS, longest) + _REST_BYTES
 
 
+def _walked(
+    weights: Weights, plan: Plan, walk: Walk, say: Callable[[str], None], progress: Progress | None
+) -> Iterator[tuple[str, Piece, float, str | None]]:
+    """The same as `_solved`, solved block by block on text."""
+    for name, walked in walk.run(said=say, progress=progress).items():
+        yield name, *_piece(weights, plan, name, walked.stored), walked.note
+
+
 def _solved(
     weights: Weights,
     plan: Plan,
-    solvers: Mapping[str, Solver],
+    solvers: Mapping[str, Solver | BlockSolver],
     measured: Measured | None,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Piece, float, str | None]]:
@@ -276,6 +292,7 @@ def _solved(
             yield entry.name, tensor.to(FLOAT_DTYPES[entry.kept]), 0.0, None
         else:
             solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
+            assert isinstance(solver, Solver)  # those of blocks walk
             known = measured(entry.name) if measured is not None and solver.needs else {}
             missing = " and ".join(need for need in solver.needs if need not in known)
             if missing:
