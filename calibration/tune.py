@@ -6,8 +6,10 @@
 
 Cheng et al. 2023 (arXiv 2309.05516), AutoRound: rounding offsets and clipping by gradient descent, straight through the
 rounding, for each block against its full-precision output. x is what the quantized blocks before it make of the text.
-What is computed with is exactly what is stored (`mossquant.calibration.student`). Kept after every so many steps is
-what has the least error on held-out windows, the start among them.
+y is what full precision makes of the same text, from its own inputs, so that a block also makes up for those before it.
+What is computed with is exactly what is stored (`mossquant.calibration.student`); norms, routers and whatever else is
+kept stay. Of what is looked at every so many steps the one with the least error on held-out windows is taken, the start
+among them.
 """
 
 import math
@@ -18,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mossquant.calibration.nearest import NEAREST_MSE
+from mossquant.calibration.gptq import GPTQ
 from mossquant.calibration.products import linear
 from mossquant.calibration.solver import BlockSolved, BlockSolver, BlockTask
 from mossquant.calibration.student import Student
@@ -47,12 +49,12 @@ class Rates:
         judged: how often held-out windows are looked at.
     """
 
-    steps: int = 200
+    steps: int = 64
     batch: int = 8
     codes: float = 5e-3
     small: float = 5e-3
     scales: float = 1e-3
-    judged: int = 10
+    judged: int = 8
 
 
 RATES = Rates()
@@ -69,7 +71,7 @@ def tune(task: BlockTask, rates: Rates | None = None) -> BlockSolved:
     learned, judged = (~task.held_out).nonzero().flatten(), task.held_out.nonzero().flatten()
     if len(learned) == 0 or len(judged) == 0:
         kept = {name: task.start[name] for name in sorted(task.solved)}
-        note = f"nothing was held out to judge on: {TUNE.start.name}"
+        note = f"nothing was held out to judge on: as {TUNE.start.name} left it"
         return BlockSolved(kept, dict.fromkeys(kept, note), math.nan, math.nan)
     tuning = _Tuning(task, rates)
     before = best = tuning.error(judged)
@@ -86,7 +88,7 @@ def tune(task: BlockTask, rates: Rates | None = None) -> BlockSolved:
                 best, found = error, tuning.tensors()
     if best < before:
         return BlockSolved(found, tuning.unreached(), before, best)
-    note = f"nothing better was found on held-out text: {TUNE.start.name}"
+    note = f"nothing better was found on held-out text: as {TUNE.start.name} left it"
     return BlockSolved(found, dict.fromkeys(found, note), before, before)
 
 
@@ -157,7 +159,7 @@ class _Tuning:
         """Notes on tensors of experts that no text reached: without gradients they stayed as they were."""
         members = () if self._experts is None else self._experts.members
         starved = [name for expert, names in enumerate(members) if expert not in self._reached for name in names]
-        note = f"no calibration text reached it: {TUNE.start.name}"
+        note = f"no calibration text reached it: as {TUNE.start.name} left it"
         return {name: note for name in starved if name in self._task.solved}
 
     def _loss(self, windows: Tensor, run: Forward) -> Tensor:
@@ -171,4 +173,4 @@ class _Tuning:
         return routing
 
 
-TUNE = BlockSolver("tune", NEAREST_MSE, tune)
+TUNE = BlockSolver("tune", GPTQ, tune)

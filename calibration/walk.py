@@ -178,8 +178,9 @@ class Walk:
         with torch.enable_grad():
             found = solver.solve(task)
         for name, tensor in found.tensors.items():
-            said = (found.notes.get(name), self._made[name].note)
-            self._made[name] = Walked(tensor, "; ".join(filter(None, said)) or None)
+            said = [note for note in (self._made[name].note, found.notes.get(name)) if note is not None]
+            reasons = {note.partition(":")[0]: note for note in reversed(said)}  # one reason is said once
+            self._made[name] = Walked(tensor, "; ".join(reversed(reasons.values())) or None)
 
     def _finish(self, own: Tensor) -> None:
         """Solve what lies outside the blocks: what enters the head is known now."""

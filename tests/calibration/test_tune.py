@@ -238,8 +238,7 @@ def test_whole_models(tmp_path: Path) -> None:
     ledger = quantize(source, tmp_path / "out", recipe=recipe(tmp_path), text=text, said=lines.append)
     assert "MB of memory" in lines[0]
     said = notes(ledger)
-    assert said["backbone.embeddings.weight"] == "outside the blocks: nearest-mse"
-    assert said["backbone.layers.0.mlp.experts.0.w1.weight"] is None
+    assert (said["backbone.embeddings.weight"] or "").startswith("outside the blocks: gptq")
     quantize(source, tmp_path / "again", recipe=recipe(tmp_path), text=text)
     digests = [
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / of).iterdir()}
@@ -251,19 +250,23 @@ def test_whole_models(tmp_path: Path) -> None:
 def test_what_text_lacks_is_in_the_ledger(tmp_path: Path) -> None:
     """One token again and again starves experts; one alone leaves nothing to judge on."""
     source = write_model(tmp_path / "model", random_model(CONFIGS["experts"], dtype=torch.float32))
-    nearest = quantize(source, tmp_path / "start", recipe="int4-uniform")
+    quantize(source, tmp_path / "start", recipe="int4-uniform")
     ledger = quantize(source, tmp_path / "out", recipe=recipe(tmp_path), text=[ids(tmp_path, [7] * 64)])
-    starved = {name for name, note in notes(ledger).items() if note == "no calibration text reached it: nearest-mse"}
+    starved = {name for name, note in notes(ledger).items() if "no calibration text reached it" in (note or "")}
     assert len({name.partition(".experts.")[0] for name in starved}) >= 2
     before, after = (QuantizedCheckpoint.open(tmp_path / of) for of in ("start", "out"))
     for name in starved:
         assert torch.equal(before.quantized(name).codes, after.quantized(name).codes)
         assert torch.equal(before.quantized(name).scales, after.quantized(name).scales)
     assert all(math.isfinite(entry.relative_error or 0.0) for entry in ledger.tensors)
-    one = quantize(source, tmp_path / "one", recipe=recipe(tmp_path), text=[ids(tmp_path, [7])])
-    said = set(notes(one).values())
-    assert said == {"outside the blocks: nearest-mse", "nothing was held out to judge on: nearest-mse"}
-    assert [e.relative_error for e in one.tensors] == [e.relative_error for e in nearest.tensors]
+    one, start = (
+        quantize(source, tmp_path / solver, recipe=recipe(tmp_path, solver), text=[ids(tmp_path, [7])])
+        for solver in ("tune", "gptq")
+    )
+    alone = {name: note for name, note in notes(one).items() if name.startswith("backbone.layers")}
+    reasons = ("nothing was held out to judge on: as gptq left it", "no calibration text reached it")
+    assert all(note is not None and any(reason in note for reason in reasons) for note in alone.values())
+    assert [entry.relative_error for entry in one.tensors] == [entry.relative_error for entry in start.tensors]
 
 
 def test_what_is_not_asked_for_stays(experts: Solved) -> None:
