@@ -325,8 +325,9 @@ def _gptq_quantize(choose: Callable[..., Any]) -> Callable[[Tensor, Tensor, Any]
 
     known = {**vars(gptq_api), "int4_row_quantize_zp": choose, "pack_int4": lambda codes: codes}
     known["Int4Tensor"] = dequantized
-    exec(compile(source, gptq_api.__file__, "exec"), known)
-    solve: Callable[[Tensor, Tensor, Any], Tensor] = known["gptq_quantize"]
+    constants = compile(source, gptq_api.__file__, "exec").co_consts
+    code = next(one for one in constants if isinstance(one, CodeType) and one.co_name == "gptq_quantize")
+    solve: Callable[[Tensor, Tensor, Any], Tensor] = FunctionType(code, known)
     return solve
 
 

@@ -67,37 +67,24 @@ def spend(
         InputError: no budget, one that no choice keeps, a KL to keep where nothing was measured, sensitivities that
             lack a group or format; a recipe that leaves nothing open.
     """
-    if not recipe.chooses:
-        raise InputError(f"{recipe.where} names every format, so there is nothing to spend a budget on; add choose")
-    asked = budget or recipe.budget
-    if asked is None:
-        raise InputError(f"{recipe.where} leaves formats open and has no budget; give one with --budget, e.g. 4.75bpw")
-    wanted, held = Budget.parse(asked), tuple(targets or recipe.targets)
+    wanted, held, groups, fixed = _opened(weights, recipe, budget, targets)
     if wanted.kind == "kl" and sensitivities is None:
         raise InputError(f"a budget of {wanted} needs losses that were measured; give text or sensitivities")
-    groups = open_groups(weights, recipe, held)
     losses = _known(weights, recipe, groups) if sensitivities is None else _measured(groups, sensitivities)
     options = [
         [Option(storage, size, loss) for (storage, size), loss in zip(group.bytes.items(), own, strict=True)]
         for group, own in zip(groups, losses, strict=True)
     ]
-    least = [0] * len(options)  # bytes rise
-    fixed = _bytes(weights, recipe, groups, options, least, held) - sum(
-        own[index].bytes for own, index in zip(options, least, strict=True)
-    )
     at_most = wanted.bytes_at_most(weights.origin.parameters) - fixed
     scale = 1.0 if sensitivities is None else sensitivities.additivity
     choice = choose(options, bytes_at_most=at_most, loss_at_most=wanted.value / scale if wanted.kind == "kl" else None)
     notes: tuple[str, ...] = ()
-    parameters = weights.origin.parameters
+    if choice is None and wanted.kind == "kl":
+        raise InputError(f"no choice of formats keeps {wanted}; allow more formats under choose, or a larger KL")
     if choice is None:
-        smallest = fixed + sum(own[index].bytes for own, index in zip(options, least, strict=True))
-        bits = f"{smallest:,} bytes ({8 * smallest / parameters:.3f} bits a weight)"
-        if wanted.kind == "kl":
-            raise InputError(f"no choice of formats keeps {wanted}; allow more formats under choose, or a larger KL")
-        if budget is not None:
-            raise InputError(f"the smallest choice takes {bits}, more than the budget of {wanted}; give a larger one")
-        choice = Choice(tuple(least), smallest - fixed, sum(own[i].loss for own, i in zip(options, least, strict=True)))
+        least = sum(own[0].bytes for own in options)
+        choice = Choice((0,) * len(options), least, sum(own[0].loss for own in options))
+        bits = _bits(weights, fixed + least)
         notes = (f"the smallest choice takes {bits}, more than the recipe's {wanted}; it is taken",)
     picks = {group.group: own[pick].storage for group, own, pick in zip(groups, options, choice.picks, strict=True)}
     chosen = rewritten(
@@ -137,15 +124,43 @@ def _measured(groups: Sequence[OpenGroup], sensitivities: Sensitivities) -> list
     return [[by_name[group.group.name][storage] for storage in group.bytes] for group in groups]
 
 
-def _bytes(
-    weights: Weights,
-    recipe: Recipe,
-    groups: Sequence[OpenGroup],
-    options: Sequence[Sequence[Option]],
-    picks: Sequence[int],
-    targets: Sequence[str],
-) -> int:
-    """Payload bytes of the whole model with these picks."""
-    chosen = {group.group: own[pick].storage for group, own, pick in zip(groups, options, picks, strict=True)}
-    written = rewritten(recipe, chosen, targets=targets, why="smallest")
-    return make_plan(weights.config, dtypes_of(weights), written).predicted_bytes
+def smallest(
+    weights: Weights, recipe: Recipe, *, budget: str | None = None, targets: Sequence[str] | None = None
+) -> Recipe:
+    """The recipe with every open group in its smallest format: what can be refused without measuring anything.
+
+    Raises:
+        InputError: as `spend`, but for what sensitivities decide.
+    """
+    wanted, held, groups, fixed = _opened(weights, recipe, budget, targets)
+    least = fixed + sum(min(group.bytes.values()) for group in groups)
+    if budget is not None and least > wanted.bytes_at_most(weights.origin.parameters):
+        bits = _bits(weights, least)
+        raise InputError(f"the smallest choice takes {bits}, more than the budget of {wanted}; give a larger one")
+    return _smallest(recipe, groups, held)
+
+
+def _opened(
+    weights: Weights, recipe: Recipe, budget: str | None, targets: Sequence[str] | None
+) -> tuple[Budget, tuple[str, ...], list[OpenGroup], int]:
+    """(the budget, the targets, the groups that are open, bytes of all that is not)."""
+    if not recipe.chooses:
+        raise InputError(f"{recipe.where} names every format, so there is nothing to spend a budget on; add choose")
+    asked = budget or recipe.budget
+    if asked is None:
+        raise InputError(f"{recipe.where} leaves formats open and has no budget; give one with --budget, e.g. 4.75bpw")
+    wanted, held = Budget.parse(asked), tuple(targets or recipe.targets)
+    groups = open_groups(weights, recipe, held)
+    plan = make_plan(weights.config, dtypes_of(weights), _smallest(recipe, groups, held))
+    return wanted, held, groups, plan.predicted_bytes - sum(min(group.bytes.values()) for group in groups)
+
+
+def _smallest(recipe: Recipe, groups: Sequence[OpenGroup], targets: Sequence[str]) -> Recipe:
+    # Bytes rise.
+    return rewritten(
+        recipe, {group.group: next(iter(group.bytes)) for group in groups}, targets=targets, why="smallest"
+    )
+
+
+def _bits(weights: Weights, size: int) -> str:
+    return f"{size:,} bytes ({8 * size / weights.origin.parameters:.3f} bits a weight)"

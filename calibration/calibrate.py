@@ -65,7 +65,7 @@ DEFAULT_MEMORY = 256 * 10**6
 """Bytes of waiting inputs that are kept in memory."""
 
 _RUN = "run.json"
-_ROUTED, _ROWS = "routed", "rows"
+ROUTED, ROWS = "routed", "rows"
 """Names under which a block's file holds [X, 3] tokens, Σ g² and Σ g⁴ of each expert, and [1] all tokens."""
 _PASS_ARRAYS = 24
 """fp32 arrays [tokens of a pass, widest input] that a block's pass holds, at most."""
@@ -247,7 +247,7 @@ def _other_run(work: Path, run: Mapping[str, Any]) -> str | None:
 
 
 @dataclass
-class _Step:
+class Step:
     """What one pass goes through: a block, or the last norm before the head.
 
     Attributes:
@@ -265,10 +265,21 @@ class _Step:
     experts: int
 
 
-class _Sums:
+def steps_of(weights: Weights) -> list[Step]:
+    """What a model's residual stream goes through, in order; the last norm before the head at the end."""
+    steps = []
+    for layer, kind in blocks_of(weights.config):
+        experts = kind.experts(weights.config, layer)
+        own = inputs_of(kind.specs(weights.config, layer))
+        steps.append(Step(f"layer {layer}, {kind.kind}", kind, layer, own, 0 if experts is None else experts.count))
+    head = inputs_of(spec for spec in weights.specs.values() if spec.layer is None)
+    return [*steps, Step("head", None, 0, head, 0)]
+
+
+class Sums:
     """What one block's inputs sum up to, over some passes."""
 
-    def __init__(self, step: _Step, device: torch.device) -> None:
+    def __init__(self, step: Step, device: torch.device) -> None:
         self._device = device
         self._readers = {entry.tensors[0]: entry for entry in step.inputs}
         self._moments = {entry.name: _zeros(entry.width, entry.width, device=device) for entry in step.inputs}
@@ -312,13 +323,34 @@ class _Sums:
         self._routed += torch.stack([(gates > 0).double().sum(0), squares.sum(0), squares.square().sum(0)], 1)
         return routing
 
-    def stored(self, step: _Step) -> dict[str, Tensor]:
+    def stored(self, step: Step) -> dict[str, Tensor]:
         """As a block's file holds them. What is given is forgotten here."""
-        tensors = {_ROUTED: self._routed.cpu(), _ROWS: self._rows.cpu()}
+        tensors = {ROUTED: self._routed.cpu(), ROWS: self._rows.cpu()}
         for entry in step.inputs:
             tensors[entry.moments] = triangle(self._moments.pop(entry.name).cpu())
             tensors[entry.sketch] = self._sketches.pop(entry.name).cpu()
         return tensors
+
+
+def records_of(step: Step, routed: Tensor, rows: Tensor, quota: float) -> list[InputRecord]:
+    """How much text each input of a step was measured on, by what `Sums` counted."""
+    records = []
+    for entry in step.inputs:
+        counted = [float(rows)] * 3 if entry.expert is None else routed[entry.expert].tolist()
+        tokens, squares, fourths = counted
+        records.append(
+            InputRecord(
+                name=entry.name,
+                layer=entry.layer,
+                expert=entry.expert,
+                width=entry.width,
+                tokens=int(tokens),
+                squares=squares,
+                effective=squares**2 / fourths if fourths > 0 else 0.0,
+                needed=quota * entry.width,
+            )
+        )
+    return records
 
 
 def _zeros(*shape: int, device: torch.device) -> Tensor:
@@ -344,14 +376,7 @@ class _Walk:
         specs = weights.specs.values()
         self.inputs = inputs_of(spec for spec in specs if spec.layer is not None)
         self.inputs += inputs_of(spec for spec in specs if spec.layer is None)
-        self._steps = []
-        for layer, kind in blocks_of(weights.config):
-            experts = kind.experts(weights.config, layer)
-            own = inputs_of(kind.specs(weights.config, layer))
-            name = f"layer {layer}, {kind.kind}"
-            self._steps.append(_Step(name, kind, layer, own, 0 if experts is None else experts.count))
-        head = inputs_of(spec for spec in specs if spec.layer is None)
-        self._steps.append(_Step("head", None, 0, head, 0))
+        self._steps = steps_of(weights)
 
     @property
     def _pass_windows(self) -> int:
@@ -399,7 +424,7 @@ class _Walk:
         x = self._embedded(batch)
         took = 0.0
         for step in timed:
-            block, sums = self._loaded(step), _Sums(step, self._device)
+            block, sums = self._loaded(step), Sums(step, self._device)
             sums.begin(0, torch.zeros(batch.numel(), dtype=torch.bool))
             self._passed(block, x, sums)  # the first pass of a process pays for what libraries set up
             began = time.monotonic()
@@ -449,24 +474,7 @@ class _Walk:
 
     def _records_of(self, at: int) -> list[InputRecord]:
         step, file = self._steps[at], TensorFile(self._file(at, self._stored(at)))
-        routed, rows = file.tensor(_ROUTED), float(file.tensor(_ROWS))
-        records = []
-        for entry in step.inputs:
-            counted = (rows, rows, rows) if entry.expert is None else routed[entry.expert].tolist()
-            tokens, squares, fourths = counted
-            records.append(
-                InputRecord(
-                    name=entry.name,
-                    layer=entry.layer,
-                    expert=entry.expert,
-                    width=entry.width,
-                    tokens=int(tokens),
-                    squares=squares,
-                    effective=squares**2 / fourths if fourths > 0 else 0.0,
-                    needed=self._quota * entry.width,
-                )
-            )
-        return records
+        return records_of(step, file.tensor(ROUTED), file.tensor(ROWS), self._quota)
 
     def _lacking(self, number: int) -> tuple[int, float] | None:
         """(inputs that lack, by which factor the tokens should grow at most) after a round; None where none lacks."""
@@ -493,7 +501,7 @@ class _Walk:
             filled += end - at
         steps = len(self._steps) - finished[::-1].index(False)  # nobody asks for what comes after the last
         for index, step in enumerate(self._steps[:steps]):
-            sums = None if finished[index] else _Sums(step, self._device)
+            sums = None if finished[index] else Sums(step, self._device)
             block, filled = self._loaded(step), 0
             for i, (at, end) in enumerate(own):
                 if sums is not None:
@@ -525,7 +533,7 @@ class _Walk:
         table = outside_blocks(self._weights.specs.values())[Use.TABLE]
         return self._weights.kept(table.name)[tokens].float().to(self._device)
 
-    def _loaded(self, step: _Step) -> Block | Tensor:
+    def _loaded(self, step: Step) -> Block | Tensor:
         """The block, or the weight of the last norm."""
         if step.kind is None:
             norm = outside_blocks(self._weights.specs.values())[Use.NORM]
@@ -534,7 +542,7 @@ class _Walk:
         block.load(lambda name: value(self._weights, name))
         return block.requires_grad_(False).to(self._device)
 
-    def _passed(self, block: Block | Tensor, x: Tensor, sums: _Sums | None) -> Tensor:
+    def _passed(self, block: Block | Tensor, x: Tensor, sums: Sums | None) -> Tensor:
         """What a block makes of the residual stream [B, T, D]; `sums` sees its inputs."""
         config = self._weights.config
         if isinstance(block, Tensor):
@@ -557,7 +565,7 @@ class _Walk:
         found = [int(path.stem.partition("-")[2]) for path in self._work.glob(f"{at:05d}-*.safetensors")]
         return max(found, default=-1)
 
-    def _store(self, at: int, step: _Step, number: int, sums: _Sums) -> None:
+    def _store(self, at: int, step: Step, number: int, sums: Sums) -> None:
         """Add what all processes found to what earlier rounds did, and store it.
 
         Raises:

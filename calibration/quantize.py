@@ -14,17 +14,18 @@ from typing import Literal
 
 from torch import Tensor
 
-from mossquant.calibration.budget import spend
+from mossquant.calibration.budget import smallest, spend
 from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.recover import recover as recovered
-from mossquant.calibration.registry import planned_solvers
+from mossquant.calibration.registry import needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
-from mossquant.calibration.solver import Measured, Solve, Solver
+from mossquant.calibration.solver import BlockSolver, Measured, Solve, Solver
 from mossquant.calibration.statistics import Statistics
 from mossquant.calibration.student import Stored
 from mossquant.calibration.text import CalibrationText
+from mossquant.calibration.walk import Walk
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.packing import PackedTensor, read_quantized
@@ -39,7 +40,7 @@ from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
 from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
-from mossquant.plan.recipe import load_recipe, recipe_files, rewritten
+from mossquant.plan.recipe import Recipe, load_recipe, recipe_files, rewritten
 from mossquant.progress import Progress
 from mossquant.text.text import Text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
@@ -107,9 +108,9 @@ def quantize(
 
     Raises:
         InputError: a bad checkpoint (or a quantized one, or a program), a bad recipe, a budget that cannot be kept, a
-            plan that its targets cannot hold, a solver that is unknown or lacks statistics, text that is needed and not
-            given, an output that cannot be written, too little disk or memory: before any work. Statistics that were
-            not measured for one tensor: when its turn comes.
+            plan that its targets cannot hold, a solver that is unknown or lacks statistics or text, text that is needed
+            and not given, an output that cannot be written, too little disk or memory: before any work. Statistics that
+            were not measured for one tensor: when its turn comes.
     """
     asked, destination = load_recipe(recipe), Path(output)
     inputs = [*recipe_files(recipe), *(Path(item) for item in text if not isinstance(item, Text))]
@@ -133,12 +134,11 @@ def quantize(
     needs_text = bool(text) or bool(tokens) or asked.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
     learned, judged = (None, None) if calibration is None else calibration.split(JUDGED_TOKENS)
-    if judged is not None and learned is not None and len(judged) < 2:
-        raise InputError(
-            f"{learned.name} has {len(learned) + len(judged)} tokens, and 8 are needed; give a longer text"
-        )
     chosen, losses = None, read_sensitivities(sensitivities, weights)
     if asked.chooses:
+        # What can be refused is refused before anything is measured.
+        first = smallest(weights, asked, budget=budget, targets=targets)
+        _checked(weights, first, measured=measured is not None, text=needs_text)
         if losses is None and learned is not None:
             losses = losses_of(
                 weights,
@@ -156,16 +156,18 @@ def quantize(
         raise InputError(f"{asked.where} names every format, so there is nothing to spend {budget} on; add choose")
     elif targets is not None:
         asked = rewritten(asked, {}, targets=targets, why="for other targets")
-    plan = make_plan(weights.config, dtypes_of(weights), asked)
-    check(Held.by(plan, weights.config), asked.targets)
-    solvers = planned_solvers(plan, measured=measured is not None)
+    plan, solvers = _checked(weights, asked, measured=measured is not None, text=needs_text)
     notes = () if chosen is None else chosen.notes
     if dry_run:
         for line in notes:
             say(line)
         return plan
+    walk = None
+    if learned is not None and needs_walk(solvers, measured=measured is not None):
+        walk = Walk(weights, plan, solvers, learned, measured=measured, device=device)
     copied = sum(path.stat().st_size for path in origin.beside)
     held = 0 if calibration is None else _ON_TEXT * origin.parameters
+    held += 0 if walk is None else walk.memory_bytes
     seen = () if learned is None else learned.sha256
     if statistics is not None:
         held, seen = held + statistics.memory_bytes, (*seen, *statistics.manifest.text)
@@ -176,7 +178,10 @@ def quantize(
     check_outside(snapshot)
     with new_folder(destination, force=force) as partial:
         writer = QuantizedWriter(partial, weights, asked, plan)
-        pieces = _solved(weights, plan, solvers, measured, progress)
+        if walk is None:
+            pieces = _solved(weights, plan, solvers, measured, progress)
+        else:
+            pieces = _walked(weights, plan, walk, say, progress)
         if learned is None or judged is None:
             for name, piece, error, note in pieces:
                 writer.add(name, piece, error, note)
@@ -225,6 +230,15 @@ def quantize(
         ledger = writer.finish(calibrated, calibration_text=seen)
     snapshot.unlink(missing_ok=True)
     return ledger
+
+
+def _checked(
+    weights: Weights, recipe: Recipe, *, measured: bool, text: bool
+) -> tuple[Plan, dict[str, Solver | BlockSolver]]:
+    """The plan of a recipe that names every format, held by its targets, and its solvers."""
+    plan = make_plan(weights.config, dtypes_of(weights), recipe)
+    check(Held.by(plan, weights.config), recipe.targets)
+    return plan, planned_solvers(plan, measured=measured, text=text)
 
 
 def _quantized(plan: Plan, name: str, piece: Piece) -> Stored:
@@ -277,10 +291,18 @@ def memory_bytes(plan: Plan) -> int:
     return held + container_bytes(plan) + _BLOCK_ARRAYS * 4 * max(BLOCK_WEIGHTS, longest) + _REST_BYTES
 
 
+def _walked(
+    weights: Weights, plan: Plan, walk: Walk, say: Callable[[str], None], progress: Progress | None
+) -> Iterator[tuple[str, Piece, float, str | None]]:
+    """The same as `_solved`, solved block by block on text."""
+    for name, walked in walk.run(said=say, progress=progress).items():
+        yield name, *_piece(weights, plan, name, walked.stored), walked.note
+
+
 def _solved(
     weights: Weights,
     plan: Plan,
-    solvers: Mapping[str, Solver],
+    solvers: Mapping[str, Solver | BlockSolver],
     measured: Measured | None,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Piece, float, str | None]]:
@@ -292,6 +314,7 @@ def _solved(
             yield entry.name, tensor.to(FLOAT_DTYPES[entry.kept]), 0.0, None
         else:
             solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
+            assert isinstance(solver, Solver)  # those of blocks walk
             known = measured(entry.name) if measured is not None and solver.needs else {}
             missing = " and ".join(need for need in solver.needs if need not in known)
             if missing:

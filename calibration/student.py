@@ -7,12 +7,12 @@
 u are the weights in units of their group's scale, r the logarithm of what became of the scale, x what was added to a
 kept tensor w, in units of its size: a step of an optimizer means the same everywhere. Roundings pass gradients straight
 through (Bengio, Léonard & Courville 2013): dvalue/du = s, dvalue/dr = value, dvalue/dx = m. u starts where the
-full-precision weight lies, moved no further than into the interval that rounds to the solved code, so that the start is
-what was solved.
+full-precision weight lies or, where that rounds to another code than the solved one, on the code: the start is what was
+solved, and what a solver moved to make up for others does not fall back at the first step.
 Tensors that the model stacks are one parameter, as far as their neighbours are stored alike.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -78,6 +78,7 @@ class Student:
         solved: tensor name → its quantized matrix view.
         codes: whether codes are trained; else scales and kept tensors only.
         device: where it is computed.
+        frozen: names of tensors that stay as they are.
 
     Attributes:
         groups: optimizer's groups with parameters of one kind: "codes" (in codes), "small" (the same of tensors that
@@ -85,7 +86,14 @@ class Student:
     """
 
     def __init__(
-        self, weights: Weights, plan: Plan, solved: Mapping[str, QuantizedTensor], *, codes: bool, device: str = "cpu"
+        self,
+        weights: Weights,
+        plan: Plan,
+        solved: Mapping[str, QuantizedTensor],
+        *,
+        codes: bool,
+        device: str = "cpu",
+        frozen: Collection[str] = (),
     ) -> None:
         start = Planned(weights, plan, solved)
         of_parameter: dict[tuple[int | None, str], list[TensorSpec]] = {}
@@ -95,18 +103,20 @@ class Student:
         self.groups: dict[str, list[nn.Parameter]] = {"codes": [], "small": [], "scales": [], "kept": []}
         for specs in of_parameter.values():
             runs: list[_Quantized | _Kept] = []
-            for storage, run in groupby(specs, key=lambda spec: plan.by_name[spec.name].storage):
-                alike = list(run)
+            alike = groupby(specs, key=lambda spec: (plan.by_name[spec.name].storage, spec.name in frozen))
+            for (storage, stays), run in alike:
+                made: _Quantized | _Kept
                 if storage in FLOAT_DTYPES:
-                    kept = _Kept(alike, start, FLOAT_DTYPES[storage], device)
-                    self.groups["kept"].append(kept.x)
-                    runs.append(kept)
+                    made = _Kept(list(run), start, FLOAT_DTYPES[storage], device)
+                    parameters = {"kept": made.x}
                 else:
-                    quantized = _Quantized(alike, start, weights, get_format(storage), codes, device)
-                    self.groups["scales"].append(quantized.r)
-                    if codes:
-                        self.groups["codes" if alike[0].is_matrix else "small"].append(quantized.u)
-                    runs.append(quantized)
+                    made = _Quantized(list(run), start, weights, get_format(storage), codes and not stays, device)
+                    parameters = {"scales": made.r, "codes" if specs[0].is_matrix else "small": made.u}
+                for kind, parameter in parameters.items():
+                    parameter.requires_grad_(parameter.requires_grad and not stays)
+                    if parameter.requires_grad:
+                        self.groups[kind].append(parameter)
+                runs.append(made)
             self._runs[specs[0].name] = runs
         self._names = list(weights.specs)
         self._values: dict[str, Tensor] = {}
@@ -157,7 +167,7 @@ class _Quantized:
         if codes:
             matrix = torch.cat([spec.to_matrix(weights.kept(spec.name)).float() for spec in specs])
             exact = number_format.grouped(matrix.to(device)) / self._scales.unsqueeze(-1)
-            u = exact.clamp(u - REACH, u + REACH)
+            u = torch.where((exact - u).abs() <= REACH, exact, u)
         self.u = nn.Parameter(u, requires_grad=codes)
         self.r = nn.Parameter(torch.zeros_like(self._scales))
 

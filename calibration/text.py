@@ -88,9 +88,11 @@ class CalibrationText:
     def split(self, held_out: int) -> tuple["CalibrationText", "CalibrationText"]:
         """(what is learned from, the last `held_out` tokens, on which what was learned is judged).
 
-        A short text is judged on its last quarter.
+        A short text is judged on its last quarter, one of fewer than four tokens on itself.
         """
         last = min(held_out, len(self) // 4)
+        if last == 0:
+            return self, self
         cut = len(self) - last
         return replace(self, tokens=self.tokens[:cut]), replace(self, tokens=self.tokens[cut:])
 

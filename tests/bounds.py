@@ -95,3 +95,13 @@ STATISTICS_FLOAT32 = 2e-5
 
 PROCESSES_FLOAT64 = 1e-12
 """Relative: sums of the same passes over one process and over two, in float64."""
+
+BLOCK_ERROR_FLOAT32 = 1e-4
+"""Relative: mean squared difference of a block's output, in fp32 against float64 or token by token; differences of 1e-2
+of the output lose two of its seven digits."""
+
+STEP_TIES = 5e-3
+"""Share of codes that may round to the other neighbour after a few steps in another order of sums."""
+
+BFLOAT16_STEP = 2.0**-7
+"""Relative: a value that lies near the middle between two of bf16 may be rounded either way."""

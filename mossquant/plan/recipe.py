@@ -4,7 +4,7 @@
     version: 1
     name: mine                      # letters, digits, - and _
     targets: [torch, onnx]          # where it must run; checked before any work
-    solver: nearest-mse             # default of the weight rules: nearest, nearest-mse
+    solver: nearest-mse             # default of the weight rules: nearest, nearest-mse, gptq, tune
     budget: 4.75bpw                 # of the rules with choose; or 40MB, or kl=0.01
     weights:                        # every tensor must match a rule; the first match wins
       - {role: "*.router", keep: fp32, why: "chooses the experts", optional: true}

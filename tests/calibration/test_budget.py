@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import CONFIGS, random_model, write_model
 
-from mossquant.calibration.budget import Chosen, spend
+from mossquant.calibration.budget import Chosen, smallest, spend
 from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.quantize import quantize
 from mossquant.calibration.sensitivity import GroupLosses, Loss, Sensitivities
@@ -129,7 +129,9 @@ def test_targets_decide_what_may_be_chosen(model: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_kept_is_said(model: Path, tmp_path: Path) -> None:
     weights, recipe = weights_of(model), Recipe.named("int4")
     with pytest.raises(InputError, match="the smallest choice takes"):
-        spend(weights, recipe, budget="1bpw")
+        smallest(weights, recipe, budget="1bpw")
+    with pytest.raises(InputError, match="the smallest choice takes"):
+        quantize(model, tmp_path / "out", budget="1bpw", sensitivities=made_up(weights, recipe))
     small = Recipe.parse(recipe.text.replace("4.75bpw", "1bpw"), where="mine")
     assert "it is taken" in spend(weights, small).notes[0]
     with pytest.raises(InputError, match="needs losses that were measured"):
