@@ -186,8 +186,7 @@ class Job:
             text = text if opened else re.sub(r", sensitivity: [0-9.]+", "", text)
         else:
             text = (Path(recipes.__file__).parent / "recipes" / f"{name}.yaml").read_text()
-            assert text.count("solver: nearest-mse") == 1
-            text = text.replace("solver: nearest-mse", f"solver: {solver}")
+            text = re.sub(r"^solver: .*$", f"solver: {solver}", text, flags=re.MULTILINE)
         path = self.folder / f"{name}-{solver}{'-open' if opened else ''}.yaml"
         path.write_text(text)
         return path
@@ -207,7 +206,7 @@ def _quantized(
     job: Job, output: Path, recipe: Path, *, solver: str, budget: str | None, recovered: bool, text: bool
 ) -> Made:
     given, seconds = dict[str, Any](), 0.0
-    if solver == "gptq":
+    if solver == "gptq" and not (text or recovered):  # with text it gathers its own, behind what was quantized before
         _, seconds = job.statistics()
         given["stats"] = job.folder / STATISTICS
     if text or recovered:
@@ -316,10 +315,16 @@ def _methods() -> dict[str, Method]:
             four,
             statistics=True,
         ),
-        "int4-best": Method(
+        "int4 on text recover": Method(
             "all",
             partial(_ours, "int4-best", bits="bits", recovered=True),
-            "bits by losses on text, distilled",
+            "bits by losses on text, nearest-mse, distilled",
+            four,
+        ),
+        "int4-best": Method(
+            "all",
+            partial(_ours, "int4-best", solver="gptq", bits="bits", recovered=True),
+            "bits by losses on text, gptq, distilled",
             four,
             routing=True,
         ),

@@ -120,9 +120,9 @@ def steps(source: Path, folder: Path) -> Iterator[tuple[str, str, list[str | Pat
     """(name shown, step, its arguments, what it writes) in order."""
     yield "info bf16", "info", [source], None
     yield "export bf16 to ONNX", "export", [source, folder / "bf16-onnx"], folder / "bf16-onnx"
-    for recipe in ("int8", "int4"):
+    for recipe in ("int8-uniform", "int4-uniform"):
         quantized, artifact = folder / recipe, folder / f"{recipe}-onnx"
-        yield f"quantize {recipe}", "quantize", [source, quantized, f"{recipe}-uniform"], quantized
+        yield f"quantize {recipe}", "quantize", [source, quantized, recipe], quantized
         yield f"info {recipe}", "info", [quantized], None
         yield f"export {recipe} to ONNX", "export", [quantized, artifact], artifact
         yield f"info {recipe} .onnx", "info", [artifact], None

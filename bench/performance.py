@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
-    lines = ["| model, int4 | runtime | decode, tokens/s | prefill of 128 | prefill of 512 | file, MB |"]
+    lines = ["| model, int4-uniform | runtime | decode, tokens/s | prefill of 128 | prefill of 512 | file, MB |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     parts: dict[str, list[tuple[str, float]]] = {}
     with tempfile.TemporaryDirectory() as place:

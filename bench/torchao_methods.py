@@ -21,6 +21,7 @@ What is replaced, and only while a method runs:
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 from unittest import mock
 

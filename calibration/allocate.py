@@ -15,8 +15,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-_SECONDS = 20.0
-"""What the exact choice may take; then the best one so far is taken, with the gap that is left."""
+_NODES = 100_000
+"""Branches that the exact choice may take; then the best one so far is taken, with the gap that is left."""
 _SCALE = 1e4
 """The frontier's objective in the solver's units: it stops within 1e-6 of the least, whatever is asked of it."""
 
@@ -103,7 +103,7 @@ def choose(
         integrality=np.ones(len(left)),
         bounds=Bounds(0, 1),
         constraints=[one_each, limit],
-        options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
+        options={"mip_rel_gap": 0.0, "node_limit": _NODES},
     )
     if solved.x is None:
         return replace(best[0], gap=1.0)

@@ -86,6 +86,8 @@ def spend(
         choice = Choice((0,) * len(options), least, sum(own[0].loss for own in options))
         bits = _bits(weights, fixed + least)
         notes = (f"the smallest choice takes {bits}, more than the recipe's {wanted}; it is taken",)
+    if choice.gap > 0:
+        notes += (f"the choice is not proved to be the best: another may lose up to {choice.gap:.1%} less",)
     picks = {group.group: own[pick].storage for group, own, pick in zip(groups, options, choice.picks, strict=True)}
     chosen = rewritten(
         recipe,

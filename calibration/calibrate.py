@@ -13,6 +13,7 @@ in fp32. Under `torchrun` each process takes every so manieth pass, and sums are
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -118,7 +119,7 @@ def calibrate(
     check_free(destination, force=force, inputs=inputs)
     work = destination.with_name(f"{destination.name}.calibrating")
     check_apart(work, inputs)
-    if tokens < 1 or quota < 0 or (memory is not None and memory < 0):
+    if tokens < 1 or not 0 <= quota < math.inf or (memory is not None and memory < 0):
         raise InputError("tokens must be at least 1, quota and memory at least 0")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda was asked for and PyTorch finds no CUDA device; use --device cpu")

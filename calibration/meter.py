@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mossquant.checkpoint.checkpoint import load_model
 from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
 from mossquant.model.forward import Forward
 from mossquant.model.tensors import TensorSpec
 
@@ -45,12 +46,17 @@ class Meter:
         with torch.inference_mode():
             self._hidden = self._from(0, self._table(), keep=True)
         self.seconds = perf_counter() - start
+        if not bool(torch.isfinite(self._hidden).all()):
+            raise InputError(f"{weights.origin.path} overflows fp32 on this text; give another model or text")
 
     def kl(self, changed: Mapping[TensorSpec, Tensor]) -> NDArray[np.float64]:
         """Mean KL of each window [W], in nats a token, with some tensors replaced.
 
         Args:
             changed: tensor → its values, in the checkpoint's shape.
+
+        Raises:
+            InputError: it is not finite.
         """
         model = self.model
         head = model.embeddings if model.lm_head is None else model.lm_head
@@ -70,6 +76,8 @@ class Meter:
             finally:
                 for spec, values in before.items():
                     model.parameter_of(spec).copy_(values)
+        if not all(bool(torch.isfinite(of).all()) for of in losses):
+            raise InputError("KL is not finite: the model overflows fp32 on this text, or what was made of it does")
         means: NDArray[np.float64] = torch.cat(losses).view(len(self.windows), -1).double().mean(1).cpu().numpy()
         return means
 
@@ -103,3 +111,11 @@ def interval(losses: NDArray[np.float64]) -> tuple[float, float] | None:
         return None
     mean, error = float(losses.mean()), float(losses.std(ddof=1) / np.sqrt(len(losses)))
     return mean - _Z * error, mean + _Z * error
+
+
+def check_device(device: str) -> None:
+    """Raise `InputError`: neither the CPU nor a CUDA device that PyTorch finds."""
+    if device not in ("cpu", "cuda"):
+        raise InputError.unknown("device", device, ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for and PyTorch finds no CUDA device; use --device cpu")

@@ -31,7 +31,7 @@ class OpenGroup:
     Attributes:
         group: the tensors.
         rule: what the recipe says of it.
-        bytes: storage → bytes of the whole group, in rising order; no two take the same bytes.
+        bytes: storage → bytes of the whole group, in rising order.
         expert: where its tensors are those of one expert alone.
     """
 
@@ -63,9 +63,10 @@ def open_groups(weights: Weights, recipe: Recipe, targets: Sequence[str]) -> lis
             raise InputError(
                 f"{recipe.where}: {', '.join(targets)} hold {group.name} in none of {names}; add a format to choose"
             )
-        # Where a format would not make a tensor smaller, it stays as stored: formats then take the same bytes.
-        distinct = {size: storage for storage, size in sorted(sizes.items(), key=lambda item: item[0] == STORED)}
-        found.append(OpenGroup(group, rule, {distinct[size]: size for size in sorted(distinct)}))
+        # A format that would make no tensor smaller leaves all of them as stored, and is no choice beside that.
+        whole = sizes.get(STORED)
+        distinct = [(size, storage) for storage, size in sizes.items() if storage == STORED or size != whole]
+        found.append(OpenGroup(group, rule, {storage: size for size, storage in sorted(distinct)}))
     return found
 
 

@@ -15,9 +15,10 @@ from typing import Literal
 from torch import Tensor
 
 from mossquant.calibration.budget import smallest, spend
-from mossquant.calibration.meter import WINDOW, Meter, interval
+from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of
+from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
 from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
@@ -33,7 +34,7 @@ from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
 from mossquant.errors import InputError
-from mossquant.files.outputs import check_free, check_outside, new_folder
+from mossquant.files.outputs import check_apart, check_free, check_outside, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
@@ -130,10 +131,20 @@ def quantize(
     statistics = None if stats is None else Statistics.open(stats, weights)
     measured = measured if statistics is None else statistics.measured
     say = said or (lambda line: None)
-    tokens = asked.recover if recover is None else recover
+    tokens = asked_tokens = asked.recover if recover is None else recover
+    if tokens < 0:
+        raise InputError(f"recovery over {tokens} tokens; ask for none or more")
+    check_device(device)
+    snapshot = destination.with_name(f"{destination.name}.recovering.safetensors")
+    if tokens and not dry_run:
+        check_outside(snapshot)
+        check_apart(snapshot, inputs)
+        check_snapshot(snapshot)
     needs_text = bool(text) or bool(tokens) or asked.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
     learned, judged = (None, None) if calibration is None else calibration.split(JUDGED_TOKENS)
+    if tokens and learned is not None and len(learned) < LEAST_TOKENS:
+        raise InputError(f"{learned.name} has {len(learned)} tokens to learn from, {LEAST_TOKENS} are needed")
     chosen, losses = None, read_sensitivities(sensitivities, weights)
     if asked.chooses:
         # What can be refused is refused before anything is measured.
@@ -168,14 +179,12 @@ def quantize(
     copied = sum(path.stat().st_size for path in origin.beside)
     held = 0 if calibration is None else _ON_TEXT * origin.parameters
     held += 0 if walk is None else walk.memory_bytes
-    seen = () if learned is None else learned.sha256
+    seen = (*(() if learned is None else learned.sha256), *(() if losses is None else losses.text_sha256))
     if statistics is not None:
         held, seen = held + statistics.memory_bytes, (*seen, *statistics.manifest.text)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
     for line in notes:
         say(line)
-    snapshot = destination.with_name(f"{destination.name}.recovering.safetensors")
-    check_outside(snapshot)
     with new_folder(destination, force=force) as partial:
         writer = QuantizedWriter(partial, weights, asked, plan)
         if walk is None:
@@ -185,7 +194,24 @@ def quantize(
         if learned is None or judged is None:
             for name, piece, error, note in pieces:
                 writer.add(name, piece, error, note)
-            return writer.finish(calibration_text=seen)
+            given = (
+                None
+                if losses is None
+                else Calibrated(
+                    text=losses.text,
+                    tokens=0,
+                    judged_tokens=0,
+                    budget=None if chosen is None else chosen.budget,
+                    losses=losses.method,
+                    predicted_kl=None if chosen is None else chosen.predicted_kl,
+                    rounded_kl=None,
+                    recovered_tokens=0,
+                    kl=None,
+                    kl_ci95=None,
+                    frontier=() if chosen is None else chosen.frontier,
+                )
+            )
+            return writer.finish(given, calibration_text=seen)
         every = list(pieces)
         rounded = {name: (piece, error) for name, piece, error, _ in every}
         lacking = {name: note for name, _, _, note in every}
@@ -209,7 +235,7 @@ def quantize(
             )
             made = {name: _piece(weights, plan, name, value) for name, value in stored.items()}
             after = meter.kl(_values(weights, plan, made))
-            if after.mean() >= before.mean():
+            if not after.mean() < before.mean():
                 say(f"distilling raised KL from {before.mean():.2e} to {after.mean():.2e}; it is left out")
                 made, after, tokens = rounded, before, 0
         for name, (piece, error) in made.items():
@@ -228,7 +254,8 @@ def quantize(
             frontier=() if chosen is None else chosen.frontier,
         )
         ledger = writer.finish(calibrated, calibration_text=seen)
-    snapshot.unlink(missing_ok=True)
+    if asked_tokens:
+        snapshot.unlink(missing_ok=True)
     return ledger
 
 

@@ -39,6 +39,7 @@ from mossquant.model.routing import Routing
 from mossquant.model.tensors import Use, outside_blocks
 from mossquant.plan.plan import Plan
 from mossquant.progress import Progress
+from mossquant.release import release
 
 Strength = Literal["weights", "scales"]
 """What is trained beside norms, routers and other kept tensors: codes and scales, or scales alone."""
@@ -248,6 +249,19 @@ class _Distillation:
         return Forward(scan=scan, dense_ssm=True, multiply=linear, conv=conv, reroute=remember, **more)
 
 
+def check_snapshot(path: Path) -> TensorFile | None:
+    """A snapshot of recovery; None where there is no file. Raises `InputError`: the file is something else."""
+    if not path.exists():
+        return None
+    try:
+        opened = TensorFile(path)
+    except (SafetensorError, OSError):
+        opened = None
+    if opened is None or "run" not in opened.metadata:
+        raise InputError(f"{path} is not a snapshot of recovery; remove it to start again")
+    return opened
+
+
 class _Run:
     """A run as a file, from which it goes on: the parameters, the optimizer's moments, and how many steps are done.
 
@@ -275,12 +289,9 @@ class _Run:
 
     def restore(self) -> int:
         """Go on from the file, if there is one; steps that are done. Raises `InputError`: it is of another run."""
-        if self._path is None or not self._path.exists():
+        opened = None if self._path is None else check_snapshot(self._path)
+        if opened is None:
             return 0
-        try:
-            opened = TensorFile(self._path)
-        except (SafetensorError, OSError):
-            raise InputError(f"{self._path} is not a snapshot of recovery; remove it to start again") from None
         if opened.metadata.get("run") != self._identity:
             raise InputError(f"{self._path} belongs to another model, recipe, text or length; remove it to start again")
         arrays = {name: opened.tensor(name).clone() for name in opened.shapes}
@@ -305,7 +316,7 @@ def _identity(
 ) -> str:
     """SHA-256 of all that decides what a run does."""
     found = hashlib.sha256(json.dumps([dict(weights.origin.files), plan.to_json(), asdict(rates)]).encode())
-    found.update(json.dumps([tokens, strength, activations]).encode())
+    found.update(json.dumps([tokens, strength, activations, release(), torch.get_num_threads()]).encode())
     found.update(text.tokens.astype(np.int64).tobytes())
     for name, one in solved.items():
         found.update(name.encode() + one.codes.numpy().tobytes() + one.scales.float().numpy().tobytes())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from pydantic import ConfigDict
 from scipy.optimize import least_squares
 from torch import Tensor
 
-from mossquant.calibration.meter import WINDOW, Meter, interval
+from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
 from mossquant.calibration.options import OpenGroup, open_groups, rounded, stored_bytes
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
@@ -185,6 +185,11 @@ def sensitivity(
         InputError: a bad checkpoint or text, or a quantized checkpoint; recipes that leave nothing open; an output that
             cannot be written.
     """
+    if method not in (None, *get_args(Method)):
+        raise InputError.unknown("method", str(method), get_args(Method))
+    if tokens < 2:
+        raise InputError(f"{tokens} tokens are too few to measure on; give two or more")
+    check_device(device)
     asked, destination = [load_recipe(recipe) for recipe in recipes], Path(output)
     inputs = [Path(item) for item in text if not isinstance(item, Text)]
     check_free(destination, force=force, as_file=True, inputs=inputs)

@@ -23,7 +23,8 @@ from mossquant.model.block import Block
 from mossquant.plan.plan import Plan
 
 Statistics = Mapping[str, Any]
-"""What was measured for one tensor: need → value, e.g. "gram" → fp32 [K, K]."""
+"""What was measured for one tensor: need → value. "hessian" → `Hessian`, "rows" → fp32 [n, K], some of its rows; both
+None where no linear multiplies it."""
 Measured = Callable[[str], Statistics]
 """Tensor name → what was measured for it."""
 Solve = Callable[[Tensor], QuantizedTensor]

@@ -26,7 +26,7 @@ class CalibrationText:
     """Token ids to calibrate on.
 
     Attributes:
-        name: of the files, as the user knows them.
+        name: of the files, without their folders: it is stored.
         sha256: of each file; a checkpoint records them as seen.
         tokens: int64 [n].
     """
@@ -76,7 +76,7 @@ class CalibrationText:
         joined = np.concatenate(parts)
         if len(joined) == 0:
             raise InputError(f"{read[0].name} has no tokens; give a longer text")
-        return cls(", ".join(text.name for text in read), tuple(text.sha256 for text in read), joined)
+        return cls(", ".join(Path(text.name).name for text in read), tuple(text.sha256 for text in read), joined)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -52,8 +52,9 @@ def frontier_chart(plan: Plan) -> tuple[str, list[Series]]:
     here = plan.bits_per_weight
     if calibrated.predicted_kl is not None:
         series.append(Series(f"predicted, {calibrated.budget}", ((here, calibrated.predicted_kl),), joined=False))
-    series.append(Series("measured after rounding", ((here, calibrated.rounded_kl),), joined=False))
-    if calibrated.recovered_tokens:
+    if calibrated.rounded_kl is not None:
+        series.append(Series("measured after rounding", ((here, calibrated.rounded_kl),), joined=False))
+    if calibrated.recovered_tokens and calibrated.kl is not None:
         series.append(Series("measured after recovery", ((here, calibrated.kl),), joined=False))
     return f"{plan.recipe}: KL over bits a weight", series
 

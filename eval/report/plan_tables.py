@@ -85,15 +85,19 @@ def _recipe_table(recipe: Recipe) -> Table:
 
 
 def _calibrated_table(calibrated: Calibrated) -> Table:
-    ci95 = calibrated.kl_ci95
-    shown = [("after rounding", calibrated.rounded_kl, "")]
+    rows = []
     if calibrated.predicted_kl is not None:
-        shown.insert(0, (f"predicted for {calibrated.budget}, {calibrated.losses}", calibrated.predicted_kl, ""))
-    if calibrated.recovered_tokens:
+        what = f"predicted for {calibrated.budget} by nearest-mse, {calibrated.losses}"
+        rows.append((what, f"{calibrated.predicted_kl:.2e}", ""))
+    if calibrated.rounded_kl is not None:
+        rows.append(("after rounding", f"{calibrated.rounded_kl:.2e}", ""))
+    if calibrated.recovered_tokens and calibrated.kl is not None:
+        ci95 = calibrated.kl_ci95
         interval = DASH if ci95 is None else f"{ci95[0]:.2e} to {ci95[1]:.2e}"
-        shown.append((f"after recovery over {calibrated.recovered_tokens:,} tokens", calibrated.kl, interval))
-    caption = f"Nats a token, fp32, on the last {calibrated.judged_tokens:,} tokens of {calibrated.text}."
-    rows = [(what, f"{kl:.2e}", interval) for what, kl, interval in shown]
+        what = f"after recovery over {calibrated.recovered_tokens:,} tokens"
+        rows.append((what, f"{calibrated.kl:.2e}", interval))
+    measured = f", measured on the last {calibrated.judged_tokens:,} tokens" if calibrated.judged_tokens else ""
+    caption = f"Nats a token, fp32, on {calibrated.text}{measured}."
     return grid([*left("on text"), *right("KL", "95 %")], rows, caption=caption)
 
 

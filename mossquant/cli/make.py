@@ -140,7 +140,11 @@ def quantize(
     from mossquant.plan.recipe import recipe_files
 
     options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, output=output)
-    options.check_picture(picture, *recipe_files(recipe), *(text or ()), sensitivity)
+    options.check_picture(picture, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, output=output)
+    if picture is not None and not (text or sensitivity or recipe.endswith("-best")):
+        raise InputError(
+            "--picture draws what other budgets lose on text; give --text, --sensitivity or a -best recipe"
+        )
     if output is None and not dry_run:
         raise InputError(options.NO_OUTPUT)
     options.use_threads(threads)

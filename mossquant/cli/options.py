@@ -25,7 +25,7 @@ Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads;
 Text = Annotated[Path | None, typer.Option(help="text file to measure on; the bundled held-out text if not given")]
 CalibrationTexts = Annotated[
     list[Path] | None,
-    typer.Option("--text", help="text file to calibrate on; may be repeated; the bundled text if not given"),
+    typer.Option("--text", help="text file to calibrate on; may be repeated; the bundled model has one of its own"),
 ]
 Picture = Annotated[Path | None, typer.Option(help="also draw KL over bits a weight into this .svg file")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="where the model is run: cpu or cuda")]
@@ -69,15 +69,19 @@ def check_json(path: Path | None, *inputs: str | Path | None, output: Path | Non
         raise InputError(f"{path} exists already, and a report replaces .json files only; choose another path")
 
 
-def check_picture(path: Path | None, *inputs: str | Path | None) -> None:
+def check_picture(path: Path | None, *inputs: str | Path | None, output: Path | None = None) -> None:
     """A picture may replace an .svg file, but nothing else. Raises `InputError`: it would, or cannot be written."""
-    from mossquant.files.outputs import check_free, check_outside
+    from mossquant.checkpoint.locate import BUNDLED
+    from mossquant.files.outputs import check_apart, check_free, check_outside
 
     if path is None:
         return
     if path.suffix != ".svg":
         raise InputError(f"{path}: a picture is an .svg file; choose such a name")
-    check_free(path, force=True, as_file=True, inputs=[Path(source) for source in inputs if source])
+    check_free(
+        path, force=True, as_file=True, inputs=[Path(source) for source in inputs if source and source != BUNDLED]
+    )
+    check_apart(path, [] if output is None else [output], role="output")
     check_outside(path)
 
 

@@ -46,14 +46,14 @@ class Calibrated:
 
     Attributes:
         text: name of the text.
-        tokens: of it, without those that it was judged on.
+        tokens: of it, without those that it was judged on; 0 where only sensitivities were given.
         judged_tokens: the text's last ones, on which every KL here was measured: fp32, windows that begin afresh.
         budget: what the formats were chosen for; None where the recipe names them.
         losses: "measured" or "estimated", what the formats were chosen by; None where the recipe names them.
-        predicted_kl: nats a token, of what was chosen.
-        rounded_kl: measured after rounding.
-        recovered_tokens: tokens that recovery read; 0 without it.
-        kl: measured at the end.
+        predicted_kl: nats a token, of what was chosen, rounded by `nearest-mse`.
+        rounded_kl: measured after rounding; None where no text was given.
+        recovered_tokens: tokens that recovery was asked to read; 0 without it.
+        kl: measured at the end; None where no text was given.
         kl_ci95: its 95 % interval; None for one window.
         frontier: what other budgets are predicted to lose.
     """
@@ -66,9 +66,9 @@ class Calibrated:
     budget: str | None
     losses: Literal["measured", "estimated"] | None
     predicted_kl: float | None
-    rounded_kl: float
+    rounded_kl: float | None
     recovered_tokens: int
-    kl: float
+    kl: float | None
     kl_ci95: tuple[float, float] | None
     frontier: tuple[FrontierPoint, ...]
 

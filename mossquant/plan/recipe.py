@@ -337,11 +337,13 @@ def rule_of(recipe: Recipe, group: Group) -> WeightRule | None:
     if not chosen:
         return None if rules[0] is None else recipe.weights[rules[0]]
     first = recipe.weights[chosen[0]]
-    if len(chosen) < len(rules) or any(recipe.weights[index].choose != first.choose for index in chosen):
+    own = [recipe.weights[index] for index in chosen]
+    alike = {(tuple(rule.choose or ()), rule.solver, rule.sensitivity) for rule in own}
+    if len(chosen) < len(rules) or len(alike) > 1:
         place = recipe.place("weights", chosen[0])
         raise InputError(
             f"{recipe.where}, {place}: the tensors of {group.name} read one vector and get one format; give all of "
-            "them the same choose"
+            "them the same choose, solver and sensitivity"
         )
     return first
 

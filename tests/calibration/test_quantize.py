@@ -8,17 +8,20 @@ from itertools import pairwise
 from pathlib import Path
 
 import bounds
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration.quantize import disk_bytes, memory_bytes, quantize
+from mossquant.calibration.sensitivity import sensitivity
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import value
 from mossquant.errors import InputError
 from mossquant.plan.recipe import Recipe
+from mossquant.text.text import Text
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +162,31 @@ def test_blocks_of_rows_change_nothing(mamba: Path, tmp_path: Path, monkeypatch:
         quantize(mamba, tmp_path / name)
     blocks, whole = (digests(tmp_path / name)["model.safetensors"] for name in ("blocks", "whole"))
     assert blocks == whole
+
+
+def test_what_text_entered_is_told(mamba: Path, tmp_path: Path) -> None:
+    """Under the text's name without its folder, also by sensitivities alone; a text is no snapshot, and stays."""
+    np.save(tmp_path / "out.recovering.safetensors.npy", np.random.default_rng(0).integers(0, 53, 400))
+    text = Text.from_ids(tmp_path / "out.recovering.safetensors.npy")
+    found = sensitivity(mamba, tmp_path / "s.json", text=[text], recipes=["int4"], tokens=256)
+    ledger = quantize(mamba, tmp_path / "by-file", budget="12bpw", sensitivities=found)
+    assert ledger.calibrated is not None
+    assert (ledger.calibrated.text, ledger.calibrated.kl) == (Path(text.name).name, None)
+    assert ledger.calibrated.frontier
+    assert QuantizedCheckpoint.open(tmp_path / "by-file").origin.calibration_text == (text.sha256,)
+    kept = tmp_path / "out.recovering.safetensors"
+    kept.write_bytes(b"of a user")
+    quantize(mamba, tmp_path / "out", recipe="int4-uniform", text=[text])
+    assert kept.read_bytes() == b"of a user"
+    with pytest.raises(InputError, match="is not a snapshot"):
+        quantize(mamba, tmp_path / "out", recipe="int4-uniform", text=[text], recover=10, force=True)
+
+
+def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["mamba"], dtype=torch.float32)
+    next(model.blocks).norm.mul_(3e37)
+    source = write_model(tmp_path / "model", model)
+    np.save(tmp_path / "ids.npy", np.arange(50))
+    with pytest.raises(InputError, match="overflows fp32"):
+        quantize(source, tmp_path / "out", recipe="int4-uniform", text=[Text.from_ids(tmp_path / "ids.npy")])
+    assert not (tmp_path / "out").exists()
