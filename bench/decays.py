@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantizing A_log does to the decays that a model applies on a text.
 
-    python bench/decays.py [MODEL] [--recipe int8] [--text FILE] [--tokens 16384]
+    python bench/decays.py [MODEL] [--recipe int8-uniform] [--text FILE] [--tokens 16384]
 
 Prints a Markdown table with a row for each layer: the range of the time steps Δ on the text, the relative error of
 A_log as the ledger has it, and the largest |exp(Δ A) − exp(Δ A')| over the steps that each channel took.
@@ -28,7 +28,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tiny")
-    parser.add_argument("--recipe", default="int8")
+    parser.add_argument("--recipe", default="int8-uniform")
     parser.add_argument("--text")
     parser.add_argument("--tokens", type=int, default=16_384)
     asked = parser.parse_args()

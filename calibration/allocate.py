@@ -7,7 +7,11 @@ The frontier is the one of the Lagrangian, loss + λ · bytes for every λ: the 
 steps taken by falling gain a byte (Shoham & Gersho 1988). Near a budget the choice is exact, by branch and cut (HiGHS).
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -98,13 +102,14 @@ def choose(
         coo_array((np.ones(len(left)), (rows, columns)), (len(groups), len(left))).tocsr(), 1, 1
     )
     limit = LinearConstraint(uses[None], -np.inf, 1.0 if np.isfinite(bound) else np.inf)
-    solved = milp(
-        costs * _SCALE,
-        integrality=np.ones(len(left)),
-        bounds=Bounds(0, 1),
-        constraints=[one_each, limit],
-        options={"mip_rel_gap": 0.0, "node_limit": _NODES},
-    )
+    with _nothing_on_stdout():
+        solved = milp(
+            costs * _SCALE,
+            integrality=np.ones(len(left)),
+            bounds=Bounds(0, 1),
+            constraints=[one_each, limit],
+            options={"mip_rel_gap": 0.0, "node_limit": _NODES},
+        )
     if solved.x is None:
         return replace(best[0], gap=1.0)
     taken = {owner[index]: index for index, share in zip(left, solved.x, strict=True) if share > 0.5}
@@ -118,6 +123,27 @@ def choose(
     if found.bytes > bytes_at_most or (loss_at_most is not None and found.loss > loss_at_most):
         return replace(best[0], gap=own / cost - 1)
     return replace(found, gap=gap)
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Keep off the process's stdout what HiGHS prints there past Python, though asked for nothing: results go there."""
+    buffered = ctypes.CDLL(None).fflush
+    try:
+        sys.stdout.flush()
+        before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except (OSError, ValueError):  # there is none
+        yield
+        return
+    try:
+        buffered(None)
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        buffered(None)
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _hull(options: Sequence[Option]) -> list[int]:

@@ -69,7 +69,9 @@ def spend(
     """
     wanted, held, groups, fixed = _opened(weights, recipe, budget, targets)
     if wanted.kind == "kl" and sensitivities is None:
-        raise InputError(f"a budget of {wanted} needs losses that were measured; give text or sensitivities")
+        raise InputError(
+            f"a budget of {wanted} needs losses that were measured; give text (and no --dry-run) or sensitivities"
+        )
     losses = _known(weights, recipe, groups) if sensitivities is None else _measured(groups, sensitivities)
     options = [
         [Option(storage, size, loss) for (storage, size), loss in zip(group.bytes.items(), own, strict=True)]

@@ -170,6 +170,8 @@ def quantize(
     plan, solvers = _checked(weights, asked, measured=measured is not None, text=needs_text)
     notes = () if chosen is None else chosen.notes
     if dry_run:
+        if needs_text and losses is None and chosen is not None:
+            say("formats as roles are known to lose; without --dry-run they are chosen by what is lost on the text")
         for line in notes:
             say(line)
         return plan

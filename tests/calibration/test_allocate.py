@@ -94,6 +94,15 @@ def test_a_model_of_two_hundred_groups_is_solved() -> None:
     assert chosen.loss >= above[-1].loss
 
 
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """The library prints a line of its own now and then, past Python."""
+    for seed in range(6):
+        groups = problem(100, 5, seed)
+        low, high = frontier(groups)[0].bytes, frontier(groups)[-1].bytes
+        assert choose(groups, bytes_at_most=low + 0.1 * (high - low)) is not None
+    assert capfd.readouterr().out == ""
+
+
 def assert_monotone(choices: list[Choice]) -> None:
     for before, after in pairwise(choices):
         assert after.bytes > before.bytes
