@@ -42,7 +42,7 @@ from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
 from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
 from mossquant.plan.recipe import Recipe, load_recipe, recipe_files, rewritten
-from mossquant.progress import Progress
+from mossquant.progress import Progress, about
 from mossquant.text.text import Text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
 
@@ -221,8 +221,8 @@ def quantize(
         before = meter.kl(_values(weights, plan, rounded))
         made, after = rounded, before
         if tokens:
-            minutes = max(1, round(_PASSES * meter.seconds * tokens / meter.windows.numel() / 60))
-            say(f"distilling over {tokens:,} tokens of {learned.name}: about {minutes} minutes")
+            expected = _PASSES * meter.seconds * tokens / meter.windows.numel()
+            say(f"distilling over {tokens:,} tokens of {learned.name}: {about(expected)}")
             say(f"a run that is stopped goes on from {snapshot}")
             solved = {name: _quantized(plan, name, piece) for name, (piece, _) in rounded.items()}
             stored = recovered(

@@ -41,7 +41,7 @@ from mossquant.model.scan import ScanForm
 from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan.groups import Group
 from mossquant.plan.recipe import STORED, Recipe, load_recipe
-from mossquant.progress import Progress
+from mossquant.progress import Progress, about
 from mossquant.text.text import Text
 
 Method = Literal["measured", "estimated"]
@@ -302,7 +302,7 @@ def _losses(
         return {spec: rounded(weights, spec, storage) for spec in group.group.specs}
 
     if chosen == "measured":
-        say(f"measuring {len(jobs)} changes of {len(groups)} groups: about {max(1, round(expected / 60))} minutes")
+        say(f"measuring {len(jobs)} changes of {len(groups)} groups: {about(expected)}")
         for done, (group, storage) in enumerate(jobs, 1):
             table[group.group.name, storage] = _measured(meter, group, storage, changes)
             if progress is not None:
@@ -384,7 +384,7 @@ def _estimated(
             squares[job] += sum(float((gradients[spec.name] * delta.float()).sum()) for spec, delta in of) ** 2
         if number == 1:
             seconds = (perf_counter() - start) * len(windows) + meter.seconds * _MEASURED
-            say(f"estimating {len(jobs)} changes from gradients: about {max(1, round(seconds / 60))} minutes")
+            say(f"estimating {len(jobs)} changes from gradients: {about(seconds)}")
         if progress is not None:
             progress("gradients", number, len(windows))
     fisher = squares / len(windows) / windows.shape[1] / 2
