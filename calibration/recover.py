@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,7 +31,7 @@ from mossquant.checkpoint.tensorfiles import TensorFile, save_tensors
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.errors import InputError
 from mossquant.files.outputs import new_file
-from mossquant.formats import QuantizedTensor
+from mossquant.formats import QuantizedTensor, get_format
 from mossquant.kernels.conv.autograd import causal_conv as conv_kernel
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet, tensor_specs
@@ -83,6 +83,21 @@ class Rates:
     warmup: float = 0.05
     seed: int = 0
 
+    @classmethod
+    def of(cls, plan: Plan) -> "Rates":
+        """The defaults for a plan: what is no code moves by as much less as most weights' codes are finer than 4 bits.
+
+        A step of 1e-3 of a norm or a scale is little beside a 4-bit code and more than an 8-bit one is worth.
+        """
+        weights: dict[int, int] = {}
+        for entry in plan.tensors:
+            if entry.format is not None:
+                bits = get_format(entry.format).bits
+                weights[bits] = weights.get(bits, 0) + entry.count
+        share = 2.0 ** (4 - max(weights, key=lambda bits: weights[bits], default=4))
+        usual = cls()
+        return replace(usual, small=share * usual.small, scales=share * usual.scales, kept=share * usual.kept)
+
 
 @dataclass(frozen=True)
 class RecoveryStep:
@@ -120,7 +135,7 @@ def recover(
         tokens: how many to learn from, rounded up to whole steps.
         strength: what is trained.
         activations: what enters the linears.
-        rates: how fast; None: the defaults.
+        rates: how fast; None: the defaults for the plan.
         device: "cpu" or "cuda".
         snapshot: file in which the run is kept every `EVERY` steps; one that is there is gone on from, to the bit where
             the number of threads is the same. It stays at the end.
@@ -139,7 +154,7 @@ def recover(
     _check(activations, Activations, "activation mode")
     if tokens < 1:
         raise InputError(f"recovery from {tokens} tokens; ask for one or more")
-    rates = rates or Rates()
+    rates = rates or Rates.of(plan)
     schedule = _Windows(text, rates, tokens)
     codes = strength == "weights"
     distillation = _Distillation(weights, plan, solved, codes=codes, activations=activations, device=device)

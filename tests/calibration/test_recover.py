@@ -260,3 +260,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
     file.write_bytes(b"none")
     with pytest.raises(InputError, match="is not a snapshot"):
         run(file)
+
+
+def test_what_is_no_code_moves_less_beside_finer_codes(tmp_path: Path) -> None:
+    four, eight = (
+        Rates.of(solved(tmp_path / name, CONFIGS["untied"], recipe=name).plan)
+        for name in ("int4-uniform", "int8-uniform")
+    )
+    assert four == Rates()
+    assert eight == replace(four, small=four.small / 16, scales=four.scales / 16, kept=four.kept / 16)
