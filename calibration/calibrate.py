@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mossquant.calibration.meter import check_device
 from mossquant.calibration.statistics import (
     Input,
     InputRecord,
@@ -121,8 +122,7 @@ def calibrate(
     check_apart(work, inputs)
     if tokens < 1 or not 0 <= quota < math.inf or (memory is not None and memory < 0):
         raise InputError("tokens must be at least 1, quota and memory at least 0")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for and PyTorch finds no CUDA device; use --device cpu")
+    check_device(device)
     weights = open_weights(model, verb="calibrate")
     if weights.origin.recipe is not None:
         raise InputError(f"{weights.origin.path} is quantized; give the full-precision model that it was made from")

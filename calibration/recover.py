@@ -26,9 +26,10 @@ from torch import Tensor
 from mossquant.calibration.products import linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
+from mossquant.checkpoint.checkpoint import load_model
 from mossquant.checkpoint.inputs import activation_model, expert_input_model
 from mossquant.checkpoint.tensorfiles import TensorFile, save_tensors
-from mossquant.checkpoint.weights import Weights, value
+from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.files.outputs import new_file
 from mossquant.formats import QuantizedTensor, get_format
@@ -207,7 +208,7 @@ def kl_on(
     _check(activations, Activations, "activation mode")
     _check_text(text)
     stored = Planned(weights, plan, tensors)
-    exact, judged = _model(weights), _model(stored)
+    exact, judged = load_model(weights), load_model(stored)
     run = Forward(**_inputs(stored, activations))
     total = 0.0
     windows = text.windows(len(text), _JUDGED_WINDOW)
@@ -234,7 +235,7 @@ class _Distillation:
         device: str,
     ) -> None:
         self.student = Student(weights, plan, solved, codes=codes, device=device)
-        self._model, self._device = _model(weights).to(device), device
+        self._model, self._device = load_model(weights).to(device), device
         self._inputs = _inputs(Planned(weights, plan, solved), activations)
 
     def loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -414,10 +415,6 @@ def _share(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / (rising + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
-
-
-def _model(weights: Weights) -> MossNet:
-    return MossNet(weights.config).load(lambda name: value(weights, name))
 
 
 def _inputs(planned: Planned, activations: Activations) -> dict[str, Any]:
