@@ -33,7 +33,9 @@ def demo(
 def train(
     output: options.Output,
     text: Annotated[list[str], typer.Option(help="text file, or python-stdlib; may be repeated")],
-    preset: Annotated[str, typer.Option(help="tiny, 8x30m, 8x200m or 8x1.5b")] = "tiny",
+    preset: Annotated[
+        str, typer.Option(help="tiny, 8x30m, 8x200m, 8x1.5b, mamba-5m, mamba-130m or mamba-370m")
+    ] = "tiny",
     tokenizer: Annotated[Literal["bpe", "bytes"], typer.Option(help="bpe, or bytes")] = "bpe",
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 5000,
     batch: Annotated[int, typer.Option(min=1, help="windows a step; half of them carry state")] = 16,

@@ -187,13 +187,23 @@ def _moss(hidden: int, layers: int, vocab: int, intermediate: int, *, experts: i
     )
 
 
+def _mamba(hidden: int, layers: int, vocab: int) -> MossNetConfig:
+    return MossNetConfig(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, time_step_rank=-(-hidden // 16)
+    )
+
+
 PRESETS: dict[str, MossNetConfig] = {
     "tiny": _moss(256, 4, 4096, 192, experts=4, rank=24),
     "8x30m": _moss(384, 10, 32000, 512, experts=8, rank=24),
     "8x200m": _moss(1024, 16, 32000, 1536, experts=8, rank=64),
     "8x1.5b": _moss(2048, 28, 50280, 4096, experts=8, rank=128),
+    "mamba-5m": _mamba(256, 10, 4096),
+    "mamba-130m": _mamba(768, 24, 50280),
+    "mamba-370m": _mamba(1024, 48, 50280),
 }
-"""Ours, not the paper's; the last number of a name is the dense-equivalent size."""
+"""MossNets of ours, not the paper's: the last number of a name is the dense-equivalent size.
+The two larger Mambas have the published shapes (Gu & Dao 2023)."""
 
 
 def preset(name: str) -> MossNetConfig:

@@ -83,7 +83,7 @@ def test_where_fewer_experts_are_left_all_are_chosen() -> None:
 
 
 def test_presets() -> None:
-    assert set(PRESETS) == {"tiny", "8x30m", "8x200m", "8x1.5b"}
+    assert set(PRESETS) == {"tiny", "8x30m", "8x200m", "8x1.5b", "mamba-5m", "mamba-130m", "mamba-370m"}
     assert all(checked(config) == config for config in PRESETS.values())
     tiny = preset("tiny")
     assert 5e6 <= parameter_count(tiny) <= 7e6
