@@ -301,6 +301,9 @@ def _methods() -> dict[str, Method]:
         "int4-uniform gptq": Method(
             "all", partial(_ours, four, solver="gptq"), "int4-uniform solved by gptq", four, statistics=True
         ),
+        "int4-uniform tune": Method(
+            "all", partial(_ours, four, solver="tune", text=True), "int4-uniform solved by tune, block by block", four
+        ),
         "int4 on text": Method(
             "all", partial(_ours, "int4-best", bits="bits", text=True), "bits by losses on calibration text", four
         ),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mossquant.calibration.products import linear, product
+from mossquant.calibration.products import gradient, linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.checkpoint import load_model
@@ -371,8 +371,8 @@ class HeadDivergence(torch.autograd.Function):
             total += log_p.sub_(log_q).mul_(p).sum()
             if learning:
                 difference = log_q.exp_().sub_(p)
-                d_hidden[part] = product(difference, table.T)
-                d_table += product(difference.T, hidden[part].T)
+                d_hidden[part] = gradient(difference, table.T)
+                d_table += gradient(difference.T, hidden[part].T)
         if learning:
             ctx.save_for_backward(d_hidden.div_(len(hidden)), d_table.div_(len(hidden)))
         return total / len(hidden)

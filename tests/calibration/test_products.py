@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products by oneDNN are PyTorch's, whatever the number of rows, and so are their gradients."""
+"""Products by oneDNN are PyTorch's, whatever the number of rows, and so are their gradients, rounded where they are."""
 
 import bounds
 import pytest
@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 from small import difference
 
-from mossquant.calibration.products import linear, product
+from mossquant.calibration import products
+from mossquant.calibration.products import gradient, linear, product
 
 
+@pytest.fixture
+def exact_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MULTIPLIES_BF16", False)
+
+
+@pytest.mark.usefixtures("exact_gradients")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1,), (31,), (32,), (2, 33)])
 def test_products_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -27,8 +34,25 @@ def test_products_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> N
         assert difference(ours.double(), theirs.double()) < bounds.FORMS_FLOAT32
 
 
+@pytest.mark.usefixtures("exact_gradients")
 def test_gradient_of_one_alone() -> None:
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3)
     linear(x, weight).sum().backward()
     assert x.grad is not None
     assert difference(x.grad, weight.sum(0).expand(4, 3)) < bounds.FORMS_FLOAT32
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN there are no products in bf16")
+@pytest.mark.parametrize("rows", [1, 33, 200])
+def test_gradients_in_bf16(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MULTIPLIES_BF16", True)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(rows, 70, generator=generator), torch.randn(9, 70, generator=generator)
+    found = gradient(a, b)
+    assert found.dtype == torch.float32
+    error = (found.double() - a.double() @ b.double().T).abs()
+    # Two factors, each rounded by at most 2⁻⁹ of itself, and the sum once to bf16, where that is what is returned.
+    most = (2 * 2**-9 + 2**-18) * (a.double().abs() @ b.double().abs().T) + 2**-9 * found.abs()
+    assert bool((error <= most).all())
+    assert float(error.max()) > bounds.FORMS_FLOAT32, "nothing was rounded"
+    assert torch.equal(gradient(a.double(), b.double()), product(a.double(), b.double()))
