@@ -10,7 +10,7 @@ what was solved is held until it was judged.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
 from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
-from mossquant.plan.recipe import Recipe, load_recipe, recipe_files, rewritten
+from mossquant.plan.recipe import Recipe, RecoveryActivations, load_recipe, recipe_files, rewritten
 from mossquant.progress import Progress, about
 from mossquant.text.text import Text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
@@ -76,6 +76,7 @@ def quantize(
     text: Sequence[str | Path | Text] = (),
     sensitivities: str | Path | Sensitivities | None = None,
     recover: int | None = None,
+    recover_activations: RecoveryActivations | None = None,
     measured: Measured | None = None,
     stats: str | Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -96,6 +97,8 @@ def quantize(
             model. With text, formats that a recipe leaves open are chosen by what they lose on it.
         sensitivities: what groups lose, from `sensitivity`, or its file.
         recover: tokens of the text to distil over after rounding, in place of the recipe's own.
+        recover_activations: what enters the linears while it trains, in place of the recipe's own: "fp32", or "planned"
+            for how the plan rounds it.
         measured: gives what was measured for a tensor to solvers that need it.
         stats: a folder that `calibrate` wrote for this model, in the place of `measured`.
         device: where the model is run.
@@ -134,6 +137,9 @@ def quantize(
     tokens = asked_tokens = asked.recover if recover is None else recover
     if tokens < 0:
         raise InputError(f"recovery over {tokens} tokens; ask for none or more")
+    activations = recover_activations or asked.recover_activations
+    if activations not in get_args(RecoveryActivations):
+        raise InputError.unknown("activation mode", activations, get_args(RecoveryActivations))
     check_device(device)
     snapshot = destination.with_name(f"{destination.name}.recovering.safetensors")
     if tokens and not dry_run:
@@ -231,6 +237,7 @@ def quantize(
                 {name: piece for name, piece in solved.items() if isinstance(piece, QuantizedTensor)},
                 learned,
                 tokens=tokens,
+                activations=activations,
                 device=device,
                 snapshot=snapshot,
                 progress=progress,
@@ -254,6 +261,7 @@ def quantize(
             kl=float(after.mean()),
             kl_ci95=interval(after),
             frontier=() if chosen is None else chosen.frontier,
+            recovered_activations=activations if tokens else None,
         )
         ledger = writer.finish(calibrated, calibration_text=seen)
     if asked_tokens:

@@ -39,13 +39,12 @@ from mossquant.model.mossnet import MossNet, tensor_specs
 from mossquant.model.routing import Routing
 from mossquant.model.tensors import Use, outside_blocks
 from mossquant.plan.plan import Plan
+from mossquant.plan.recipe import RecoveryActivations
 from mossquant.progress import Progress
 from mossquant.release import release
 
 Strength = Literal["weights", "scales"]
 """What is trained beside norms, routers and other kept tensors: codes and scales, or scales alone."""
-Activations = Literal["fp32", "planned"]
-"""What enters the linears while training: fp32 values, or as the plan rounds them."""
 
 EVERY = 100
 """Steps between snapshots."""
@@ -119,7 +118,7 @@ def recover(
     *,
     tokens: int,
     strength: Strength = "weights",
-    activations: Activations = "fp32",
+    activations: RecoveryActivations = "fp32",
     rates: Rates | None = None,
     device: str = "cpu",
     snapshot: Path | None = None,
@@ -152,7 +151,7 @@ def recover(
             that is not finite, a snapshot of another run.
     """
     _check(strength, Strength, "strength")
-    _check(activations, Activations, "activation mode")
+    _check(activations, RecoveryActivations, "activation mode")
     if tokens < 1:
         raise InputError(f"recovery from {tokens} tokens; ask for one or more")
     rates = rates or Rates.of(plan)
@@ -191,7 +190,7 @@ def kl_on(
     tensors: Mapping[str, Stored],
     text: CalibrationText,
     *,
-    activations: Activations = "fp32",
+    activations: RecoveryActivations = "fp32",
 ) -> float:
     """Mean over tokens of KL(full precision ‖ stored), nats a token, in fp32 on the CPU.
 
@@ -205,7 +204,7 @@ def kl_on(
     Raises:
         InputError: an unknown way of activations, or fewer than 4 tokens of text.
     """
-    _check(activations, Activations, "activation mode")
+    _check(activations, RecoveryActivations, "activation mode")
     _check_text(text)
     stored = Planned(weights, plan, tensors)
     exact, judged = load_model(weights), load_model(stored)
@@ -231,7 +230,7 @@ class _Distillation:
         solved: Mapping[str, QuantizedTensor],
         *,
         codes: bool,
-        activations: Activations,
+        activations: RecoveryActivations,
         device: str,
     ) -> None:
         self.student = Student(weights, plan, solved, codes=codes, device=device)
@@ -327,7 +326,7 @@ def _identity(
     text: CalibrationText,
     tokens: int,
     strength: Strength,
-    activations: Activations,
+    activations: RecoveryActivations,
     rates: Rates,
 ) -> str:
     """SHA-256 of all that decides what a run does."""
@@ -417,7 +416,7 @@ def _share(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
 
 
-def _inputs(planned: Planned, activations: Activations) -> dict[str, Any]:
+def _inputs(planned: Planned, activations: RecoveryActivations) -> dict[str, Any]:
     if activations == "fp32":
         return {}
     return {"activation": activation_model(planned), "expert_input": expert_input_model(planned)}

@@ -25,7 +25,7 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs, tensor_specs
 from mossquant.model.tensors import SiteSpec, TensorSpec
 from mossquant.plan.entries import FormatSummary, SiteEntry, StateEntry, TensorEntry
-from mossquant.plan.recipe import Recipe, Rule, first_match
+from mossquant.plan.recipe import Recipe, RecoveryActivations, Rule, first_match
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -56,6 +56,7 @@ class Calibrated:
         kl: measured at the end; None where no text was given.
         kl_ci95: its 95 % interval; None for one window.
         frontier: what other budgets are predicted to lose.
+        recovered_activations: what entered the linears while recovery trained; None without it.
     """
 
     __pydantic_config__ = _STRICT
@@ -71,6 +72,7 @@ class Calibrated:
     kl: float | None
     kl_ci95: tuple[float, float] | None
     frontier: tuple[FrontierPoint, ...]
+    recovered_activations: RecoveryActivations | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ class Plan:
         stored = asdict(self)
         if self.calibrated is None:
             del stored["calibrated"]
+        elif self.calibrated.recovered_activations is None:
+            del stored["calibrated"]["recovered_activations"]
         for entry in stored["tensors"]:
             if entry["note"] is None:
                 del entry["note"]

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import bounds
 import pytest
@@ -24,6 +24,7 @@ from mossquant.calibration.recover import (
     routers_apart,
 )
 from mossquant.calibration.student import Planned, Stored
+from mossquant.checkpoint.inputs import activation_model, expert_input_model
 from mossquant.checkpoint.packing import PackedTensor
 from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.checkpoint.weights import value
@@ -31,7 +32,9 @@ from mossquant.checkpoint.writer import QuantizedWriter
 from mossquant.errors import InputError
 from mossquant.formats import QuantizedTensor
 from mossquant.formats.dtypes import FLOAT_DTYPES
+from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
+from mossquant.plan.recipe import RecoveryActivations
 
 FEW = Rates(batch=4, steps=1, window=16, codes=2e-2, scales=2e-3, kept=5e-3, small=5e-3)
 
@@ -42,12 +45,15 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Solved:
     return solved(tmp_path_factory.mktemp("experts") / "model", CONFIGS["experts"])
 
 
-def slow_kl(case: Solved, tensors: dict[str, QuantizedTensor], tokens: torch.Tensor) -> float:
+def slow_kl(
+    case: Solved, tensors: dict[str, QuantizedTensor], tokens: torch.Tensor, activations: str = "fp32"
+) -> float:
     """In float64, all logits at once."""
     planned = Planned(case.weights, case.plan, tensors)
+    rounded = Forward(activation=activation_model(planned), expert_input=expert_input_model(planned))
     logits = [
-        MossNet(case.weights.config, dtype=torch.float64).load(lambda name, of=of: value(of, name))(tokens)[0]
-        for of in (case.weights, planned)
+        MossNet(case.weights.config, dtype=torch.float64).load(lambda name, of=of: value(of, name))(tokens, run=run)[0]
+        for of, run in ((case.weights, Forward()), (planned, rounded if activations == "planned" else Forward()))
     ]
     p, q = (torch.log_softmax(one, -1) for one in logits)
     return float((p.exp() * (p - q)).sum(-1).mean())
@@ -113,11 +119,18 @@ def test_it_lowers_its_loss(experts: Solved, strength: str) -> None:
 
 
 def test_first_loss_is_that_of_what_was_solved(experts: Solved) -> None:
-    """The first step sees the solved tensors: its KL is that of its windows."""
-    text, steps = random_text(53, 64), list[RecoveryStep]()
-    rates = replace(FEW, batch=1, window=64)
-    recover(experts.weights, experts.plan, experts.tensors, text, tokens=1, rates=rates, shown=steps.append)
-    assert abs(steps[0].kl - slow_kl(experts, experts.tensors, torch.from_numpy(text.tokens)[None])) < bounds.CUT_NATS
+    """The first step sees the solved tensors, and inputs as they are asked for: its KL is that of its windows."""
+    text, first = random_text(53, 64), dict[str, float]()
+    rates, tokens = replace(FEW, batch=1, window=64), torch.from_numpy(text.tokens)[None]
+    for activations in get_args(RecoveryActivations):
+        steps = list[RecoveryStep]()
+        recover(
+            experts.weights, experts.plan, experts.tensors, text, tokens=1, activations=activations, rates=rates,
+            shown=steps.append,
+        )  # fmt: skip
+        first[activations] = steps[0].kl
+        assert abs(steps[0].kl - slow_kl(experts, experts.tensors, tokens, activations)) < bounds.CUT_NATS
+    assert abs(first["fp32"] - first["planned"]) > 10 * bounds.CUT_NATS
 
 
 @pytest.mark.parametrize("activations", ["fp32", "planned"])
