@@ -156,6 +156,17 @@ def test_no_room(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     refused(checkpoint_folder, tmp_path / "out", "MB free")
 
 
+def test_no_room_is_said_before_anything_is_measured(
+    mamba: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(50))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("mossquant.calibration.quantize.losses_of", lambda *given, **more: pytest.fail("measured"))
+    with pytest.raises(InputError, match="MB free"):
+        quantize(mamba, tmp_path / "out", budget="12bpw", text=[Text.from_ids(tmp_path / "ids.npy")])
+
+
 def test_blocks_of_rows_change_nothing(mamba: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes and scales of a few rows at a time, and of the whole matrix."""
     for name, weights in (("blocks", 500), ("whole", 1 << 30)):
