@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.calibration.budget import Chosen, smallest, spend
-from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
+from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
@@ -36,6 +36,7 @@ from mossquant.checkpoint.packing import PackedTensor, read_quantized
 from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
+from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_apart, check_free, check_outside, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
@@ -237,7 +238,7 @@ def _request(
     if activations not in get_args(RecoveryActivations):
         raise InputError.unknown("activation mode", activations, get_args(RecoveryActivations))
     check_device(device)
-    snapshot = destination.with_name(f"{destination.name}.recovering.safetensors")
+    snapshot = destination.parent / f"{destination.name}.recovering.safetensors"
     if tokens and not dry_run:
         check_outside(snapshot)
         check_apart(snapshot, inputs)
@@ -395,6 +396,7 @@ def _judged(
         tokens=request.tokens,
         activations=request.activations,
         device=request.device,
+        model=meter.model,
         snapshot=request.snapshot,
         progress=progress,
     )
@@ -506,10 +508,7 @@ def _each(
         else:
             solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
             assert isinstance(solver, Solver)  # those of blocks walk
-            known = measured(entry.name) if measured is not None and solver.needs else {}
-            missing = " and ".join(need for need in solver.needs if need not in known)
-            if missing:
-                raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
+            known = solver.known(entry.name, measured)
             matrix = weights.specs[entry.name].to_matrix(tensor)
             packed = PackedTensor(entry.name, number_format, *matrix.shape)
             error = _solve(matrix, solver.prepare(number_format, known), packed)

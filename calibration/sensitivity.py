@@ -26,11 +26,12 @@ from pydantic import ConfigDict
 from scipy.optimize import least_squares
 from torch import Tensor
 
-from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
+from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.options import OpenGroup, open_groups, rounded, stored_bytes
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
+from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, parse_stored, read_json
 from mossquant.files.outputs import check_free, check_outside, json_bytes, new_file

@@ -208,7 +208,7 @@ def export(
 
     Example: mossquant export tiny-int4 --target onnx,executorch -o tiny-int4-app
     """
-    from mossquant.eval.open import is_bundled_tokenizer
+    from mossquant.checkpoint.locate import is_bundled_tokenizer
     from mossquant.eval.report.tables import needs_table
     from mossquant.targets.artifact import TOKENIZER
     from mossquant.targets.export import export as run

@@ -17,7 +17,6 @@ from small import SMALL, random_model, write_model
 from mossquant.checkpoint import locate
 from mossquant.checkpoint.locate import BUNDLED, asset_folder
 from mossquant.errors import InputError
-from mossquant.eval import open as opening
 from mossquant.eval.bench import BenchReport, Speed, Timing
 from mossquant.eval.report import demo as module
 from mossquant.eval.report.demo import demo
@@ -53,7 +52,7 @@ def ran(
         if request.param == "small":
             small = _small(folder / "small")
             patched.setattr(module, "TARGETS", ("onnx",))
-            for place in (module, locate, opening):
+            for place in (module, locate):
                 patched.setattr(place, "asset_folder", lambda name: small)
         told: list[str] = []
         report = demo(
