@@ -7,23 +7,16 @@ every operation is such a point, and the tests go through all of them.
 
 import os
 import shutil
-import signal
-import sys
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from commands import command, forked
+from commands import command, die_at, forked
 from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
 from mossquant.files.outputs import file_sha256
-
-# Whatever changes the file system, or comes before a change of it.
-OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,24 +33,6 @@ def quantized(source: Path) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-
-
-def die_at(operation: int, folder: Path) -> Callable[[], None]:
-    """In the child: be killed when that operation on something in `folder` is about to begin."""
-
-    def prepare() -> None:
-        begun = 0
-
-        def watch(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal begun
-            if event in OPERATIONS and str(arguments[0]).startswith(str(folder)):
-                begun += 1
-                if begun == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-
-    return prepare
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export"])
