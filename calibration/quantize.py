@@ -9,15 +9,17 @@ what was solved is held until it was judged.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.calibration.budget import Chosen, smallest, spend
+from mossquant.calibration.decays import decay_errors, steps_seen
 from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of
@@ -27,7 +29,7 @@ from mossquant.calibration.registry import needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
 from mossquant.calibration.solver import BlockSolver, Measured, Solve, Solver
 from mossquant.calibration.statistics import Statistics
-from mossquant.calibration.student import Stored
+from mossquant.calibration.student import Planned, Stored
 from mossquant.calibration.text import CalibrationText
 from mossquant.calibration.walk import Walk
 from mossquant.checkpoint.locate import locate
@@ -44,6 +46,7 @@ from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
+from mossquant.plan.entries import DecayError
 from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
 from mossquant.plan.recipe import Recipe, RecoveryActivations, load_recipe, recipe_files, rewritten
 from mossquant.progress import Progress, about
@@ -63,6 +66,8 @@ _WORK_TO_CHOOSE = 2.5e12
 _ON_TEXT = 24
 """Bytes a parameter that running the model on text holds, at most: fp32 weights, gradients, changes, what is solved."""
 
+_STEPS_WINDOWS, _STEPS_BATCH = 32, 8
+"""Windows of the text on which the time steps of decays are looked at, at most, and of a pass."""
 _PASSES = 3.0
 """What a token costs in recovery, in passes of the judging kind: measured on models of 6M and 11M parameters."""
 
@@ -153,7 +158,11 @@ def quantize(
             pieces = iter(judged.pieces)
         for name, piece, error, note in pieces:
             writer.add(name, piece, error, note)
-        ledger = writer.finish(_calibrated(request, choice, judged), calibration_text=_seen(request, choice))
+        ledger = writer.finish(
+            _calibrated(request, choice, judged),
+            calibration_text=_seen(request, choice),
+            decays=None if judged is None else judged.decays,
+        )
     if request.tokens:
         request.snapshot.unlink(missing_ok=True)
     return ledger
@@ -359,6 +368,7 @@ class _Judged:
         rounded: KL of each window before recovery [W], nats a token.
         kl: the same of what is stored.
         recovered: tokens that were distilled over.
+        decays: what became of decays on the text that was learned from, by the names of their tensors.
     """
 
     pieces: Sequence[Made]
@@ -366,6 +376,7 @@ class _Judged:
     rounded: NDArray[np.float64]
     kl: NDArray[np.float64]
     recovered: int
+    decays: Mapping[str, DecayError]
 
 
 def _judged(
@@ -381,9 +392,16 @@ def _judged(
     assert judged is not None
     meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=request.device)
     kl = meter.kl(_values(weights, plan, pieces))
-    rounded = _Judged(pieces, meter.windows.numel(), kl, kl, 0)
+    batches = torch.split(learned.windows(_STEPS_WINDOWS, WINDOW).to(request.device), _STEPS_BATCH)
+    steps = steps_seen(meter.model, batches)
+
+    def found(pieces: Sequence[Made], after: NDArray[np.float64], recovered: int) -> _Judged:
+        stored = {name: _quantized(plan, name, piece) for name, piece, _, _ in pieces if name in steps}
+        decays = decay_errors(weights, Planned(weights, plan, stored), steps)
+        return _Judged(pieces, meter.windows.numel(), kl, after, recovered, decays)
+
     if not request.tokens:
-        return rounded
+        return found(pieces, kl, 0)
     expected = _PASSES * meter.seconds * request.tokens / meter.windows.numel()
     say(f"distilling over {request.tokens:,} tokens of {learned.name}: {about(expected)}")
     say(f"a run that is stopped goes on from {request.snapshot}")
@@ -404,8 +422,8 @@ def _judged(
     after = meter.kl(_values(weights, plan, made))
     if not after.mean() < kl.mean():
         say(f"distilling raised KL from {kl.mean():.2e} to {after.mean():.2e}; it is left out")
-        return rounded
-    return replace(rounded, pieces=made, kl=after, recovered=request.tokens)
+        return found(pieces, kl, 0)
+    return found(made, after, request.tokens)
 
 
 def _calibrated(request: _Request, choice: _Choice, judged: _Judged | None) -> Calibrated | None:
