@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.calibration.budget import Chosen, smallest, spend
+from mossquant.calibration.budget import Chosen, check_known, smallest, spend
 from mossquant.calibration.decays import decay_errors, steps_seen
 from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
@@ -308,6 +308,8 @@ def _choice(request: _Request, budget: str | None, say: Callable[[str], None], p
     # The smallest plan: what can be refused, room included, is refused before anything is measured.
     _planned(request, smallest(weights, recipe, budget=budget, targets=targets), None, request.losses)
     losses = request.losses
+    if losses is None and not request.text:
+        check_known(recipe)
     if losses is None and request.learned is not None:
         losses = losses_of(
             weights,
