@@ -18,6 +18,7 @@ from small import CONFIGS, random_model, write_model
 from mossquant.calibration.quantize import quantize
 from mossquant.files.outputs import file_sha256
 
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of few and small tensors: each test runs it some dozens of times."""
