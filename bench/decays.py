@@ -41,8 +41,8 @@ def main() -> None:
         errors = decay_errors(original, open_weights(Path(place) / "quantized", verb="bench"), steps)
     print("| tensor | Δ | ‖error‖ / ‖A_log‖ | largest error of a decay |", "| --- | ---: | ---: | ---: |", sep="\n")
     for name, (low, high) in steps.items():
-        error = ledger.by_name[name].relative_error
-        print(f"| {name} | {float(low.min()):.1e} to {float(high.max()):.1e} | {error:.5f} | {errors[name]:.5f} |")
+        error, decay = ledger.by_name[name].relative_error, errors[name].largest
+        print(f"| {name} | {float(low.min()):.1e} to {float(high.max()):.1e} | {error:.5f} | {decay:.5f} |")
 
 
 if __name__ == "__main__":

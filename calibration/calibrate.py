@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mossquant.calibration.meter import check_device
 from mossquant.calibration.statistics import (
     Input,
     InputRecord,
@@ -41,6 +40,7 @@ from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.tensorfiles import TensorFile, all_finite, save_tensors
 from mossquant.checkpoint.weights import Weights, value
+from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_apart, check_free, json_bytes, new_file, new_folder
 from mossquant.files.space import check_space, trim_heap

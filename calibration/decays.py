@@ -15,7 +15,9 @@ from torch import Tensor
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
+from mossquant.model.scan import ScanForm
 from mossquant.model.tensors import Stored
+from mossquant.plan.entries import DecayError
 
 Steps = dict[str, tuple[Tensor, Tensor]]
 """Name of the tensor of decays → least and largest Δ of each channel, [E] each."""
@@ -33,7 +35,8 @@ def steps_seen(model: MossNet, batches: Iterable[Tensor]) -> Steps:
 
     with torch.inference_mode():
         for tokens in batches:
-            model.hidden(tokens, model.initial_state(tokens.shape[0]), Forward(observe_steps=watch))
+            scan: ScanForm = "kernel" if tokens.device.type == "cpu" else "chunked"
+            model.hidden(tokens, model.initial_state(tokens.shape[0]), Forward(scan=scan, observe_steps=watch))
     return seen
 
 
@@ -52,11 +55,12 @@ def decay_error(decay: Tensor, other: Tensor, low: Tensor, high: Tensor) -> Tens
     return (torch.exp(-delta * a) - torch.exp(-delta * b)).abs()
 
 
-def decay_errors(original: Weights, quantized: Weights, steps: Steps) -> dict[str, float]:
-    """The largest error of every tensor of decays, by its name."""
+def decay_errors(original: Weights, quantized: Weights, steps: Steps) -> dict[str, DecayError]:
+    """What became of every tensor of decays, by its name."""
     errors = {}
     for name, (low, high) in steps.items():
         assert original.specs[name].stored is Stored.LOG_OF_DECAY
         decay, other = (Stored.LOG_OF_DECAY.values(value(weights, name).double()) for weights in (original, quantized))
-        errors[name] = float(decay_error(decay, other, low, high).max())
+        error = decay_error(decay, other, low.cpu(), high.cpu())
+        errors[name] = DecayError(float(error.max()), float(error.mean()))
     return errors

@@ -111,11 +111,3 @@ def interval(losses: NDArray[np.float64]) -> tuple[float, float] | None:
         return None
     mean, error = float(losses.mean()), float(losses.std(ddof=1) / np.sqrt(len(losses)))
     return mean - _Z * error, mean + _Z * error
-
-
-def check_device(device: str) -> None:
-    """Raise `InputError`: neither the CPU nor a CUDA device that PyTorch finds."""
-    if device not in ("cpu", "cuda"):
-        raise InputError.unknown("device", device, ("cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for and PyTorch finds no CUDA device; use --device cpu")

@@ -9,13 +9,18 @@ what was solved is held until it was judged.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.calibration.budget import smallest, spend
-from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
+from mossquant.calibration.budget import Chosen, check_known, smallest, spend
+from mossquant.calibration.decays import decay_errors, steps_seen
+from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
@@ -24,7 +29,7 @@ from mossquant.calibration.registry import needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
 from mossquant.calibration.solver import BlockSolver, Measured, Solve, Solver
 from mossquant.calibration.statistics import Statistics
-from mossquant.calibration.student import Stored
+from mossquant.calibration.student import Planned, Stored
 from mossquant.calibration.text import CalibrationText
 from mossquant.calibration.walk import Walk
 from mossquant.checkpoint.locate import locate
@@ -33,6 +38,7 @@ from mossquant.checkpoint.packing import PackedTensor, read_quantized
 from mossquant.checkpoint.tensorfiles import ONE_FILE_BYTES, SHARD_BYTES
 from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
+from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_apart, check_free, check_outside, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
@@ -40,8 +46,9 @@ from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
+from mossquant.plan.entries import DecayError
 from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
-from mossquant.plan.recipe import Recipe, load_recipe, recipe_files, rewritten
+from mossquant.plan.recipe import Recipe, RecoveryActivations, load_recipe, recipe_files, rewritten
 from mossquant.progress import Progress, about
 from mossquant.text.text import Text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
@@ -59,11 +66,15 @@ _WORK_TO_CHOOSE = 2.5e12
 _ON_TEXT = 24
 """Bytes a parameter that running the model on text holds, at most: fp32 weights, gradients, changes, what is solved."""
 
+_STEPS_WINDOWS, _STEPS_BATCH = 32, 8
+"""Windows of the text on which the time steps of decays are looked at, at most, and of a pass."""
 _PASSES = 3.0
 """What a token costs in recovery, in passes of the judging kind: measured on models of 6M and 11M parameters."""
 
 Piece = PackedTensor | Tensor
 """A tensor as it is stored: quantized, or kept."""
+Made = tuple[str, Piece, float, str | None]
+"""Name, what is stored, relative error, and the solver's note of a tensor."""
 
 
 def quantize(
@@ -76,6 +87,7 @@ def quantize(
     text: Sequence[str | Path | Text] = (),
     sensitivities: str | Path | Sensitivities | None = None,
     recover: int | None = None,
+    recover_activations: RecoveryActivations | None = None,
     measured: Measured | None = None,
     stats: str | Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -96,6 +108,8 @@ def quantize(
             model. With text, formats that a recipe leaves open are chosen by what they lose on it.
         sensitivities: what groups lose, from `sensitivity`, or its file.
         recover: tokens of the text to distil over after rounding, in place of the recipe's own.
+        recover_activations: what enters the linears while it trains, in place of the recipe's own: "fp32", or "planned"
+            for how the plan rounds it.
         measured: gives what was measured for a tensor to solvers that need it.
         stats: a folder that `calibrate` wrote for this model, in the place of `measured`.
         device: where the model is run.
@@ -113,8 +127,105 @@ def quantize(
             and not given, an output that cannot be written, too little disk or memory: before any work. Statistics that
             were not measured for one tensor: when its turn comes.
     """
-    asked, destination = load_recipe(recipe), Path(output)
-    inputs = [*recipe_files(recipe), *(Path(item) for item in text if not isinstance(item, Text))]
+    say = said or (lambda line: None)
+    request = _request(
+        model,
+        Path(output),
+        recipe=load_recipe(recipe),
+        files=recipe_files(recipe),
+        targets=targets,
+        text=text,
+        sensitivities=sensitivities,
+        recover=recover,
+        recover_activations=recover_activations,
+        measured=measured,
+        stats=stats,
+        device=device,
+        force=force,
+        dry_run=dry_run,
+    )
+    choice = _choice(request, budget, say, progress)
+    for line in () if choice.chosen is None else choice.chosen.notes:
+        say(line)
+    if dry_run:
+        return choice.plan
+    with new_folder(request.destination, force=force) as partial:
+        writer = QuantizedWriter(partial, request.weights, choice.recipe, choice.plan)
+        pieces = _solved(request, choice, say, progress)
+        judged = None
+        if request.learned is not None:
+            judged = _judged(request, choice, list(pieces), say, progress)
+            pieces = iter(judged.pieces)
+        for name, piece, error, note in pieces:
+            writer.add(name, piece, error, note)
+        ledger = writer.finish(
+            _calibrated(request, choice, judged),
+            calibration_text=_seen(request, choice),
+            decays=None if judged is None else judged.decays,
+        )
+    if request.tokens:
+        request.snapshot.unlink(missing_ok=True)
+    return ledger
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked, of which model.
+
+    Attributes:
+        weights: the full-precision model.
+        destination: folder to write.
+        recipe: as it was given.
+        targets: in place of the recipe's own.
+        text: whether text enters: where it is only planned, what a run would read is not read.
+        learned: what is learned from.
+        judged: what that is judged on.
+        losses: what groups lose, as far as it was given.
+        tokens: to distil over.
+        activations: what enters the linears then.
+        snapshot: file in which recovery is kept.
+        statistics: what `calibrate` wrote.
+        measured: what was measured for a tensor, in these or by whoever asks.
+        device: where the model is run.
+        dry_run: nothing is measured or written.
+    """
+
+    weights: Weights
+    destination: Path
+    recipe: Recipe
+    targets: Sequence[str] | None
+    text: bool
+    learned: CalibrationText | None
+    judged: CalibrationText | None
+    losses: Sensitivities | None
+    tokens: int
+    activations: RecoveryActivations
+    snapshot: Path
+    statistics: Statistics | None
+    measured: Measured | None
+    device: str
+    dry_run: bool
+
+
+def _request(
+    model: str | Path | Weights,
+    destination: Path,
+    *,
+    recipe: Recipe,
+    files: Sequence[Path],
+    targets: Sequence[str] | None,
+    text: Sequence[str | Path | Text],
+    sensitivities: str | Path | Sensitivities | None,
+    recover: int | None,
+    recover_activations: RecoveryActivations | None,
+    measured: Measured | None,
+    stats: str | Path | None,
+    device: str,
+    force: bool,
+    dry_run: bool,
+) -> _Request:
+    """What is asked, opened and checked; `files` are those of the recipe. Raises `InputError` as `quantize`."""
+    inputs = [*files, *(Path(item) for item in text if not isinstance(item, Text))]
     inputs += [Path(sensitivities)] if isinstance(sensitivities, str | Path) else []
     inputs += [] if stats is None else [Path(stats)]
     if isinstance(model, str | Path):
@@ -129,145 +240,226 @@ def quantize(
         check_tokenizer_size(origin.tokenizer)
     origin.declared_text(weights.config.vocab_size)  # is taken along, and so must be readable
     statistics = None if stats is None else Statistics.open(stats, weights)
-    measured = measured if statistics is None else statistics.measured
-    say = said or (lambda line: None)
-    tokens = asked_tokens = asked.recover if recover is None else recover
+    tokens = recipe.recover if recover is None else recover
     if tokens < 0:
         raise InputError(f"recovery over {tokens} tokens; ask for none or more")
+    activations = recover_activations or recipe.recover_activations
+    if activations not in get_args(RecoveryActivations):
+        raise InputError.unknown("activation mode", activations, get_args(RecoveryActivations))
     check_device(device)
-    snapshot = destination.with_name(f"{destination.name}.recovering.safetensors")
+    snapshot = destination.parent / f"{destination.name}.recovering.safetensors"
     if tokens and not dry_run:
         check_outside(snapshot)
         check_apart(snapshot, inputs)
         check_snapshot(snapshot)
-    needs_text = bool(text) or bool(tokens) or asked.measure
+    needs_text = bool(text) or bool(tokens) or recipe.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
     learned, judged = (None, None) if calibration is None else calibration.split(JUDGED_TOKENS)
     if tokens and learned is not None and len(learned) < LEAST_TOKENS:
         raise InputError(f"{learned.name} has {len(learned)} tokens to learn from, {LEAST_TOKENS} are needed")
-    chosen, losses = None, read_sensitivities(sensitivities, weights)
-    if asked.chooses:
-        # What can be refused is refused before anything is measured.
-        first = smallest(weights, asked, budget=budget, targets=targets)
-        _checked(weights, first, measured=measured is not None, text=needs_text)
-        if losses is None and learned is not None:
-            losses = losses_of(
-                weights,
-                [asked],
-                learned,
-                targets=targets,
-                most_work=_WORK_TO_CHOOSE,
-                device=device,
-                said=say,
-                progress=progress,
-            )
-        chosen = spend(weights, asked, budget=budget, targets=targets, sensitivities=losses)
-        asked = chosen.recipe
-    elif budget is not None:
-        raise InputError(f"{asked.where} names every format, so there is nothing to spend {budget} on; add choose")
-    elif targets is not None:
-        asked = rewritten(asked, {}, targets=targets, why="for other targets")
-    plan, solvers = _checked(weights, asked, measured=measured is not None, text=needs_text)
-    notes = () if chosen is None else chosen.notes
-    if dry_run:
-        if needs_text and losses is None and chosen is not None:
-            say("formats as roles are known to lose; without --dry-run they are chosen by what is lost on the text")
-        for line in notes:
-            say(line)
-        return plan
-    walk = None
-    if learned is not None and needs_walk(solvers, measured=measured is not None):
-        walk = Walk(weights, plan, solvers, learned, measured=measured, device=device)
-    copied = sum(path.stat().st_size for path in origin.beside)
-    held = 0 if calibration is None else _ON_TEXT * origin.parameters
-    held += 0 if walk is None else walk.memory_bytes
-    seen = (*(() if learned is None else learned.sha256), *(() if losses is None else losses.text_sha256))
-    if statistics is not None:
-        held, seen = held + statistics.memory_bytes, (*seen, *statistics.manifest.text)
-    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
-    for line in notes:
-        say(line)
-    with new_folder(destination, force=force) as partial:
-        writer = QuantizedWriter(partial, weights, asked, plan)
-        if walk is None:
-            pieces = _solved(weights, plan, solvers, measured, progress)
-        else:
-            pieces = _walked(weights, plan, walk, say, progress)
-        if learned is None or judged is None:
-            for name, piece, error, note in pieces:
-                writer.add(name, piece, error, note)
-            given = (
-                None
-                if losses is None
-                else Calibrated(
-                    text=losses.text,
-                    tokens=0,
-                    judged_tokens=0,
-                    budget=None if chosen is None else chosen.budget,
-                    losses=losses.method,
-                    predicted_kl=None if chosen is None else chosen.predicted_kl,
-                    rounded_kl=None,
-                    recovered_tokens=0,
-                    kl=None,
-                    kl_ci95=None,
-                    frontier=() if chosen is None else chosen.frontier,
-                )
-            )
-            return writer.finish(given, calibration_text=seen)
-        every = list(pieces)
-        rounded = {name: (piece, error) for name, piece, error, _ in every}
-        lacking = {name: note for name, _, _, note in every}
-        meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device)
-        before = meter.kl(_values(weights, plan, rounded))
-        made, after = rounded, before
-        if tokens:
-            expected = _PASSES * meter.seconds * tokens / meter.windows.numel()
-            say(f"distilling over {tokens:,} tokens of {learned.name}: {about(expected)}")
-            say(f"a run that is stopped goes on from {snapshot}")
-            solved = {name: _quantized(plan, name, piece) for name, (piece, _) in rounded.items()}
-            stored = recovered(
-                weights,
-                plan,
-                {name: piece for name, piece in solved.items() if isinstance(piece, QuantizedTensor)},
-                learned,
-                tokens=tokens,
-                device=device,
-                snapshot=snapshot,
-                progress=progress,
-            )
-            made = {name: _piece(weights, plan, name, value) for name, value in stored.items()}
-            after = meter.kl(_values(weights, plan, made))
-            if not after.mean() < before.mean():
-                say(f"distilling raised KL from {before.mean():.2e} to {after.mean():.2e}; it is left out")
-                made, after, tokens = rounded, before, 0
-        for name, (piece, error) in made.items():
-            writer.add(name, piece, error, lacking[name])
-        calibrated = Calibrated(
-            text=learned.name,
-            tokens=len(learned),
-            judged_tokens=meter.windows.numel(),
-            budget=None if chosen is None else chosen.budget,
-            losses=None if chosen is None or losses is None else losses.method,
-            predicted_kl=None if chosen is None else chosen.predicted_kl,
-            rounded_kl=float(before.mean()),
-            recovered_tokens=tokens,
-            kl=float(after.mean()),
-            kl_ci95=interval(after),
-            frontier=() if chosen is None else chosen.frontier,
+    return _Request(
+        weights=weights,
+        destination=destination,
+        recipe=recipe,
+        targets=targets,
+        text=needs_text,
+        learned=learned,
+        judged=judged,
+        losses=read_sensitivities(sensitivities, weights),
+        tokens=tokens,
+        activations=activations,
+        snapshot=snapshot,
+        statistics=statistics,
+        measured=measured if statistics is None else statistics.measured,
+        device=device,
+        dry_run=dry_run,
+    )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What every tensor becomes.
+
+    Attributes:
+        recipe: an ordinary one, every format named.
+        plan: its plan, which its targets hold.
+        solvers: those that the plan names.
+        walk: where some of them are shown the blocks on text.
+        chosen: what the budget came to; None where the recipe named the formats itself.
+        losses: what groups lose, given or measured.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    solvers: Mapping[str, Solver | BlockSolver]
+    walk: Walk | None
+    chosen: Chosen | None
+    losses: Sensitivities | None
+
+
+def _choice(request: _Request, budget: str | None, say: Callable[[str], None], progress: Progress | None) -> _Choice:
+    """Formats for all that is open. Raises `InputError` as `quantize`, before anything is measured if it can be."""
+    recipe, weights, targets = request.recipe, request.weights, request.targets
+    if not recipe.chooses:
+        if budget is not None:
+            raise InputError(f"{recipe.where} names every format, so there is nothing to spend {budget} on; add choose")
+        recipe = recipe if targets is None else rewritten(recipe, {}, targets=targets, why="for other targets")
+        return _planned(request, recipe, None, request.losses)
+    # The smallest plan: what can be refused, room included, is refused before anything is measured.
+    _planned(request, smallest(weights, recipe, budget=budget, targets=targets), None, request.losses)
+    losses = request.losses
+    if losses is None and not request.text:
+        check_known(recipe)
+    if losses is None and request.learned is not None:
+        losses = losses_of(
+            weights,
+            [recipe],
+            request.learned,
+            targets=targets,
+            most_work=_WORK_TO_CHOOSE,
+            device=request.device,
+            said=say,
+            progress=progress,
         )
-        ledger = writer.finish(calibrated, calibration_text=seen)
-    if asked_tokens:
-        snapshot.unlink(missing_ok=True)
-    return ledger
+    chosen = spend(weights, recipe, budget=budget, targets=targets, sensitivities=losses)
+    if request.dry_run and request.text and losses is None:
+        say("formats as roles are known to lose; without --dry-run they are chosen by what is lost on the text")
+    return _planned(request, chosen.recipe, chosen, losses)
 
 
-def _checked(
-    weights: Weights, recipe: Recipe, *, measured: bool, text: bool
-) -> tuple[Plan, dict[str, Solver | BlockSolver]]:
-    """The plan of a recipe that names every format, held by its targets, and its solvers."""
+def _planned(request: _Request, recipe: Recipe, chosen: Chosen | None, losses: Sensitivities | None) -> _Choice:
+    """A recipe that names every format, with its plan.
+
+    Raises:
+        InputError: its targets do not hold it, a solver lacks what it needs, too little disk or memory.
+    """
+    weights, measured = request.weights, request.measured is not None
     plan = make_plan(weights.config, dtypes_of(weights), recipe)
     check(Held.by(plan, weights.config), recipe.targets)
-    return plan, planned_solvers(plan, measured=measured, text=text)
+    solvers = planned_solvers(plan, measured=measured, text=request.text)
+    walk = None
+    if request.learned is not None and needs_walk(solvers, measured=measured):
+        walk = Walk(weights, plan, solvers, request.learned, measured=request.measured, device=request.device)
+    if not request.dry_run:
+        held = 0 if request.learned is None else _ON_TEXT * weights.origin.parameters
+        held += 0 if walk is None else walk.memory_bytes
+        held += 0 if request.statistics is None else request.statistics.memory_bytes
+        copied = sum(path.stat().st_size for path in weights.origin.beside)
+        check_space(request.destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
+    return _Choice(recipe, plan, solvers, walk, chosen, losses)
+
+
+def _solved(
+    request: _Request, choice: _Choice, say: Callable[[str], None], progress: Progress | None
+) -> Iterator[Made]:
+    """Every tensor as its solver leaves it, in the plan's order."""
+    if choice.walk is None:
+        yield from _each(request.weights, choice.plan, choice.solvers, request.measured, progress)
+        return
+    for name, walked in choice.walk.run(said=say, progress=progress).items():
+        yield name, *_piece(request.weights, choice.plan, name, walked.stored), walked.note
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What was solved, as it was recovered where that was asked and helped.
+
+    Attributes:
+        pieces: every tensor.
+        tokens: that it was judged on.
+        rounded: KL of each window before recovery [W], nats a token.
+        kl: the same of what is stored.
+        recovered: tokens that were distilled over.
+        decays: what became of decays on the text that was learned from, by the names of their tensors.
+    """
+
+    pieces: Sequence[Made]
+    tokens: int
+    rounded: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    recovered: int
+    decays: Mapping[str, DecayError]
+
+
+def _judged(
+    request: _Request,
+    choice: _Choice,
+    pieces: Sequence[Made],
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> _Judged:
+    """Run what was solved on text, and recover it where that is asked."""
+    weights, plan, learned, judged = request.weights, choice.plan, request.learned, request.judged
+    assert learned is not None
+    assert judged is not None
+    meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=request.device)
+    kl = meter.kl(_values(weights, plan, pieces))
+    batches = torch.split(learned.windows(_STEPS_WINDOWS, WINDOW).to(request.device), _STEPS_BATCH)
+    steps = steps_seen(meter.model, batches)
+
+    def found(pieces: Sequence[Made], after: NDArray[np.float64], recovered: int) -> _Judged:
+        stored = {name: _quantized(plan, name, piece) for name, piece, _, _ in pieces if name in steps}
+        decays = decay_errors(weights, Planned(weights, plan, stored), steps)
+        return _Judged(pieces, meter.windows.numel(), kl, after, recovered, decays)
+
+    if not request.tokens:
+        return found(pieces, kl, 0)
+    expected = _PASSES * meter.seconds * request.tokens / meter.windows.numel()
+    say(f"distilling over {request.tokens:,} tokens of {learned.name}: {about(expected)}")
+    say(f"a run that is stopped goes on from {request.snapshot}")
+    solved = {name: _quantized(plan, name, piece) for name, piece, _, _ in pieces}
+    stored = recovered(
+        weights,
+        plan,
+        {name: piece for name, piece in solved.items() if isinstance(piece, QuantizedTensor)},
+        learned,
+        tokens=request.tokens,
+        activations=request.activations,
+        device=request.device,
+        model=meter.model,
+        snapshot=request.snapshot,
+        progress=progress,
+    )
+    made = [(name, *_piece(weights, plan, name, stored[name]), note) for name, _, _, note in pieces]
+    after = meter.kl(_values(weights, plan, made))
+    if not after.mean() < kl.mean():
+        say(f"distilling raised KL from {kl.mean():.2e} to {after.mean():.2e}; it is left out")
+        return found(pieces, kl, 0)
+    return found(made, after, request.tokens)
+
+
+def _calibrated(request: _Request, choice: _Choice, judged: _Judged | None) -> Calibrated | None:
+    """How text entered; None where none did."""
+    learned, chosen, losses = request.learned, choice.chosen, choice.losses
+    if learned is not None:
+        text, tokens = learned.name, len(learned)
+    elif losses is not None:
+        text, tokens = losses.text, 0
+    else:
+        return None
+    recovered_tokens = 0 if judged is None else judged.recovered
+    return Calibrated(
+        text=text,
+        tokens=tokens,
+        judged_tokens=0 if judged is None else judged.tokens,
+        budget=None if chosen is None else chosen.budget,
+        losses=None if chosen is None or losses is None else losses.method,
+        predicted_kl=None if chosen is None else chosen.predicted_kl,
+        rounded_kl=None if judged is None else float(judged.rounded.mean()),
+        recovered_tokens=recovered_tokens,
+        kl=None if judged is None else float(judged.kl.mean()),
+        kl_ci95=None if judged is None else interval(judged.kl),
+        frontier=() if chosen is None else chosen.frontier,
+        recovered_activations=request.activations if recovered_tokens else None,
+    )
+
+
+def _seen(request: _Request, choice: _Choice) -> tuple[str, ...]:
+    """SHA-256 of every text that entered."""
+    learned = () if request.learned is None else request.learned.sha256
+    losses = () if choice.losses is None else choice.losses.text_sha256
+    statistics = () if request.statistics is None else request.statistics.manifest.text
+    return (*learned, *losses, *statistics)
 
 
 def _quantized(plan: Plan, name: str, piece: Piece) -> Stored:
@@ -294,10 +486,10 @@ def _piece(weights: Weights, plan: Plan, name: str, stored: Stored) -> tuple[Pie
     return piece, math.sqrt(lost / norm) if norm > 0 else 0.0
 
 
-def _values(weights: Weights, plan: Plan, made: Mapping[str, tuple[Piece, float]]) -> dict[TensorSpec, Tensor]:
+def _values(weights: Weights, plan: Plan, made: Sequence[Made]) -> dict[TensorSpec, Tensor]:
     """The fp32 values of what is stored, in the shapes of the checkpoint."""
     values = {}
-    for name, (piece, _) in made.items():
+    for name, piece, _, _ in made:
         spec, stored = weights.specs[name], _quantized(plan, name, piece)
         values[spec] = stored.float() if isinstance(stored, Tensor) else spec.from_matrix(stored.dequantize())
     return values
@@ -320,22 +512,14 @@ def memory_bytes(plan: Plan) -> int:
     return held + container_bytes(plan) + _BLOCK_ARRAYS * 4 * max(BLOCK_WEIGHTS, longest) + _REST_BYTES
 
 
-def _walked(
-    weights: Weights, plan: Plan, walk: Walk, say: Callable[[str], None], progress: Progress | None
-) -> Iterator[tuple[str, Piece, float, str | None]]:
-    """The same as `_solved`, solved block by block on text."""
-    for name, walked in walk.run(said=say, progress=progress).items():
-        yield name, *_piece(weights, plan, name, walked.stored), walked.note
-
-
-def _solved(
+def _each(
     weights: Weights,
     plan: Plan,
     solvers: Mapping[str, Solver | BlockSolver],
     measured: Measured | None,
     progress: Progress | None,
-) -> Iterator[tuple[str, Piece, float, str | None]]:
-    """(name, what is stored, relative error, the solver's note) of every tensor, in the plan's order."""
+) -> Iterator[Made]:
+    """Every tensor, solved alone."""
     total, done = sum(entry.count for entry in plan.tensors), 0
     for entry in plan.tensors:
         tensor = weights.kept(entry.name)
@@ -344,10 +528,7 @@ def _solved(
         else:
             solver, number_format = solvers[entry.solver or ""], get_format(entry.format or "")
             assert isinstance(solver, Solver)  # those of blocks walk
-            known = measured(entry.name) if measured is not None and solver.needs else {}
-            missing = " and ".join(need for need in solver.needs if need not in known)
-            if missing:
-                raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
+            known = solver.known(entry.name, measured)
             matrix = weights.specs[entry.name].to_matrix(tensor)
             packed = PackedTensor(entry.name, number_format, *matrix.shape)
             error = _solve(matrix, solver.prepare(number_format, known), packed)

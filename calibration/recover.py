@@ -39,13 +39,12 @@ from mossquant.model.mossnet import MossNet, tensor_specs
 from mossquant.model.routing import Routing
 from mossquant.model.tensors import Use, outside_blocks
 from mossquant.plan.plan import Plan
+from mossquant.plan.recipe import RecoveryActivations
 from mossquant.progress import Progress
 from mossquant.release import release
 
 Strength = Literal["weights", "scales"]
 """What is trained beside norms, routers and other kept tensors: codes and scales, or scales alone."""
-Activations = Literal["fp32", "planned"]
-"""What enters the linears while training: fp32 values, or as the plan rounds them."""
 
 EVERY = 100
 """Steps between snapshots."""
@@ -53,7 +52,6 @@ LEAST_TOKENS = 4
 """A shorter text says nothing."""
 _LOGITS = 1 << 20
 """Logits of a model that exist at once while the loss is computed."""
-_JUDGED_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,10 @@ def recover(
     *,
     tokens: int,
     strength: Strength = "weights",
-    activations: Activations = "fp32",
+    activations: RecoveryActivations = "fp32",
     rates: Rates | None = None,
     device: str = "cpu",
+    model: MossNet | None = None,
     snapshot: Path | None = None,
     progress: Progress | None = None,
     shown: Callable[[RecoveryStep], None] | None = None,
@@ -138,6 +137,7 @@ def recover(
         activations: what enters the linears.
         rates: how fast; None: the defaults for the plan.
         device: "cpu" or "cuda".
+        model: the full-precision model in fp32 on that device, where it is loaded already; it stays as it is.
         snapshot: file in which the run is kept every `EVERY` steps; one that is there is gone on from, to the bit where
             the number of threads is the same. It stays at the end.
         progress: called after each step, with tokens done and in all.
@@ -152,13 +152,14 @@ def recover(
             that is not finite, a snapshot of another run.
     """
     _check(strength, Strength, "strength")
-    _check(activations, Activations, "activation mode")
+    _check(activations, RecoveryActivations, "activation mode")
     if tokens < 1:
         raise InputError(f"recovery from {tokens} tokens; ask for one or more")
     rates = rates or Rates.of(plan)
     schedule = _Windows(text, rates, tokens)
     codes = strength == "weights"
-    distillation = _Distillation(weights, plan, solved, codes=codes, activations=activations, device=device)
+    model = load_model(weights).to(device) if model is None else model
+    distillation = _Distillation(weights, plan, solved, model, codes=codes, activations=activations, device=device)
     student = distillation.student
     peaks = {"codes": rates.codes, "small": rates.small, "scales": rates.scales, "kept": rates.kept}
     groups = [{"params": of, "lr": peaks[kind], "peak": peaks[kind]} for kind, of in student.groups.items() if of]
@@ -185,42 +186,6 @@ def recover(
     return student.tensors()
 
 
-def kl_on(
-    weights: Weights,
-    plan: Plan,
-    tensors: Mapping[str, Stored],
-    text: CalibrationText,
-    *,
-    activations: Activations = "fp32",
-) -> float:
-    """Mean over tokens of KL(full precision ‖ stored), nats a token, in fp32 on the CPU.
-
-    Args:
-        weights: the full-precision model.
-        plan: its plan.
-        tensors: tensor name → as stored; kept ones that are not there are the model's own.
-        text: what it is judged on, in windows of at most 1,024 tokens, each from an empty state.
-        activations: what enters the linears of the stored model.
-
-    Raises:
-        InputError: an unknown way of activations, or fewer than 4 tokens of text.
-    """
-    _check(activations, Activations, "activation mode")
-    _check_text(text)
-    stored = Planned(weights, plan, tensors)
-    exact, judged = load_model(weights), load_model(stored)
-    run = Forward(**_inputs(stored, activations))
-    total = 0.0
-    windows = text.windows(len(text), _JUDGED_WINDOW)
-    with torch.no_grad():
-        for window in windows[:, None]:
-            teacher, _ = exact.hidden(window, exact.initial_state(1), Forward())
-            student, _ = judged.hidden(window, judged.initial_state(1), run)
-            seen, table = _head(judged, student, run, None)
-            total += float(HeadDivergence.apply(seen, table, teacher.flatten(0, 1), _table(exact)))  # type: ignore[no-untyped-call]
-    return total / len(windows)
-
-
 class _Distillation:
     """The full-precision model, its student, and what lies between them."""
 
@@ -229,13 +194,14 @@ class _Distillation:
         weights: Weights,
         plan: Plan,
         solved: Mapping[str, QuantizedTensor],
+        model: MossNet,
         *,
         codes: bool,
-        activations: Activations,
+        activations: RecoveryActivations,
         device: str,
     ) -> None:
         self.student = Student(weights, plan, solved, codes=codes, device=device)
-        self._model, self._device = load_model(weights).to(device), device
+        self._model, self._device = model, device
         self._inputs = _inputs(Planned(weights, plan, solved), activations)
 
     def loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,7 +293,7 @@ def _identity(
     text: CalibrationText,
     tokens: int,
     strength: Strength,
-    activations: Activations,
+    activations: RecoveryActivations,
     rates: Rates,
 ) -> str:
     """SHA-256 of all that decides what a run does."""
@@ -417,7 +383,7 @@ def _share(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
 
 
-def _inputs(planned: Planned, activations: Activations) -> dict[str, Any]:
+def _inputs(planned: Planned, activations: RecoveryActivations) -> dict[str, Any]:
     if activations == "fp32":
         return {}
     return {"activation": activation_model(planned), "expert_input": expert_input_model(planned)}
@@ -427,12 +393,12 @@ def _table(model: MossNet) -> Tensor:
     return model.embeddings if model.lm_head is None else model.lm_head
 
 
-def _head(model: MossNet, hidden: Tensor, run: Forward, student: Student | None) -> tuple[Tensor, Tensor]:
+def _head(model: MossNet, hidden: Tensor, run: Forward, student: Student) -> tuple[Tensor, Tensor]:
     """hidden [B, T, D] → [B · T, D] as the head sees it, and the head's matrix [V, D]."""
     name = outside_blocks(tensor_specs(model.config))[Use.LINEAR].name
     rows, table = hidden.flatten(0, 1), _table(model)
     seen = rows if run.activation is None else run.activation(name, rows)
-    return seen, table if student is None else student.parameter([name], table)
+    return seen, student.parameter([name], table)
 
 
 def _check(given: str, known: Any, what: str) -> None:

@@ -13,6 +13,8 @@ So the estimate is a · KL + k · r · √KL, with r the share of routers that c
 groups that are measured.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,14 +28,15 @@ from pydantic import ConfigDict
 from scipy.optimize import least_squares
 from torch import Tensor
 
-from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
+from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.options import OpenGroup, open_groups, rounded, stored_bytes
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
+from mossquant.device import check_device
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST, parse_stored, read_json
-from mossquant.files.outputs import check_free, check_outside, json_bytes, new_file
+from mossquant.files.json import LARGEST, parse_stored, read_json, validated
+from mossquant.files.outputs import check_apart, check_free, check_outside, json_bytes, new_file
 from mossquant.kernels.conv.autograd import causal_conv
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
@@ -42,6 +45,7 @@ from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan.groups import Group
 from mossquant.plan.recipe import STORED, Recipe, load_recipe
 from mossquant.progress import Progress, about
+from mossquant.release import release
 from mossquant.text.text import Text
 
 Method = Literal["measured", "estimated"]
@@ -51,6 +55,8 @@ WORK_OF_THE_VERB = 1e14
 _SHORT = 128
 """Tokens of a window of the backward passes; twice as many tokens are read there as where groups are measured, since
 the spread of an estimate is √(2 / windows)."""
+_EVERY = 8
+"""Windows of the backward passes after which the sums are kept."""
 _MEASURED = 10
 """Groups that are measured to scale the estimates."""
 _FIRST = (0.0, -3.5)
@@ -168,6 +174,9 @@ def sensitivity(
 ) -> Sensitivities:
     """Measure what each group of tensors costs in each format, and write it as JSON.
 
+    What is measured is kept in `OUTPUT.measuring`; the same call again goes on from there, with the same bytes in the
+    end where the number of threads is the same.
+
     Args:
         model: a full-precision checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
         output: file to write.
@@ -183,7 +192,7 @@ def sensitivity(
 
     Raises:
         InputError: a bad checkpoint or text, or a quantized checkpoint; recipes that leave nothing open; an output that
-            cannot be written.
+            cannot be written; an `OUTPUT.measuring` of another run.
     """
     if method not in (None, *get_args(Method)):
         raise InputError.unknown("method", str(method), get_args(Method))
@@ -194,6 +203,8 @@ def sensitivity(
     inputs = [Path(item) for item in text if not isinstance(item, Text)]
     check_free(destination, force=force, as_file=True, inputs=inputs)
     check_outside(destination)
+    kept = destination.with_name(f"{destination.name}.measuring")
+    check_apart(kept, inputs)
     weights = open_weights(model, verb="sensitivity")
     if weights.origin.recipe is not None:
         raise InputError(f"{weights.origin.path} is quantized; give the full-precision model that it was made from")
@@ -206,11 +217,13 @@ def sensitivity(
         method=method,
         experts=experts,
         device=device,
+        kept=kept,
         said=said,
         progress=progress,
     )
     with new_file(destination, force=force) as partial:
         partial.write_bytes(json_bytes(found.to_json()))
+    kept.unlink(missing_ok=True)
     return found
 
 
@@ -234,6 +247,7 @@ def losses_of(
     most_work: float = WORK_OF_THE_VERB,
     experts: bool = False,
     device: str = "cpu",
+    kept: Path | None = None,
     said: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Sensitivities:
@@ -248,11 +262,12 @@ def losses_of(
         method: None: measured, unless that is more than `most_work`: changes · tokens · parameters.
         experts: also each expert's tensors of a group alone.
         device: "cpu" or "cuda".
+        kept: file in which what is measured is kept, and gone on from. It stays at the end.
         said: called with one line about what will take how long.
         progress: called after each group and format.
 
     Raises:
-        InputError: a text of fewer than two tokens; recipes that leave nothing open.
+        InputError: a text of fewer than two tokens; recipes that leave nothing open; a file of another run.
     """
     groups: dict[Group, OpenGroup] = {}
     for recipe in recipes:
@@ -271,6 +286,7 @@ def losses_of(
         method=method,
         most_work=most_work,
         device=device,
+        kept=kept,
         say=said or (lambda line: None),
         progress=progress,
     )
@@ -285,17 +301,22 @@ def _losses(
     method: Method | None,
     most_work: float,
     device: str,
+    kept: Path | None,
     say: Callable[[str], None],
     progress: Progress | None,
 ) -> Sensitivities:
     if len(text) < 2:
         raise InputError(f"{text.name} has {len(text)} token; sensitivities need two or more, so give a longer text")
-    meter = Meter(weights, text.windows(max(1, tokens // WINDOW), WINDOW), device=device)
+    windows = text.windows(max(1, tokens // WINDOW), WINDOW)
     jobs = [(group, storage) for group in groups for storage in group.bytes if storage != STORED]
     # By what is to be computed and not by a clock: the same input chooses the same formats on every machine.
-    work = len(jobs) * meter.windows.numel() * weights.origin.parameters
+    work = len(jobs) * windows.numel() * weights.origin.parameters
     chosen: Method = method or ("measured" if work <= most_work else "estimated")
-    expected = 0.6 * meter.seconds * len(jobs)
+    run = _Run(kept, _identity(weights, jobs, text, windows, chosen, device))
+    if run.windows or run.losses:
+        say(f"going on from {kept}")
+    meter = Meter(weights, windows, device=device)
+    expected = 0.6 * meter.seconds * (len(jobs) - len(run.losses))
     table: dict[tuple[str, str], Loss] = {}
 
     def changes(group: OpenGroup, storage: str) -> dict[TensorSpec, Tensor]:
@@ -304,11 +325,11 @@ def _losses(
     if chosen == "measured":
         say(f"measuring {len(jobs)} changes of {len(groups)} groups: {about(expected)}")
         for done, (group, storage) in enumerate(jobs, 1):
-            table[group.group.name, storage] = _measured(meter, group, storage, changes)
+            table[group.group.name, storage] = _measured(meter, group, storage, changes, run)
             if progress is not None:
                 progress(f"{group.group.name} {storage}", done, len(jobs))
     else:
-        table = _estimated(meter, jobs, text, changes, say, progress)
+        table = _estimated(meter, jobs, text, changes, run, say, progress)
     whole = [group for group in groups if group.expert is None]
     smallest = {group.group.name: next(iter(group.bytes)) for group in whole}
     everything = (changes(group, smallest[group.group.name]) for group in whole)
@@ -353,9 +374,78 @@ Changes = Callable[[OpenGroup, str], dict[TensorSpec, Tensor]]
 """(group, storage) → the values of its tensors in it."""
 
 
-def _measured(meter: Meter, group: OpenGroup, storage: str, changes: Changes) -> Loss:
-    losses = meter.kl(changes(group, storage))
-    return Loss(storage, group.bytes[storage], max(0.0, float(losses.mean())), interval(losses))
+@dataclass(frozen=True)
+class _Kept:
+    """A run as it is kept.
+
+    Attributes:
+        run: what it is of (`_identity`).
+        losses: what is measured, by group and format.
+        windows: whose gradients are taken.
+        squares: Σ (g · δ)² over them, of each change; empty before the first.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    run: str
+    losses: Mapping[str, Loss]
+    windows: int
+    squares: tuple[float, ...]
+
+
+class _Run:
+    """What is measured, and the file from which a run that was killed goes on.
+
+    Args:
+        path: the file; None: nothing is kept.
+        identity: what must be equal for a run to be gone on with.
+
+    Raises:
+        InputError: a file that is none of ours, or of another run.
+    """
+
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self._path, self._identity = path, identity
+        self.losses: dict[str, Loss] = {}
+        self.windows, self.squares = 0, tuple[float, ...]()
+        if path is None or not path.exists():
+            return
+        advice = "remove it to start again"
+        values = read_json(path, largest=LARGEST, advice=advice)
+        found = validated(values, _Kept, where=str(path), noun="a run of sensitivity", advice=f"{advice.capitalize()}.")
+        if found.run != identity:
+            raise InputError(f"{path} belongs to another model, text, formats or threads; {advice}")
+        self.losses, self.windows, self.squares = dict(found.losses), found.windows, found.squares
+
+    def save(self) -> None:
+        """Write it, aside and renamed."""
+        if self._path is not None:
+            kept = _Kept(self._identity, self.losses, self.windows, self.squares)
+            with new_file(self._path, force=True) as partial:
+                partial.write_bytes(json_bytes(asdict(kept)))
+
+
+def _identity(
+    weights: Weights,
+    jobs: Sequence[tuple[OpenGroup, str]],
+    text: CalibrationText,
+    windows: Tensor,
+    method: Method,
+    device: str,
+) -> str:
+    """SHA-256 of all that decides what is measured."""
+    changes = [(group.group.name, storage) for group, storage in jobs]
+    said = [release(), dict(weights.origin.files), changes, windows.tolist(), method, device, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(said).encode() + text.tokens.astype(np.int64).tobytes()).hexdigest()
+
+
+def _measured(meter: Meter, group: OpenGroup, storage: str, changes: Changes, run: _Run) -> Loss:
+    name = f"{group.group.name} {storage}"
+    if name not in run.losses:
+        losses = meter.kl(changes(group, storage))
+        run.losses[name] = Loss(storage, group.bytes[storage], max(0.0, float(losses.mean())), interval(losses))
+        run.save()
+    return run.losses[name]
 
 
 def _estimated(
@@ -363,6 +453,7 @@ def _estimated(
     jobs: Sequence[tuple[OpenGroup, str]],
     text: CalibrationText,
     changes: Changes,
+    run: _Run,
     say: Callable[[str], None],
     progress: Progress | None,
 ) -> dict[tuple[str, str], Loss]:
@@ -376,14 +467,18 @@ def _estimated(
         ]
         for group, storage in jobs
     ]
-    squares = np.zeros(len(jobs))
-    start = perf_counter()
-    for number, window in enumerate(windows, 1):
+    squares = np.array(run.squares) if run.windows else np.zeros(len(jobs))
+    start, first = perf_counter(), run.windows + 1
+    for number, window in enumerate(windows[run.windows :], first):
         gradients = _score(model, window[None].to(meter.windows.device), number)
         for job, of in enumerate(deltas):
             squares[job] += sum(float((gradients[spec.name] * delta.float()).sum()) for spec, delta in of) ** 2
-        if number == 1:
-            seconds = (perf_counter() - start) * len(windows) + meter.seconds * _MEASURED
+        if number % _EVERY == 0:
+            run.windows, run.squares = number, tuple(squares.tolist())
+            run.save()
+        if number == first:
+            left = len(windows) - number + 1
+            seconds = (perf_counter() - start) * left + meter.seconds * _MEASURED
             say(f"estimating {len(jobs)} changes from gradients: {about(seconds)}")
         if progress is not None:
             progress("gradients", number, len(windows))
@@ -393,7 +488,7 @@ def _estimated(
     order = np.argsort(fisher)
     places = np.unique(np.linspace(len(jobs) // 3, len(jobs) - 1, _MEASURED).round().astype(int))
     tried = [(int(job), *jobs[job]) for job in order[places]]
-    pairs = [(job, _measured(meter, group, storage, changes).kl) for job, group, storage in tried]
+    pairs = [(job, _measured(meter, group, storage, changes, run).kl) for job, group, storage in tried]
     known = np.array([job for job, kl in pairs if kl > 0 and fisher[job] > 0], np.int64)
     measured = np.array([kl for job, kl in pairs if kl > 0 and fisher[job] > 0])
     values = fisher

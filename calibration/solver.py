@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
 from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.block import Block
 from mossquant.plan.plan import Plan
@@ -50,6 +51,16 @@ class Solver:
     needs: tuple[str, ...]
     prepare: Callable[[NumberFormat, Statistics], Solve]
     note: Callable[[Statistics], str | None] = _nothing_lacks
+
+    def known(self, tensor: str, measured: Measured | None) -> Statistics:
+        """What it needs to know of a tensor. Raises `InputError`: some of that was not measured."""
+        if not self.needs:
+            return {}
+        known = {} if measured is None else measured(tensor)
+        missing = " and ".join(need for need in self.needs if need not in known)
+        if missing:
+            raise InputError(f"{self.name} needs {missing} of {tensor}, which was not measured")
+        return known
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ On disk: `manifest.json`, and in `statistics.safetensors` (or shards) for every 
 row, and S, both float64.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -198,6 +198,34 @@ class Manifest(BaseModel):
     inputs: Annotated[list[InputRecord], FailFast()]
 
 
+def measured_of(
+    entry: Input,
+    matrix: Tensor,
+    inputs: Iterable[Input],
+    records: Mapping[str, InputRecord],
+    stored: Callable[[str], Tensor],
+) -> OfTensor:
+    """What is known of one matrix, for its solver.
+
+    Args:
+        entry: what enters it.
+        matrix: [N, K], in its stored type.
+        inputs: all that were measured in its layer, or more.
+        records: by the inputs' names.
+        stored: gives the triangle of an input's H and its sketch, by their names.
+    """
+    record, others = records[entry.name], None
+    if record.lacks and record.effective > 0 and entry.expert is not None and not entry.own:
+        alike = [other for other in inputs if other.site == entry.site]
+        total = torch.zeros(entry.count, dtype=torch.float64)
+        for other in alike:
+            total += stored(other.moments)
+        others = symmetric(total / sum(records[other.name].squares for other in alike), entry.width)
+    mean = symmetric(stored(entry.moments), entry.width) / (record.squares or 1.0)
+    hessian = Hessian(mean, record.effective, record.needed, stored(entry.sketch), others)
+    return {"hessian": hessian, "rows": matrix[:: -(-len(matrix) // SAMPLED_ROWS)].float().contiguous()}
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Statistics of a model, memory-mapped.
@@ -277,29 +305,10 @@ class Statistics:
         entry = self._inputs.get(tensor)
         if entry is None:
             return {"hessian": None, "rows": None}
-        record, others = self.records[entry.name], None
-        if record.lacks and record.effective > 0 and entry.expert is not None and not entry.own:
-            others = self._mean(entry.site)
-        mean = self._moments(entry) / (record.squares or 1.0)
-        hessian = Hessian(mean, record.effective, record.needed, self._files.tensor(entry.sketch), others)
-        matrix = self._weights.specs[tensor].to_matrix(self._weights.kept(tensor))
-        step = -(-len(matrix) // SAMPLED_ROWS)
-        return {"hessian": hessian, "rows": matrix[::step].float().contiguous()}
-
-    def _moments(self, entry: Input) -> Tensor:
-        """H, float64 [K, K]. Raises `InputError`: it or its sketch holds NaN or infinite values."""
-        moments = self._files.tensor(entry.moments)
-        if not (all_finite(moments) and all_finite(self._files.tensor(entry.sketch))):
+        if not all(all_finite(self._files.tensor(name)) for name in (entry.moments, entry.sketch)):
             raise InputError(f"{self.folder}: what was measured of {entry.name} is not finite. {_AGAIN}")
-        return symmetric(moments, entry.width)
-
-    def _mean(self, site: str) -> Tensor:
-        """Σ_e H_e / Σ_e Σ g² over the experts behind one site."""
-        experts = [entry for entry in dict.fromkeys(self._inputs.values()) if entry.site == site]
-        total = torch.zeros(experts[0].count, dtype=torch.float64)
-        for entry in experts:
-            total += self._files.tensor(entry.moments)
-        return symmetric(total / sum(self.records[entry.name].squares for entry in experts), experts[0].width)
+        matrix = self._weights.specs[tensor].to_matrix(self._weights.kept(tensor))
+        return measured_of(entry, matrix, dict.fromkeys(self._inputs.values()), self.records, self._files.tensor)
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says, without the hashes of the tensor files."""

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mossquant.checkpoint.locate import BUNDLED, asset_folder
+from mossquant.checkpoint.locate import is_bundled_tokenizer
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.files.outputs import file_sha256
 from mossquant.runner import Tokens
 from mossquant.text.text import LARGEST_TRAINING_TEXT, Text, bundled_text, read_text
 from mossquant.text.tokenizer import Tokenizer
@@ -58,8 +57,7 @@ class CalibrationText:
         else:
             raise InputError(f"{weights.origin.path} has no tokenizer; give one that has, or token ids as the text")
         if not texts:
-            bundled = asset_folder(BUNDLED) / "tokenizer.json"
-            if tokenizer is None or tokenizer.sha256 != file_sha256(bundled):
+            if tokenizer is None or not is_bundled_tokenizer(tokenizer.sha256):
                 path = weights.origin.path
                 raise InputError(f"{path} has another tokenizer than the bundled text is for; give --text FILE")
             texts = [bundled_text("calibration")]
@@ -80,10 +78,6 @@ class CalibrationText:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def first(self, count: int | None) -> "CalibrationText":
-        """So many tokens from its beginning; all where it has fewer, or where none are asked for."""
-        return replace(self, tokens=self.tokens[:count])
 
     def split(self, held_out: int) -> tuple["CalibrationText", "CalibrationText"]:
         """(what is learned from, the last `held_out` tokens, on which what was learned is judged).

@@ -20,7 +20,7 @@ from mossquant.calibration.calibrate import HELD_OUT, ROUTED, ROWS, Step, Sums, 
 from mossquant.calibration.nearest import NEAREST_MSE
 from mossquant.calibration.solver import BlockSolver, BlockTask, Measured, Solver
 from mossquant.calibration.solver import Statistics as OfTensor
-from mossquant.calibration.statistics import SAMPLED_ROWS, Hessian, symmetric
+from mossquant.calibration.statistics import measured_of
 from mossquant.calibration.student import Planned, Stored
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.weights import Weights, value
@@ -206,10 +206,7 @@ class Walk:
         if entry.kept is not None:
             return Walked(self._kept(entry))
         solver = self._start(entry)
-        statistics = known(entry.name) if solver.needs else {}
-        missing = " and ".join(need for need in solver.needs if need not in statistics)
-        if missing:
-            raise InputError(f"{solver.name} needs {missing} of {entry.name}, which was not measured")
+        statistics = solver.known(entry.name, known)
         note = solver.note(statistics)
         planned = self._solvers[entry.solver or ""]
         if isinstance(planned, BlockSolver) and self._weights.specs[entry.name].layer is None:
@@ -248,16 +245,8 @@ class Walk:
         def known(name: str) -> OfTensor:
             if name not in readers:
                 return _nothing(name)
-            entry, others = readers[name], None
-            record = records[entry.name]
-            if record.lacks and record.effective > 0 and entry.expert is not None and not entry.own:
-                alike = [one for one in step.inputs if one.site == entry.site]
-                squares = sum(records[one.name].squares for one in alike)
-                others = symmetric(torch.stack([tensors[one.moments] for one in alike]).sum(0) / squares, entry.width)
-            mean = symmetric(tensors[entry.moments], entry.width) / (record.squares or 1.0)
-            hessian = Hessian(mean, record.effective, record.needed, tensors[entry.sketch], others)
             matrix = self._weights.specs[name].to_matrix(self._weights.kept(name))
-            return {"hessian": hessian, "rows": matrix[:: -(-len(matrix) // SAMPLED_ROWS)].float().contiguous()}
+            return measured_of(readers[name], matrix, step.inputs, records, tensors.__getitem__)
 
         return known
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mossquant.checkpoint.locate import BUNDLED, Located, asset_folder, locate
+from mossquant.checkpoint.locate import Located, is_bundled_tokenizer, locate
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.files.outputs import file_sha256
 from mossquant.runner import Runner
 from mossquant.targets.target import get_target, target_of
 from mossquant.text.declared import TEXT_FILE
@@ -50,11 +49,6 @@ class OpenModel:
     def has_bundled_tokenizer(self) -> bool:
         """Whether the tokenizer is the one of the bundled model."""
         return is_bundled_tokenizer(self.tokenizer.sha256)
-
-
-def is_bundled_tokenizer(sha256: str | None) -> bool:
-    """Whether a tokenizer of this SHA-256 (None: bytes) is the one of the bundled model."""
-    return sha256 == file_sha256(asset_folder(BUNDLED) / "tokenizer.json")
 
 
 def open_model(

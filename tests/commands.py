@@ -127,6 +127,28 @@ def streamed(*words: object, stdout: int = -1, before: Callable[[], object] = la
     return Outcome(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "", said)
 
 
+# Whatever changes the file system, or comes before a change of it.
+_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
+
+
+def die_at(operation: int, folder: Path) -> Callable[[], None]:
+    """For a forked child: be killed when that operation on something in `folder` is about to begin."""
+
+    def prepare() -> None:
+        begun = 0
+
+        def watch(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal begun
+            if event in _OPERATIONS and str(arguments[0]).startswith(str(folder)):
+                begun += 1
+                if begun == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+
+    return prepare
+
+
 def tree(folder: Path) -> list[tuple[str, int, int]]:
     """Everything in a folder, hidden files too: name, kind and size."""
     entries = []

@@ -6,23 +6,25 @@ every operation is such a point, and the tests go through all of them.
 """
 
 import os
+import random
 import shutil
-import signal
-import sys
-from collections.abc import Callable
+import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from commands import command, forked
+from commands import command, die_at, forked
 from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration.quantize import quantize
+from mossquant.checkpoint.quantized import QuantizedCheckpoint
 from mossquant.files.outputs import file_sha256
+from mossquant.plan.recipe import Recipe
 
-# Whatever changes the file system, or comes before a change of it.
-OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
+RECOVERED = 150 * 128
+"""A step of recovery is one window of 128 tokens here, and each hundredth is kept."""
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +42,6 @@ def quantized(source: Path) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-
-
-def die_at(operation: int, folder: Path) -> Callable[[], None]:
-    """In the child: be killed when that operation on something in `folder` is about to begin."""
-
-    def prepare() -> None:
-        begun = 0
-
-        def watch(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal begun
-            if event in OPERATIONS and str(arguments[0]).startswith(str(folder)):
-                begun += 1
-                if begun == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-
-    return prepare
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export"])
@@ -98,3 +82,34 @@ def test_killed_while_it_replaces(source: Path, quantized: Path, tmp_path: Path)
     assert seen.count({}) == 1, "between two renamings, and no longer"
     assert stored == whole
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_quantize_on_text_is_killed_at_25_random_times_and_resumed(tmp_path: Path) -> None:
+    """Losses, a walk with gptq, and recovery with its snapshots: the same bytes, and nothing else is left."""
+    config = replace(CONFIGS["experts"], vocab_size=256, hidden_size=32)
+    model = write_model(tmp_path / "model", random_model(config, dtype=torch.float32), dtype=torch.bfloat16)
+    chosen = random.Random(17)
+    (tmp_path / "a.txt").write_bytes(bytes(chosen.choices(b"abcdefgh \n", k=6000)))
+    recipe = Recipe.named("int4-best").text.replace("recover: 1000000", f"recover: {RECOVERED}")
+    (tmp_path / "best.yaml").write_text(recipe)
+    words = ["quantize", model, "-r", tmp_path / "best.yaml", "--budget", "9bpw", "--text", tmp_path / "a.txt"]
+    words += ["--threads", 1, "--force", "-o"]
+    began = time.monotonic()
+    assert command(*words, tmp_path / "whole").status == 0
+    seconds, whole = time.monotonic() - began, digests(tmp_path / "whole")
+    assert QuantizedCheckpoint.open(tmp_path / "whole").plan.calibrated.recovered_tokens == RECOVERED  # type: ignore[union-attr]
+    (place := tmp_path / "place").mkdir()
+    kills = resumed = 0
+    while kills < 25:
+        killed = os.WIFSIGNALED(
+            forked(*words, place / "out", before=lambda: None, killed_after=chosen.uniform(0, seconds))
+        )
+        kills += killed
+        resumed += (place / "out.recovering.safetensors").exists()
+        if killed:
+            assert command(*words, place / "out").status == 0
+        assert digests(place / "out") == whole
+        assert [path.name for path in place.iterdir()] == ["out"]
+        shutil.rmtree(place / "out")
+    assert resumed > 0, "some runs should have been killed after a snapshot"

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"mossquant", "kernels", "calibration", "targets"},
 }
 # The rooms of the folder mossquant: each may import those before it; what lies beside them may import all but the last.
-ROOMS = ("errors", "release", "progress", "files", "formats", "model", "text", "plan")
+ROOMS = ("errors", "release", "progress", "device", "files", "formats", "model", "text", "plan")
 ROOMS += ("checkpoint", "importing", "training")
 # The command line and the lazy public functions lie above all, and load what they need when they need it.
 TOP = ("mossquant/__init__.py", "mossquant/__main__.py", "mossquant/cli/")

@@ -6,6 +6,7 @@ on files of these hashes; it times again. What is written is read back at once; 
 written, and has the same hashes.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mossquant.eval.report.lowering import Lowering, lower_all
 from mossquant.eval.report.picture import write_picture
 from mossquant.files.json import LARGEST_SMALL, read_json
 from mossquant.files.outputs import check_free, new_file, write_json
+from mossquant.plan.recipe import Recipe
 from mossquant.progress import Progress
 from mossquant.release import release
 from mossquant.targets.artifact import Artifact
@@ -40,6 +42,8 @@ _PROMPT = "import os\n\ndef read_lines(path):\n"
 _CONTINUED = 48
 _PICTURE = "table.svg"
 _MEASURED = "measured.json"
+_ASKED = "asked.json"
+"""By what each checkpoint was made: recipe → SHA-256 of its text, budget included, and the tokens of recovery."""
 # Few turns: the demo is to be quick, and `mossquant bench` is there for more.
 _REPEATS = 3
 
@@ -70,7 +74,7 @@ def demo(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose a folder for what the demo writes")
-    for name in (_PICTURE, _MEASURED):
+    for name in (_PICTURE, _MEASURED, _ASKED):
         check_free(folder / name, force=True, as_file=True)
     check_packages()
     checkpoints = {recipe: folder / f"{BUNDLED}-{recipe}" for recipe in RECIPES}
@@ -81,14 +85,19 @@ def demo(
     held_out = len(words.encode(bundled_text("heldout").data))
     if not 2 <= tokens <= held_out:
         raise InputError(f"{tokens} tokens cannot be measured on; the held-out text has {held_out}")
+    made = _asked(folder / _ASKED)
     for recipe, path in checkpoints.items():
-        if _is_current_checkpoint(path, recipe, original):
+        asked = {"recipe": hashlib.sha256(Recipe.named(recipe).text.encode()).hexdigest(), "recover": RECIPES[recipe]}
+        if made.get(recipe) == asked and _is_current_checkpoint(path, recipe, original):
             say(f"{path}: kept, its hashes match")
         else:
             say(f"{path}: quantizing {BUNDLED} by {recipe}")
             shown = _stage(f"quantizing by {recipe}:", progress)
-            asked = RECIPES[recipe]
-            quantize(BUNDLED, path, recipe=recipe, recover=asked, force=path.exists(), said=said, progress=shown)
+            tokens_asked = RECIPES[recipe]
+            quantize(BUNDLED, path, recipe=recipe, recover=tokens_asked, force=path.exists(), said=said, progress=shown)
+            made[recipe] = asked
+            with new_file(folder / _ASKED, force=True) as partial:
+                write_json(partial, made)
     works = [
         Lowering(str(checkpoints.get(name, BUNDLED)), str(path), ("onnx",) if name == "original" else TARGETS)
         for name, path in folders.items()
@@ -158,21 +167,28 @@ def _check_writable(folder: Path, paths: list[Path]) -> None:
 
 
 def _is_current_checkpoint(path: Path, recipe: str, original: Weights) -> bool:
-    """Whether a quantized checkpoint is whole, and what this release makes of this original by this recipe."""
+    """Whether a quantized checkpoint is whole, and what this release makes of this original by such a recipe."""
     if not path.exists():
         return False
     try:
         checkpoint = QuantizedCheckpoint.open(path)
     except InputError:
         return False
-    manifest, calibrated = checkpoint.manifest, checkpoint.plan.calibrated
-    recovered = 0 if calibrated is None else calibrated.recovered_tokens
+    manifest = checkpoint.manifest
     return (
         manifest.parent.files == dict(original.origin.files)
         and manifest.release == release()
         and manifest.recipe == recipe
-        and recovered in (0, RECIPES[recipe])  # 0 also where recovery did not help
     )
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    """By what earlier runs made the checkpoints; nothing where that is not known."""
+    try:
+        stored = read_json(path, largest=LARGEST_SMALL, advice="remove it") if path.is_file() else {}
+    except InputError:
+        stored = {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def _current_artifact(work: Lowering, source: Weights) -> Artifact | None:

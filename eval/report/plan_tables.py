@@ -48,6 +48,12 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     )
     by_role = [*left("role", "becomes", "solver"), *right("tensors", "bytes", "largest\nerror")]
     by_format = [*left("format"), *right("tensors", "weights", "bytes", "bits a\nweight")]
+    decays = [
+        (entry.name, f"{entry.decay_error.largest:.5f}", f"{entry.decay_error.mean:.5f}")
+        for entry in plan.tensors
+        if entry.decay_error is not None
+    ]
+    of_decays = [*left("decays, by the text's time steps"), *right("largest\nerror", "mean\nerror")]
     because = [(why, ", ".join(names)) for why, names in reasons.items()]
     calibrated = [] if plan.calibrated is None else [_calibrated_table(plan.calibrated)]
     return spaced(
@@ -55,6 +61,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         grid(by_role, rows, whole_names=True),
         grid(left("because", "these are stored so"), because),
         *([grid(left("tensor", "its solver says"), noted, whole_names=True)] if noted else []),
+        *([grid(of_decays, decays, whole_names=True)] if decays else []),
         grid(by_format, summary, caption=caption, whole_names=True),
     )
 

@@ -13,7 +13,7 @@ from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.formats.states import STATE_FORMATS
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs
-from mossquant.model.tensors import SiteSpec, TensorSpec
+from mossquant.model.tensors import SiteSpec, Stored, TensorSpec
 from mossquant.plan.entries import SiteEntry, TensorEntry
 from mossquant.plan.plan import Plan, activation_blocks
 
@@ -58,7 +58,12 @@ def _tensor_fits(spec: TensorSpec, entry: TensorEntry) -> bool:
     )
     if kept and entry.note is not None:
         return False
-    return entry == replace(planned, written_bytes=planned.predicted_bytes, relative_error=error, note=entry.note)
+    decay = entry.decay_error
+    if decay is not None and (spec.stored is not Stored.LOG_OF_DECAY or not 0 <= decay.mean <= decay.largest <= 1):
+        return False
+    return entry == replace(
+        planned, written_bytes=planned.predicted_bytes, relative_error=error, note=entry.note, decay_error=decay
+    )
 
 
 def _site_fits(site: SiteSpec, entry: SiteEntry, plan: Plan) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mossquant.errors import InputError
 from mossquant.files.inputs import check_fetched
 from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.files.outputs import file_sha256
 from mossquant.plan.capabilities import CAPABILITIES
 
 BUNDLED = "tiny"
@@ -47,6 +48,11 @@ class Located:
 def asset_folder(name: str) -> Path:
     """A folder of files shipped inside the package."""
     return Path(str(files("mossquant").joinpath("assets", name)))
+
+
+def is_bundled_tokenizer(sha256: str | None) -> bool:
+    """Whether a tokenizer of this SHA-256 (None: bytes) is the one of the bundled model."""
+    return sha256 == file_sha256(asset_folder(BUNDLED) / "tokenizer.json")
 
 
 def locate(given: str | Path) -> Located:

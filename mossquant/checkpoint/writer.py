@@ -4,7 +4,7 @@
 What is written depends on the checkpoint, the recipe and the release alone: no clock, host, path or thread count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mossquant.checkpoint.packing import PackedTensor, quantization_config
 from mossquant.checkpoint.tensorfiles import TensorWriter
 from mossquant.checkpoint.weights import Weights
 from mossquant.files.outputs import file_sha256, json_bytes, write_json
+from mossquant.plan.entries import DecayError
 from mossquant.plan.plan import Calibrated, Ledger, Plan
 from mossquant.plan.recipe import Recipe
 from mossquant.release import release
@@ -65,17 +66,24 @@ class QuantizedWriter:
         assert written == predicted, f"{name}: {written} bytes written, {predicted} predicted"
         self._results[name] = (written, relative_error)
 
-    def finish(self, calibrated: Calibrated | None = None, *, calibration_text: Sequence[str] = ()) -> Ledger:
+    def finish(
+        self,
+        calibrated: Calibrated | None = None,
+        *,
+        calibration_text: Sequence[str] = (),
+        decays: Mapping[str, DecayError] | None = None,
+    ) -> Ledger:
         """Write what is left of the tensors, config, recipe, ledger and manifest.
 
         Args:
             calibrated: how text entered.
             calibration_text: SHA-256 of the texts that did.
+            decays: name of each tensor of decays → what became of them on that text.
         """
         self._tensors.close()
         folder, weights, recipe = self._folder, self._weights, self._recipe
         origin = weights.origin
-        ledger = replace(self._plan.with_results(self._results, self._notes), calibrated=calibrated)
+        ledger = replace(self._plan.with_results(self._results, self._notes, decays), calibrated=calibrated)
         seen = dict.fromkeys((*origin.calibration_text, *calibration_text))
         config = weights.config.to_json(torch_dtype=origin.torch_dtype)
         config["quantization_config"] = quantization_config(weights.specs, ledger)

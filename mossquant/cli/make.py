@@ -123,6 +123,10 @@ def quantize(
     recover: Annotated[
         str | None, typer.Option(help="tokens of the text to distil over, e.g. 250k or 1M; the recipe's if not given")
     ] = None,
+    recover_activations: Annotated[
+        Literal["fp32", "planned"] | None,
+        typer.Option(help="inputs of the linears while distilling: fp32, or as planned; the recipe's if not given"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan, bytes, disk and memory; write nothing")
     ] = False,
@@ -161,6 +165,7 @@ def quantize(
             sensitivities=sensitivity,
             stats=stats,
             recover=None if recover is None else options.token_count(recover),
+            recover_activations=recover_activations,
             device=device,
             force=force,
             dry_run=dry_run,
@@ -203,7 +208,7 @@ def export(
 
     Example: mossquant export tiny-int4 --target onnx,executorch -o tiny-int4-app
     """
-    from mossquant.eval.open import is_bundled_tokenizer
+    from mossquant.checkpoint.locate import is_bundled_tokenizer
     from mossquant.eval.report.tables import needs_table
     from mossquant.targets.artifact import TOKENIZER
     from mossquant.targets.export import export as run

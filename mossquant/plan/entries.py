@@ -15,6 +15,18 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
+class DecayError:
+    """What storing A_log did to decays: |exp(Δ A) − exp(Δ A')|, at the worst of the time steps Δ that a channel took on
+    a text; the largest and the mean over channels and states.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    largest: float
+    mean: float
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """What becomes of one tensor.
 
@@ -34,6 +46,7 @@ class TensorEntry:
         written_bytes: bytes written; None before the run.
         relative_error: ‖W − Q‖ / ‖W‖; None before the run.
         note: what its solver lacked and did instead; None, and then not stored, where there is nothing to say.
+        decay_error: of a tensor of decays, where a text was run; None, and then not stored, elsewhere.
     """
 
     __pydantic_config__ = _STRICT
@@ -53,6 +66,7 @@ class TensorEntry:
     written_bytes: int | None = None
     relative_error: float | None = None
     note: str | None = None
+    decay_error: DecayError | None = None
 
     @classmethod
     def of(

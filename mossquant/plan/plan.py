@@ -24,8 +24,8 @@ from mossquant.formats.dtypes import dtype_name
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import activation_sites, parameter_count, state_specs, tensor_specs
 from mossquant.model.tensors import SiteSpec, TensorSpec
-from mossquant.plan.entries import FormatSummary, SiteEntry, StateEntry, TensorEntry
-from mossquant.plan.recipe import Recipe, Rule, first_match
+from mossquant.plan.entries import DecayError, FormatSummary, SiteEntry, StateEntry, TensorEntry
+from mossquant.plan.recipe import Recipe, RecoveryActivations, Rule, first_match
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -56,6 +56,7 @@ class Calibrated:
         kl: measured at the end; None where no text was given.
         kl_ci95: its 95 % interval; None for one window.
         frontier: what other budgets are predicted to lose.
+        recovered_activations: what entered the linears while recovery trained; None without it.
     """
 
     __pydantic_config__ = _STRICT
@@ -71,6 +72,7 @@ class Calibrated:
     kl: float | None
     kl_ci95: tuple[float, float] | None
     frontier: tuple[FrontierPoint, ...]
+    recovered_activations: RecoveryActivations | None = None
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,18 @@ class Plan:
         ]
         return sorted(rows, key=lambda row: (-row.bytes, row.storage))
 
-    def with_results(self, results: Mapping[str, tuple[int, float]], notes: Mapping[str, str] | None = None) -> "Plan":
-        """The ledger: the plan with (bytes written, relative error) of every tensor, and notes on some."""
+    def with_results(
+        self,
+        results: Mapping[str, tuple[int, float]],
+        notes: Mapping[str, str] | None = None,
+        decays: Mapping[str, DecayError] | None = None,
+    ) -> "Plan":
+        """The ledger: the plan with (bytes written, relative error) of every tensor, notes on some, and decays."""
         entries = []
         for entry in self.tensors:
             (written, error), note = results[entry.name], (notes or {}).get(entry.name)
-            entries.append(replace(entry, written_bytes=written, relative_error=error, note=note))
+            decay = (decays or {}).get(entry.name)
+            entries.append(replace(entry, written_bytes=written, relative_error=error, note=note, decay_error=decay))
         return replace(self, tensors=tuple(entries))
 
     def to_json(self) -> dict[str, Any]:
@@ -156,9 +164,12 @@ class Plan:
         stored = asdict(self)
         if self.calibrated is None:
             del stored["calibrated"]
+        elif self.calibrated.recovered_activations is None:
+            del stored["calibrated"]["recovered_activations"]
         for entry in stored["tensors"]:
-            if entry["note"] is None:
-                del entry["note"]
+            for key in ("note", "decay_error"):
+                if entry[key] is None:
+                    del entry[key]
         return stored
 
     @classmethod

@@ -23,7 +23,8 @@ it says `optional: true`, which is meant for parts that not every model has (rou
 `choose` leaves the format to the budget, for each group of tensors (`mossquant.plan.groups`) on its own; `stored` is
 the checkpoint's own type. `sensitivity` says what is known to be lost where nothing is measured on text: KL in nats a
 token ≈ sensitivity · ‖W − Q‖² / ‖W‖², everything that the rule applies to together. A recipe with `measure: true` asks
-for text and measures instead; `recover: N` asks for distillation over N tokens.
+for text and measures instead; `recover: N` asks for distillation over N tokens, with inputs of the linears in fp32 or,
+by `recover_activations: planned`, rounded as planned.
 """
 
 import json
@@ -56,6 +57,8 @@ STORED = "stored"
 TargetName = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 SolverName = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 """Which solvers there are, only calibration knows."""
+RecoveryActivations = Literal["fp32", "planned"]
+"""What enters the linears while recovery trains: fp32 values, or as the plan rounds them."""
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Why = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
@@ -186,6 +189,7 @@ class Recipe(BaseModel):
         budget: what the formats of rules with `choose` are chosen for.
         measure: what each format costs is measured on text, and not taken from the rules.
         recover: tokens of text to distil over after rounding.
+        recover_activations: what enters the linears then: fp32 values, or as the activation rules round them.
         weights: rules for tensors, in order.
         activations: rules for the inputs of linear layers, in order.
         state: rules for state arrays, in order.
@@ -200,6 +204,7 @@ class Recipe(BaseModel):
     budget: Annotated[str, AfterValidator(_budget_text)] | None = None
     measure: bool = False
     recover: Annotated[int, Field(ge=0, le=10**12)] = 0
+    recover_activations: RecoveryActivations = "fp32"
     weights: list[WeightRule]
     activations: list[ActivationRule]
     state: list[StateRule]

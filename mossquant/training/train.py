@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mossquant.checkpoint.checkpoint import write_checkpoint
+from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.outputs import check_free, check_outside, new_folder
 from mossquant.formats.dtypes import FLOAT_DTYPES
@@ -78,8 +79,7 @@ def train(
     check_free(output, force=force, inputs=[Path(item) for item in text if item != STDLIB])
     if not text:
         raise InputError(f"no text to train on; give --text PATH, or --text {STDLIB} for the bundled model's own")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for and PyTorch finds no CUDA device; use --device cpu")
+    check_device(device)
     say = said or (lambda line: None)
     documents, texts = _documents(text, as_bytes=tokenizer == "bytes")
     # No tokenizer makes more tokens than bytes, and an end for each document: said before one is trained.

@@ -161,3 +161,21 @@ def test_readers_of_one_vector_get_one_choice(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="read one vector and get one format"):
         spend(weights_of(folder), Recipe.parse(text, where="mine"))
+
+
+def test_a_choice_that_is_none_is_said_in_one_line(tmp_path: Path) -> None:
+    """Of tensors whose format is never chosen, and where nothing says what a format loses."""
+    model = write_model(tmp_path / "model", random_model(CONFIGS["mamba"], dtype=torch.float32), dtype=torch.bfloat16)
+    text = Recipe.named("int4").text
+    norms = next(line for line in text.splitlines() if '"*norm*"' in line)
+    path = tmp_path / "mine.yaml"
+    for wrong, message in (
+        ('  - {role: "*", choose: [int4_g32, int8]}', "line 8: the formats of ssm.norm, norm_f are no choice"),
+        (norms + '\n  - {role: "*", choose: [int8, stored]}', "line 9: nothing says what these formats lose"),
+    ):
+        before, after = text.partition("weights:")[0], text[text.index("activations:") :]
+        path.write_text(f"{before}weights:\n{wrong}\n{after}")
+        with pytest.raises(InputError) as caught:
+            quantize(model, tmp_path / "out", recipe=path, budget="12bpw")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -5,10 +5,9 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import bounds
 import numpy as np
 import pytest
 import torch
-from commands import command, forked, refused
+from commands import command, die_at, forked, refused
 from small import CONFIGS, SMALL, random_model, write_model
 from torch import Tensor
 
@@ -247,24 +246,6 @@ def test_triangles() -> None:
     matrix += matrix.T.clone()
     assert torch.equal(symmetric(triangle(matrix), 7), matrix)
     assert triangle(matrix).shape == (28,)
-
-
-def die_at(operation: int, folder: Path) -> Callable[[], None]:
-    """In the child: be killed when that operation on a file in `folder` is about to begin."""
-
-    def prepare() -> None:
-        begun = 0
-
-        def watch(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal begun
-            if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(arguments[0]).startswith(str(folder)):
-                begun += 1
-                if begun == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-
-    return prepare
 
 
 def killed_and_resumed(points: Sequence[float], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import bounds
 import numpy as np
@@ -155,6 +156,17 @@ def test_no_room(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     refused(checkpoint_folder, tmp_path / "out", "MB free")
 
 
+def test_no_room_is_said_before_anything_is_measured(
+    mamba: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(50))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("mossquant.calibration.quantize.losses_of", lambda *given, **more: pytest.fail("measured"))
+    with pytest.raises(InputError, match="MB free"):
+        quantize(mamba, tmp_path / "out", budget="12bpw", text=[Text.from_ids(tmp_path / "ids.npy")])
+
+
 def test_blocks_of_rows_change_nothing(mamba: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes and scales of a few rows at a time, and of the whole matrix."""
     for name, weights in (("blocks", 500), ("whole", 1 << 30)):
@@ -180,6 +192,31 @@ def test_what_text_entered_is_told(mamba: Path, tmp_path: Path) -> None:
     assert kept.read_bytes() == b"of a user"
     with pytest.raises(InputError, match="is not a snapshot"):
         quantize(mamba, tmp_path / "out", recipe="int4-uniform", text=[text], recover=10, force=True)
+
+
+def test_recovery_with_planned_activations(mamba: Path, tmp_path: Path) -> None:
+    """By the recipe or by who asks, who is stronger; the ledger says which, and files without the key stay as read."""
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 53, 400))
+    text = [Text.from_ids(tmp_path / "ids.npy")]
+    written = Recipe.named("int4-uniform").text.replace("weights:", "recover_activations: planned\nweights:", 1)
+    (tmp_path / "planned.yaml").write_text(written)
+
+    def made(name: str, recipe: str | Path, **asked: Any) -> tuple[str | None, str]:
+        calibrated = quantize(mamba, tmp_path / name, recipe=recipe, text=text, recover=200, **asked).calibrated
+        assert calibrated is not None
+        assert QuantizedCheckpoint.open(tmp_path / name).plan.calibrated == calibrated
+        return calibrated.recovered_activations, digests(tmp_path / name)["model.safetensors"]
+
+    planned = made("planned", tmp_path / "planned.yaml")
+    assert planned == made("asked", "int4-uniform", recover_activations="planned")
+    assert planned[0] == "planned"
+    exact = made("fp32", tmp_path / "planned.yaml", recover_activations="fp32")
+    assert exact[0] == "fp32"
+    assert exact[1] != planned[1]
+    ledger = quantize(mamba, tmp_path / "none", recipe=tmp_path / "planned.yaml", text=text)
+    assert "recovered_activations" not in ledger.to_json()["calibrated"]
+    with pytest.raises(InputError, match="unknown activation mode 'int8'"):
+        quantize(mamba, tmp_path / "bad", text=text, recover=10, recover_activations="int8")  # type: ignore[arg-type]
 
 
 def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:

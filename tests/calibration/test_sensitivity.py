@@ -2,6 +2,7 @@
 """Sensitivities against the definition: two whole models, one of them with a group replaced."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import bounds
 import numpy as np
 import pytest
 import torch
+from commands import command, die_at, forked, refused
 from scipy.stats import spearmanr
 from small import CONFIGS, random_model, write_model
 
@@ -147,3 +149,24 @@ def test_a_file_is_read_back_and_belongs_to_its_model(tmp_path: Path, weights: W
 def test_a_text_of_one_token_is_refused(weights: Weights) -> None:
     with pytest.raises(InputError, match="two or more"):
         losses_of(weights, [INT4], ids(1))
+
+
+@pytest.mark.parametrize(("method", "operation"), [("measured", 60), ("estimated", 20)])
+def test_killed_and_resumed(method: str, operation: int, tmp_path: Path) -> None:
+    """Each run goes on where the one before was killed; the file is the same, and nothing else is left."""
+    config = replace(CONFIGS["mamba"], vocab_size=256, num_hidden_layers=1)
+    model = write_model(tmp_path / "model", random_model(config, dtype=torch.float32))
+    (tmp_path / "a.txt").write_bytes(np.random.default_rng(0).integers(32, 127, 3000).astype(np.uint8).tobytes())
+    words = ["sensitivity", model, "--text", tmp_path / "a.txt", "--tokens", 1024, "--method", method, "--threads", 1]
+    assert command(*words, "-o", tmp_path / "whole.json").status == 0
+    (place := tmp_path / "place").mkdir()
+    words += ["-o", place / "out.json"]
+    killed = 0
+    while os.WIFSIGNALED(forked(*words, before=die_at(operation, place))):
+        killed += 1
+        assert not (place / "out.json").exists()
+        if killed == 1:
+            assert "belongs to another model" in refused(place, *words, "--recipe", "int8")
+    assert 1 < killed < 20
+    assert (place / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert [path.name for path in place.iterdir()] == ["out.json"]

@@ -17,7 +17,6 @@ from small import SMALL, random_model, write_model
 from mossquant.checkpoint import locate
 from mossquant.checkpoint.locate import BUNDLED, asset_folder
 from mossquant.errors import InputError
-from mossquant.eval import open as opening
 from mossquant.eval.bench import BenchReport, Speed, Timing
 from mossquant.eval.report import demo as module
 from mossquant.eval.report.demo import demo
@@ -53,7 +52,7 @@ def ran(
         if request.param == "small":
             small = _small(folder / "small")
             patched.setattr(module, "TARGETS", ("onnx",))
-            for place in (module, locate, opening):
+            for place in (module, locate):
                 patched.setattr(place, "asset_folder", lambda name: small)
         told: list[str] = []
         report = demo(
@@ -117,10 +116,11 @@ def test_what_it_wrote_is_there_and_named_at_the_end(ran: tuple[Path, DemoReport
         "tiny-int4-best-app",
         "table.svg",
         "measured.json",
+        "asked.json",
     }
     assert {path.name for path in folder.iterdir()} == names
     closing = "\n".join(report.closing())
-    assert all(name in closing for name in names - {"measured.json"})
+    assert all(name in closing for name in names - {"measured.json", "asked.json"})
     assert report.generation.text
     picture = (folder / "table.svg").read_text()
     assert picture.startswith("<svg")
@@ -145,6 +145,17 @@ def test_a_second_run_keeps_what_matches_and_makes_again_what_does_not(
     assert again.comparison.to_json() == first.comparison.to_json()
     assert (folder / "notes.txt").read_text() == "mine"
     (folder / "notes.txt").unlink()
+
+
+def test_what_was_made_by_another_recipe_is_made_again(ran: tuple[Path, DemoReport, list[str]]) -> None:
+    folder, _, _ = ran
+    kept, model = folder / "asked.json", folder / "tiny-int8" / "model.safetensors"
+    whole, before = kept.read_text(), model.read_bytes()
+    kept.write_text(whole.replace('"recipe": "', '"recipe": "0', 1))
+    said: list[str] = []
+    demo(folder, tokens=300, threads=1, said=said.append)
+    assert [line for line in said if "quantizing" in line] == [f"{folder / 'tiny-int8'}: quantizing tiny by int8"]
+    assert (kept.read_text(), model.read_bytes()) == (whole, before)
 
 
 def test_what_was_measured_on_other_files_is_measured_again(ran: tuple[Path, DemoReport, list[str]]) -> None:
