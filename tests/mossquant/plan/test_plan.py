@@ -21,8 +21,8 @@ from mossquant.plan.entries import TensorEntry
 from mossquant.plan.plan import Plan, make_plan
 from mossquant.plan.recipe import RECIPES, Recipe
 
-MAMBA = MossNetConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, time_step_rank=48)
-MODELS = {**PRESETS, "mamba 24x768": MAMBA, **{f"small {name}": config for name, config in CONFIGS.items()}}
+MAMBA = PRESETS["mamba-130m"]
+MODELS = {**PRESETS, **{f"small {name}": config for name, config in CONFIGS.items()}}
 FIXED = [name for name in RECIPES if not Recipe.named(name).chooses]
 SNAPSHOTS = Path(__file__).parents[2] / "snapshots"
 
