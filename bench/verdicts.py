@@ -6,9 +6,10 @@
     python bench/verdicts.py judge FOLDER                   prints the tables of what FOLDER holds
     python bench/verdicts.py simulate FOLDER --models 2000  right streams drawn from the windows of the right artifacts
 
-The models are Mambas of width 64 with one or two layers (every sixth has SSM and MLP experts), at int8 and int4, every
-eighth with fp32 activations. What `mossquant.eval.parity.measure` finds is kept a file a model, so that bounds can be
-judged again without running: a second call goes on where the first was stopped. The text is Python's own modules.
+The models are Mambas of width 64 with one or two layers (every sixth has SSM and MLP experts), at int8-uniform and
+int4-uniform, every eighth with fp32 activations. What `mossquant.eval.parity.measure` finds is kept, a file for each
+model and fault, so that bounds can be judged again without running: a second call goes on where the first was stopped.
+The text is Python's own modules.
 """
 
 import argparse
@@ -45,6 +46,8 @@ DEFAULT, SHORT = (2000, 20_000), (320, 2000)
 """Positions and tokens of the stream: verify's defaults for right artifacts, less than those for faults."""
 MATTERS = 1e-6
 """A fault that moves the mean KL of the full-precision pass by less nats is none on that model."""
+GROWS, INT8_FOR_FP32, ONE_EXPERT = "an error that grows", "int8 activations for fp32", "one expert's input in fp32"
+"""Faults with a way of their own: on verify's whole stream, against fp32 activations, on models with experts."""
 WIDTH = MossNetConfig(vocab_size=300, hidden_size=64, num_hidden_layers=1, time_step_rank=4)
 
 
@@ -158,6 +161,16 @@ class NotWritten(Wrapped):
         return self.inner.write({**arrays, self.array: np.zeros_like(arrays[self.array])})
 
 
+class Growing(Wrapped):
+    """Is the further off the longer it has run: 1e-5 a token, in one direction of the logits."""
+
+    def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
+        age = state.position + np.arange(tokens.shape[1])[:, None]
+        found, state = self.inner(tokens, state, logits=logits)
+        error = 1e-5 * age * np.random.default_rng(0).standard_normal(found.shape[-1])
+        return (found + error[-found.shape[1] :]).astype(np.float32), state
+
+
 def _scale_of_128(x: torch.Tensor, block: int) -> torch.Tensor:
     parts = torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 128
@@ -192,10 +205,9 @@ def faults(seed: int, config: MossNetConfig, folder: Path, activations: str) -> 
             module.config = changed
     yield "eps × 10", *larger
     yield "state in fp16 at each call", HalfState(onnx), onnx
-    if seed % 3:  # the rest is planted by the tests too, and is plain to see
-        return
     yield "state not carried", Forgetful(onnx), onnx
     yield "a state array not written", NotWritten(onnx, state), onnx
+    yield GROWS, Growing(opened(activations, torch.float32)), onnx
     if activations == "fp32":
         return
     planned, plain = activation_model(source), opened("fp32", torch.float32)
@@ -203,13 +215,19 @@ def faults(seed: int, config: MossNetConfig, folder: Path, activations: str) -> 
     site = str(draw.choice(sorted({str(s.site) for s in quantized})))
     models: dict[str, Activation] = {
         "blocks of 16": lambda name, x: int8_block(x, 16) if name in formats else planned(name, x),
-        "scale max/128": lambda name, x: (
+        "scale max ÷ 128": lambda name, x: (
             _scale_of_128(x, formats[name].activation_block) if name in formats else planned(name, x)
         ),
         "one site in fp32": lambda name, x: x if source.specs[name].site == site else planned(name, x),
+        "every site in fp32": lambda name, x: x,
     }
+    experts = sorted(name for name in formats if ".experts." in name)
+    if experts:
+        expert = str(draw.choice(experts))
+        models[ONE_EXPERT] = lambda name, x: x if name == expert else planned(name, x)
     for name, model in models.items():
         yield name, plain.with_activation(model, name=name), onnx
+    yield INT8_FOR_FP32, onnx, onnx
 
 
 def moved(faulty: Runner, exact: Runner, tokens: Tokens) -> float:
@@ -242,8 +260,9 @@ def read(path: Path) -> Measured:
 def collect(folder: Path, what: str, models: int) -> None:
     """Measure models until there are so many; a fault that changes nothing on a model leaves a file without a run."""
     folder.mkdir(exist_ok=True)
-    positions, stream = DEFAULT if what == "right" else SHORT
-    for seed in range(models):
+    # Every sixth model has experts: their own fault is planted in as many.
+    only_experts = range(models + -models % 6, 6 * models, 6) if what == "faults" else ()
+    for seed in (*range(models), *only_experts):
         if (folder / f"{what}-{seed}.done").exists():
             continue
         with tempfile.TemporaryDirectory() as made:
@@ -251,20 +270,31 @@ def collect(folder: Path, what: str, models: int) -> None:
             reference = TorchRunner.open(Path(made) / "quantized", activations=activations, dtype=torch.float64)
             plain = None if activations == "fp32" else TorchRunner.open(Path(made) / "quantized")
             exact = TorchRunner.open(Path(made) / "quantized", dtype=torch.float64)
-            tokens = text(seed, stream + 1)
-            way = {"positions": positions, "unquantized_activations": plain}
+            tokens = text(seed, DEFAULT[1] + 1)
             if what == "right":
                 artifact = OnnxRunner(Path(made) / "onnx", threads=1)
-                kept(folder / f"right-{seed}.npz", measure(reference, artifact, tokens, **way))
+                found = measure(reference, artifact, tokens, positions=DEFAULT[0], unquantized_activations=plain)
+                kept(folder / f"right-{seed}.npz", found)
             else:
                 for name, artifact, twin in faults(seed, config, Path(made), activations):
+                    path = folder / f"fault-{seed}-{name}.npz"
+                    if path.exists() or (seed >= models and name != ONE_EXPERT):
+                        continue
                     if isinstance(twin, TorchRunner | Seam) and moved(twin, exact, tokens[:1200]) < MATTERS:
                         print(f"{seed}: {name} changes nothing", flush=True)
                         continue
+                    held, unquantized = (exact, None) if name == INT8_FOR_FP32 else (reference, plain)
+                    length = DEFAULT[1] if name == GROWS else SHORT[1]
                     # A few repetitions show that rounding does not explain a fault.
                     with mock.patch.object(steps_module, "EXPLAINED_AT_MOST", 20):
-                        found = measure(reference, artifact, tokens, **way)
-                    kept(folder / f"fault-{seed}-{name.replace('/', ' of ')}.npz", found)
+                        found = measure(
+                            held,
+                            artifact,
+                            tokens[: length + 1],
+                            positions=SHORT[0],
+                            unquantized_activations=unquantized,
+                        )
+                    kept(path, found)
         (folder / f"{what}-{seed}.done").touch()
         print(f"{what} {seed}", flush=True)
 
@@ -284,7 +314,8 @@ def judge(folder: Path) -> None:
         by_fault.setdefault(path.stem.split("-", 2)[2], []).append(seen)
     for name, found in by_fault.items():
         counts = {check: sum(check in seen for seen in found) for check in set().union(*found)}
-        most = ", ".join(f"{check} ({count})" for check, count in sorted(counts.items(), key=lambda item: -item[1])[:3])
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        most = ", ".join(f"{check} ({count})" for check, count in ranked[:3])
         print(f"| {name} | {sum(map(bool, found))} of {len(found)} | {most} |")
 
 

@@ -81,10 +81,7 @@ def held_out_passage(
     if tokens is not None and tokens < 2 * streams_wanted:
         raise InputError(f"{tokens} tokens are too few for {streams_wanted} streams of two or more; give more tokens")
     by_ids = isinstance(text, Text) and text.ids is not None
-    kinds = [
-        (None if by_ids else (model.tokenizer.sha256, model.tokenizer.beginning_of_text), model.runner.info.vocab_size)
-        for model in models
-    ]
+    kinds = [(None if by_ids else _tokenizer_of(model), model.runner.info.vocab_size) for model in models]
     first, *others = [f"{model.path} (vocabulary {model.runner.info.vocab_size})" for model in models]
     others = [other for other, kind in zip(others, kinds[1:], strict=True) if kind != kinds[0]]
     if others:
@@ -127,6 +124,14 @@ def held_out_passage(
         cut, counts = np.pad(cut, front, constant_values=begins), np.pad(counts, front)
     how = source.special, source.document_separator
     return Passage(source.name, source.sha256, seen_by, cut, counts, *how, notes)
+
+
+def _tokenizer_of(model: OpenModel) -> tuple[str | None, int | None]:
+    """What models must share to be measured on one text: the SHA-256 of the tokenizer, and what begins a text."""
+    try:
+        return model.tokenizer.sha256, model.tokenizer.beginning_of_text
+    except InputError as error:
+        raise InputError(f"{error}; or measure on token ids, with --ids FILE.npy") from None
 
 
 def _text(model: OpenModel, text: str | Path | Text | None) -> Text:

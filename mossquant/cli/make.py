@@ -213,6 +213,7 @@ def export(
     from mossquant.targets.artifact import TOKENIZER
     from mossquant.targets.export import export as run
     from mossquant.targets.export import export_needs
+    from mossquant.text.tokenizer import Tokenizer
 
     targets = [name.strip() for name in target.split(",")]
     if dry_run:
@@ -231,6 +232,10 @@ def export(
         terminal.show(f"{program}: {artifact.files[program.name].bytes:,} bytes")
     words = ["verify", model, *map(str, programs)]
     tokenizer = artifact.files.get(TOKENIZER)
-    # The bundled text is for the bundled tokenizer.
-    words += [] if is_bundled_tokenizer(tokenizer.sha256 if tokenizer else None) else ["--text", "FILE"]
+    # The bundled text is for the bundled tokenizer; without a tokenizer, any but a model of bytes takes ids only.
+    vocabulary = artifact.manifest.programs[artifact.targets[0]].model["config"]["vocab_size"]
+    if tokenizer is None and vocabulary != Tokenizer.byte_level().vocab_size:
+        words += ["--ids", "FILE.npy"]
+    elif tokenizer is None or not is_bundled_tokenizer(tokenizer.sha256):
+        words += ["--text", "FILE"]
     terminal.show(f"verify with: {command_line(*words)}")

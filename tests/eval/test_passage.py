@@ -107,6 +107,13 @@ def test_token_ids_need_no_tokenizer_and_measure_as_their_text_does(model: Path,
     assert by_ids.nats_per_token == by_text.nats_per_token
     assert (by_ids.bits_per_byte, by_ids.text_bytes) == (None, None)
     assert command("perplexity", model, "--ids", tmp_path / "ids.npy").status == 0
+    exporting = command("export", model, "-o", tmp_path / "app")
+    assert "--ids FILE.npy" in exporting.out.splitlines()[-1]
+    verifying = ("verify", model, tmp_path / "app", "--positions", 16)
+    refused = command(*verifying, "--text", model / "config.json")
+    assert refused.status == 2
+    assert refused.err.endswith("; or measure on token ids, with --ids FILE.npy\n")
+    assert command(*verifying, "--ids", tmp_path / "ids.npy").status == 0
 
 
 @pytest.mark.parametrize(
