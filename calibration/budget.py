@@ -34,7 +34,7 @@ class Chosen:
     Attributes:
         recipe: an ordinary recipe, every format named.
         budget: what it was, as a user would write it.
-        predicted_kl: nats a token; None where nothing was measured on text.
+        predicted_kl: nats a token, after rounding by `nearest-mse`; None where nothing was measured on text.
         gap: the predicted loss is at most this share above the least that is possible; 0 where that is proved.
         frontier: (bytes, predicted KL) from the smallest model to the most exact; empty where nothing was measured.
         notes: what the user should know, a sentence each.
@@ -80,8 +80,8 @@ def spend(
         for group, own in zip(groups, losses, strict=True)
     ]
     at_most = wanted.bytes_at_most(weights.origin.parameters) - fixed
-    scale = 1.0 if sensitivities is None else sensitivities.additivity
-    choice = choose(options, bytes_at_most=at_most, loss_at_most=wanted.value / scale if wanted.kind == "kl" else None)
+    keep = sensitivities.within(wanted.value) if sensitivities is not None and wanted.kind == "kl" else None
+    choice = choose(options, bytes_at_most=at_most, loss_at_most=keep)
     notes: tuple[str, ...] = ()
     if choice is None and wanted.kind == "kl":
         raise InputError(f"no choice of formats keeps {wanted}; allow more formats under choose, or a larger KL")
@@ -101,8 +101,9 @@ def spend(
     )
     if sensitivities is None:
         return Chosen(chosen, str(wanted), None, choice.gap, (), notes)
-    points = tuple(FrontierPoint(fixed + point.bytes, scale * point.loss) for point in frontier(options))
-    return Chosen(chosen, str(wanted), scale * choice.loss, choice.gap, points, notes)
+    promised = sensitivities.promised
+    points = tuple(FrontierPoint(fixed + point.bytes, promised(point.loss)) for point in frontier(options))
+    return Chosen(chosen, str(wanted), promised(choice.loss), choice.gap, points, notes)
 
 
 def _known(weights: Weights, recipe: Recipe, groups: Sequence[OpenGroup]) -> list[list[float]]:

@@ -11,6 +11,9 @@ score has mean zero given what came before. One backward pass a window serves ev
 adds up through the scan. Experts that change hands are no part of it; their number grows with |δ|, not with its square.
 So the estimate is a · KL + k · r · √KL, with r the share of routers that come after the group, a and k fitted to ten
 groups that are measured.
+
+Losses don't add up: two groups may give a token the same other expert, which is then lost once. So some choices along
+the frontier are measured as a whole, and what is promised of others lies between these.
 """
 
 import hashlib
@@ -28,6 +31,7 @@ from pydantic import ConfigDict
 from scipy.optimize import least_squares
 from torch import Tensor
 
+from mossquant.calibration.allocate import Choice, Option, frontier
 from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.options import OpenGroup, open_groups, rounded, stored_bytes
 from mossquant.calibration.text import CalibrationText
@@ -61,6 +65,8 @@ _MEASURED = 10
 """Groups that are measured to scale the estimates."""
 _FIRST = (0.0, -3.5)
 """Logarithms of a and k where the fit begins: about what models of 6M and 11M parameters came to."""
+_LEVELS, _APART = 6, 3.0
+"""Choices that are measured as a whole, and how far apart the sums of their losses are at least."""
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
@@ -103,6 +109,16 @@ class GroupLosses:
 
 
 @dataclass(frozen=True)
+class Level:
+    """One choice of formats, changed at once: the sum of what its groups lose alone, and KL. Both are positive."""
+
+    __pydantic_config__ = _STRICT
+
+    sum: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Sensitivities:
     """What each group costs in each format.
 
@@ -113,8 +129,7 @@ class Sensitivities:
         text: name of the text.
         text_sha256: of each of its files.
         tokens: tokens that were measured on.
-        together: KL with every group in its smallest format at once.
-        together_sum: the sum of those groups' losses alone.
+        levels: what losses add up to, from every group in its smallest format on.
         groups: in processing order.
     """
 
@@ -126,14 +141,36 @@ class Sensitivities:
     text: str
     text_sha256: tuple[str, ...]
     tokens: int
-    together: float
-    together_sum: float
+    levels: tuple[Level, ...]
     groups: tuple[GroupLosses, ...]
 
     @property
     def additivity(self) -> float:
-        """KL of all groups together over the sum of each alone: what a sum of losses is multiplied with."""
-        return self.together / self.together_sum if self.together_sum > 0 else 1.0
+        """With every group in its smallest format, KL over the sum of the losses."""
+        first = self.levels[0] if self.levels else Level(0.0, 0.0)
+        return first.kl / first.sum if first.sum > 0 else 1.0
+
+    def promised(self, total: float) -> float:
+        """KL of a choice whose losses have this sum: between levels on a line of logarithms, beyond in proportion."""
+        if total <= 0 or not self.levels:
+            return max(0.0, total)
+        sums, kls = self._curve
+        at = np.log(total)
+        return float(np.exp(np.interp(at, sums, kls) + min(0.0, at - sums[0]) + max(0.0, at - sums[-1])))
+
+    def within(self, kl: float) -> float:
+        """The largest sum of losses of which no more than this KL is promised."""
+        if kl <= 0 or not self.levels:
+            return max(0.0, kl)
+        sums, kls = self._curve
+        at = np.log(kl)
+        return float(np.exp(np.interp(at, kls, sums) + min(0.0, at - kls[0]) + max(0.0, at - kls[-1])))
+
+    @property
+    def _curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logarithms of the levels' sums and KL, both rising: more loss is never promised to be less KL."""
+        sums, kls = np.log([(level.sum, level.kl) for level in reversed(self.levels)]).T
+        return sums, np.maximum.accumulate(kls) + 1e-9 * np.arange(len(kls))
 
     def to_json(self) -> dict[str, Any]:
         """What is written."""
@@ -316,7 +353,7 @@ def _losses(
     if run.windows or run.losses:
         say(f"going on from {kept}")
     meter = Meter(weights, windows, device=device)
-    expected = 0.6 * meter.seconds * (len(jobs) - len(run.losses))
+    expected = meter.seconds * (0.6 * (len(jobs) - len(run.losses)) + _LEVELS)
     table: dict[tuple[str, str], Loss] = {}
 
     def changes(group: OpenGroup, storage: str) -> dict[TensorSpec, Tensor]:
@@ -330,10 +367,6 @@ def _losses(
                 progress(f"{group.group.name} {storage}", done, len(jobs))
     else:
         table = _estimated(meter, jobs, text, changes, run, say, progress)
-    whole = [group for group in groups if group.expert is None]
-    smallest = {group.group.name: next(iter(group.bytes)) for group in whole}
-    everything = (changes(group, smallest[group.group.name]) for group in whole)
-    together = meter.kl({spec: values for group in everything for spec, values in group.items()})
     found = []
     for group in groups:
         own = [
@@ -343,15 +376,19 @@ def _losses(
         found.append(
             GroupLosses(named.name, named.role, named.layer, group.expert, named.count, named.tensors, tuple(own))
         )
-    alone = sum(losses.kl(smallest[losses.name]) for losses in found if losses.name in smallest)
+    whole = [(group, losses.losses) for group, losses in zip(groups, found, strict=True) if group.expert is None]
+    levels = []
+    for choice in _levels([[Option(loss.storage, loss.bytes, loss.kl) for loss in losses] for _, losses in whole]):
+        picked = [(group, losses[pick].storage) for (group, losses), pick in zip(whole, choice.picks, strict=True)]
+        together = meter.kl({spec: values for job in picked for spec, values in changes(*job).items()})
+        levels.append(Level(choice.loss, float(together.mean())))
     return Sensitivities(
         method=chosen,
         model=dict(weights.origin.files),
         text=text.name,
         text_sha256=text.sha256,
         tokens=meter.windows.numel(),
-        together=float(together.mean()),
-        together_sum=float(alone),
+        levels=tuple(level for level in levels if level.sum > 0 and level.kl > 0),
         groups=tuple(found),
     )
 
@@ -367,6 +404,16 @@ def _by_expert(weights: Weights, group: OpenGroup) -> list[OpenGroup]:
         own = Group(f"{group.group.name} expert {expert}", tuple(specs))
         sizes = {storage: sum(stored_bytes(weights, spec, storage) for spec in specs) for storage in group.bytes}
         found.append(OpenGroup(own, group.rule, sizes, expert))
+    return found
+
+
+def _levels(groups: Sequence[Sequence[Option]]) -> list[Choice]:
+    """The choices of the frontier whose losses are a `_APART`th of one another, from every smallest format on."""
+    choices = frontier(groups)
+    found = [choices[0]]
+    for choice in choices:
+        if 0 < choice.loss <= found[-1].loss / _APART and len(found) < _LEVELS:
+            found.append(choice)
     return found
 
 
@@ -478,7 +525,7 @@ def _estimated(
             run.save()
         if number == first:
             left = len(windows) - number + 1
-            seconds = (perf_counter() - start) * left + meter.seconds * _MEASURED
+            seconds = (perf_counter() - start) * left + meter.seconds * (_MEASURED + _LEVELS)
             say(f"estimating {len(jobs)} changes from gradients: {about(seconds)}")
         if progress is not None:
             progress("gradients", number, len(windows))

@@ -23,7 +23,7 @@ def sensitivity_tables(found: Sensitivities) -> list[Table | str]:
     ]
     caption = (
         f"KL in nats a token, {found.method} on {found.tokens:,} tokens of {found.text}, each group alone and fp32 "
-        f"elsewhere. All in their smallest format together: {found.together:.2e}, {found.additivity:.2f} times the sum."
+        f"elsewhere.{_together(found)}"
     )
     worst = sorted(found.groups, key=lambda group: -group.losses[0].kl)[:_MOST]
     listed = [
@@ -40,6 +40,14 @@ def sensitivity_tables(found: Sensitivities) -> list[Table | str]:
         grid([*left("role"), *right("groups", "least\nbytes", *storages)], rows, caption=caption, whole_names=True),
         grid([*left("loses most", "in"), *right("KL", "95 %", "bytes")], listed, whole_names=True),
     )
+
+
+def _together(found: Sensitivities) -> str:
+    if not found.levels:
+        return ""
+    less = ", ".join(f"{level.kl / level.sum:.2f} at {level.sum:.1e}" for level in found.levels[1:])
+    said = f" All in their smallest format together: {found.levels[0].kl:.2e}, {found.additivity:.2f} times the sum"
+    return f"{said}; of smaller sums {less}." if less else f"{said}."
 
 
 def _smallest_bytes(groups: list[GroupLosses]) -> int:

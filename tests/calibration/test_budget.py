@@ -11,7 +11,7 @@ from small import CONFIGS, random_model, write_model
 from mossquant.calibration.budget import Chosen, smallest, spend
 from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.quantize import quantize
-from mossquant.calibration.sensitivity import GroupLosses, Loss, Sensitivities
+from mossquant.calibration.sensitivity import GroupLosses, Level, Loss, Sensitivities
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
@@ -47,7 +47,8 @@ def made_up(weights: Weights, recipe: Recipe, *, together: float = 2.0) -> Sensi
         groups.append(GroupLosses(named.name, named.role, named.layer, None, named.count, named.tensors, own))
     smallest = sum(group.losses[0].kl for group in groups)
     files = dict(weights.origin.files)
-    return Sensitivities("measured", files, "made up", (), 1, together * smallest, smallest, tuple(groups))
+    levels = (Level(smallest, together * smallest),)
+    return Sensitivities("measured", files, "made up", (), 1, levels, tuple(groups))
 
 
 def test_groups_are_whole_and_readers_of_a_site_agree(model: Path) -> None:

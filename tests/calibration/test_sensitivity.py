@@ -4,6 +4,7 @@
 import json
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import bounds
@@ -17,7 +18,7 @@ from small import CONFIGS, random_model, write_model
 from mossquant.calibration.meter import Meter, divergence
 from mossquant.calibration.options import open_groups, rounded
 from mossquant.calibration.quantize import quantize
-from mossquant.calibration.sensitivity import Sensitivities, losses_of, sensitivity
+from mossquant.calibration.sensitivity import Level, Sensitivities, losses_of, sensitivity
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.checkpoint import load_model
 from mossquant.checkpoint.open import open_weights
@@ -78,8 +79,26 @@ def test_a_group_alone_is_what_two_models_say(weights: Weights) -> None:
             assert loss.kl == pytest.approx(brute_force(weights, changed, windows), rel=1e-3, abs=1e-9)
         smallest = losses.losses[0].storage
         everything |= {spec.name: rounded(weights, spec, smallest) for spec in specs}
-    assert found.together == pytest.approx(brute_force(weights, everything, windows), rel=1e-3)
-    assert found.together_sum == pytest.approx(sum(losses.losses[0].kl for losses in found.groups))
+    first, *others = found.levels
+    assert first.kl == pytest.approx(brute_force(weights, everything, windows), rel=1e-3)
+    assert first.sum == pytest.approx(sum(losses.losses[0].kl for losses in found.groups))
+    assert others
+    assert all(more.sum >= 3 * less.sum for more, less in pairwise(found.levels))
+
+
+def test_what_is_promised_lies_between_what_was_measured(weights: Weights) -> None:
+    found = losses_of(weights, [INT4], ids(200), targets=["torch"], tokens=100, method="measured")
+    levels = (Level(0.4, 0.5), Level(0.1, 0.05), Level(0.02, 0.06))
+    made_up = replace(found, levels=levels)
+    assert made_up.additivity == pytest.approx(1.25)
+    assert made_up.promised(0.4) == pytest.approx(0.5)
+    assert made_up.promised(0.2) == pytest.approx((0.5 * 0.06) ** 0.5, rel=1e-6)
+    assert made_up.promised(0.8) == pytest.approx(1.0)
+    assert made_up.promised(0.002) == pytest.approx(0.006)
+    sums = np.geomspace(1e-3, 1, 50)
+    assert np.all(np.diff([made_up.promised(total) for total in sums]) > 0)
+    assert [made_up.within(made_up.promised(total)) for total in sums] == pytest.approx(list(sums), rel=1e-5)
+    assert replace(found, levels=()).promised(0.3) == replace(found, levels=()).within(0.3) == 0.3
 
 
 def test_changes_are_taken_back(weights: Weights) -> None:
