@@ -15,13 +15,14 @@ from typing import Literal
 from torch import Tensor
 
 from mossquant.calibration.budget import smallest, spend
+from mossquant.calibration.effort import PASSES, Effort, Pace, choosing, distilling, judging, solving
 from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
 from mossquant.calibration.nearest import fixed_sum
-from mossquant.calibration.options import dtypes_of
+from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
 from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import needs_walk, planned_solvers
-from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
+from mossquant.calibration.sensitivity import LOOKED_AT, Sensitivities, losses_of, read_sensitivities
 from mossquant.calibration.solver import BlockSolver, Measured, Solve, Solver
 from mossquant.calibration.statistics import Statistics
 from mossquant.calibration.student import Stored
@@ -41,7 +42,7 @@ from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
 from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
-from mossquant.plan.recipe import Recipe, load_recipe, recipe_files, rewritten
+from mossquant.plan.recipe import STORED, Recipe, load_recipe, recipe_files, rewritten
 from mossquant.progress import Progress, about
 from mossquant.text.text import Text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
@@ -56,11 +57,10 @@ JUDGED_TOKENS = 16384
 """Tokens at the end of a calibration text that nothing is learned from, and on which what was learned is judged."""
 _WORK_TO_CHOOSE = 2.5e12
 """Changes · tokens · parameters that are measured here, about a minute's; beyond that losses are estimated."""
-_ON_TEXT = 24
-"""Bytes a parameter that running the model on text holds, at most: fp32 weights, gradients, changes, what is solved."""
-
-_PASSES = 3.0
-"""What a token costs in recovery, in passes of the judging kind: measured on models of 6M and 11M parameters."""
+_CHOOSING, _JUDGING, _DISTILLING = 15, 10, 28
+"""Bytes a parameter that parts of the work hold: fp32 weights, gradients and changes; weights and what was made."""
+_PASSING = 3 * 10**8
+"""Bytes of running the model on text beside these: what enters blocks, logits, a window's values for the gradient."""
 
 Piece = PackedTensor | Tensor
 """A tensor as it is stored: quantized, or kept."""
@@ -146,10 +146,28 @@ def quantize(
     if tokens and learned is not None and len(learned) < LEAST_TOKENS:
         raise InputError(f"{learned.name} has {len(learned)} tokens to learn from, {LEAST_TOKENS} are needed")
     chosen, losses = None, read_sensitivities(sensitivities, weights)
+
+    def foretold(plan: Plan, solvers: Mapping[str, Solver | BlockSolver], choose: Recipe | None) -> None:
+        effort = _effort(
+            weights,
+            plan,
+            solvers,
+            choose,
+            targets,
+            tokens=(learned, judged, tokens),
+            statistics=statistics,
+            measured=measured is not None,
+            device=device,
+        )
+        check_space(destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
+        say(effort.said())
+
     if asked.chooses:
         # What can be refused is refused before anything is measured.
         first = smallest(weights, asked, budget=budget, targets=targets)
-        _checked(weights, first, measured=measured is not None, text=needs_text)
+        least, solvers = _checked(weights, first, measured=measured is not None, text=needs_text)
+        if learned is not None and judged is not None:
+            foretold(least, solvers, asked if losses is None else None)
         if losses is None and learned is not None:
             losses = losses_of(
                 weights,
@@ -168,6 +186,8 @@ def quantize(
     elif targets is not None:
         asked = rewritten(asked, {}, targets=targets, why="for other targets")
     plan, solvers = _checked(weights, asked, measured=measured is not None, text=needs_text)
+    if chosen is None and not dry_run and (calibration is not None or statistics is not None):
+        foretold(plan, solvers, None)
     notes = () if chosen is None else chosen.notes
     if dry_run:
         if needs_text and losses is None and chosen is not None:
@@ -179,12 +199,11 @@ def quantize(
     if learned is not None and needs_walk(solvers, measured=measured is not None):
         walk = Walk(weights, plan, solvers, learned, measured=measured, device=device)
     copied = sum(path.stat().st_size for path in origin.beside)
-    held = 0 if calibration is None else _ON_TEXT * origin.parameters
-    held += 0 if walk is None else walk.memory_bytes
     seen = (*(() if learned is None else learned.sha256), *(() if losses is None else losses.text_sha256))
     if statistics is not None:
-        held, seen = held + statistics.memory_bytes, (*seen, *statistics.manifest.text)
-    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
+        seen = (*seen, *statistics.manifest.text)
+    needed = _memory(weights, plan, walk, choose=False, tokens=(judged, tokens), statistics=statistics)
+    check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=needed)
     for line in notes:
         say(line)
     with new_folder(destination, force=force) as partial:
@@ -217,11 +236,11 @@ def quantize(
         every = list(pieces)
         rounded = {name: (piece, error) for name, piece, error, _ in every}
         lacking = {name: note for name, _, _, note in every}
-        meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device)
+        meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device, from_start=True)
         before = meter.kl(_values(weights, plan, rounded))
         made, after = rounded, before
         if tokens:
-            expected = _PASSES * meter.seconds * tokens / meter.windows.numel()
+            expected = PASSES * meter.seconds * tokens / meter.windows.numel()
             say(f"distilling over {tokens:,} tokens of {learned.name}: {about(expected)}")
             say(f"a run that is stopped goes on from {snapshot}")
             solved = {name: _quantized(plan, name, piece) for name, (piece, _) in rounded.items()}
@@ -268,6 +287,69 @@ def _checked(
     plan = make_plan(weights.config, dtypes_of(weights), recipe)
     check(Held.by(plan, weights.config), recipe.targets)
     return plan, planned_solvers(plan, measured=measured, text=text)
+
+
+def _memory(
+    weights: Weights,
+    plan: Plan,
+    walk: Walk | None,
+    *,
+    choose: bool,
+    tokens: tuple[CalibrationText | None, int],
+    statistics: Statistics | None,
+) -> int:
+    """Anonymous memory, at most: of the parts that come one after the other, the one that holds most.
+
+    `tokens`: (what is judged on, those of recovery).
+    """
+    (judged, recovery), parameters = tokens, weights.origin.parameters
+    solving = (
+        memory_bytes(plan)
+        + (0 if statistics is None else statistics.memory_bytes)
+        + (0 if walk is None else walk.memory_bytes + weights.origin.parameters + plan.predicted_bytes)
+    )
+    running = _CHOOSING * parameters if choose else 0
+    if judged is not None:
+        running = max(running, (_DISTILLING if recovery else _JUDGING) * parameters)
+    return max(solving, running + _PASSING if running else 0)
+
+
+def _effort(
+    weights: Weights,
+    plan: Plan,
+    solvers: Mapping[str, Solver | BlockSolver],
+    choose: Recipe | None,
+    targets: Sequence[str] | None,
+    *,
+    tokens: tuple[CalibrationText | None, CalibrationText | None, int],
+    statistics: Statistics | None,
+    measured: bool,
+    device: str,
+) -> Effort:
+    """What is to come.
+
+    `choose`: whose open formats are to be chosen on text; `tokens`: (learned from, judged on, those of recovery).
+    """
+    (learned, judged, recovery), pace, parts = tokens, Pace(weights, device=device), {}
+    if choose is not None and learned is not None:
+        groups = open_groups(weights, choose, tuple(targets or choose.targets))
+        jobs = [(group.group.count, storage) for group in groups for storage in group.bytes if storage != STORED]
+        count = min(LOOKED_AT, len(learned))
+        estimated = len(jobs) * count * weights.origin.parameters > _WORK_TO_CHOOSE
+        parts["choosing"] = choosing(pace, weights, jobs, count, estimated=estimated)
+    walk = None
+    if learned is not None and needs_walk(solvers, measured=measured):
+        walk = Walk(weights, plan, solvers, learned, device=device)
+    trained = 0 if walk is None else walk.trained_tokens
+    walked = 0 if walk is None else walk.windows.numel()
+    parts["rounding"] = solving(pace, weights, plan, walked=walked, trained=trained)
+    if judged is not None:
+        parts["judging"] = judging(pace, len(judged), 2 if recovery else 1)
+    if recovery:
+        parts["distilling"] = distilling(pace, recovery)
+    copied = sum(path.stat().st_size for path in weights.origin.beside)
+    memory = _memory(weights, plan, walk, choose="choosing" in parts, tokens=(judged, recovery), statistics=statistics)
+    return Effort(parts, disk_bytes(plan) + copied, memory)
 
 
 def _quantized(plan: Plan, name: str, piece: Piece) -> Stored:

@@ -48,10 +48,14 @@ Method = Literal["measured", "estimated"]
 
 WORK_OF_THE_VERB = 1e14
 """Changes · tokens · parameters that are measured one by one: about half an hour on two cores."""
-_SHORT = 128
+LOOKED_AT = 8192
+"""Tokens on which a change is measured, if not given."""
+SHORT = 128
 """Tokens of a window of the backward passes; twice as many tokens are read there as where groups are measured, since
 the spread of an estimate is √(2 / windows)."""
-_MEASURED = 10
+_PIECE = 1 << 16
+"""Weights of a gradient that are multiplied at once."""
+MEASURED = 10
 """Groups that are measured to scale the estimates."""
 _FIRST = (0.0, -3.5)
 """Logarithms of a and k where the fit begins: about what models of 6M and 11M parameters came to."""
@@ -158,7 +162,7 @@ def sensitivity(
     *,
     text: Sequence[str | Path | Text] = (),
     recipes: Sequence[str | Path] = ("int4", "int8"),
-    tokens: int = 8192,
+    tokens: int = LOOKED_AT,
     method: Method | None = None,
     experts: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -229,7 +233,7 @@ def losses_of(
     text: CalibrationText,
     *,
     targets: Sequence[str] | None = None,
-    tokens: int = 8192,
+    tokens: int = LOOKED_AT,
     method: Method | None = None,
     most_work: float = WORK_OF_THE_VERB,
     experts: bool = False,
@@ -366,7 +370,7 @@ def _estimated(
     say: Callable[[str], None],
     progress: Progress | None,
 ) -> dict[tuple[str, str], Loss]:
-    windows = text.windows(max(1, 2 * meter.windows.numel() // _SHORT), _SHORT)
+    windows = text.windows(max(1, 2 * meter.windows.numel() // SHORT), SHORT)
     model = meter.model
     # bf16 is enough for a change of which the second digit matters, and every format of every tensor is held.
     deltas = [
@@ -381,9 +385,9 @@ def _estimated(
     for number, window in enumerate(windows, 1):
         gradients = _score(model, window[None].to(meter.windows.device), number)
         for job, of in enumerate(deltas):
-            squares[job] += sum(float((gradients[spec.name] * delta.float()).sum()) for spec, delta in of) ** 2
+            squares[job] += sum(_inner(gradients[spec.name], delta) for spec, delta in of) ** 2
         if number == 1:
-            seconds = (perf_counter() - start) * len(windows) + meter.seconds * _MEASURED
+            seconds = (perf_counter() - start) * len(windows) + meter.seconds * MEASURED
             say(f"estimating {len(jobs)} changes from gradients: {about(seconds)}")
         if progress is not None:
             progress("gradients", number, len(windows))
@@ -391,7 +395,7 @@ def _estimated(
     routed = np.array([_routers_after(model, group) for group, _ in jobs]) * np.sqrt(fisher)
     # Of the larger two thirds: what loses least is decided by a token or two, and by nothing in a sum.
     order = np.argsort(fisher)
-    places = np.unique(np.linspace(len(jobs) // 3, len(jobs) - 1, _MEASURED).round().astype(int))
+    places = np.unique(np.linspace(len(jobs) // 3, len(jobs) - 1, MEASURED).round().astype(int))
     tried = [(int(job), *jobs[job]) for job in order[places]]
     pairs = [(job, _measured(meter, group, storage, changes).kl) for job, group, storage in tried]
     known = np.array([job for job, kl in pairs if kl > 0 and fisher[job] > 0], np.int64)
@@ -411,6 +415,12 @@ def _estimated(
         (group.group.name, storage): Loss(storage, group.bytes[storage], float(kl))
         for (group, storage), kl in zip(jobs, values, strict=True)
     }
+
+
+def _inner(gradient: Tensor, delta: Tensor) -> float:
+    """Σ g · δ, in pieces that stay near the core."""
+    pieces = zip(gradient.flatten().split(_PIECE), delta.flatten().split(_PIECE), strict=True)
+    return sum(float(torch.dot(g, d.float())) for g, d in pieces)
 
 
 def _routers_after(model: MossNet, group: OpenGroup) -> float:
