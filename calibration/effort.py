@@ -11,12 +11,12 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mossquant.calibration.calibrate import Step, Sums, steps_of
 from mossquant.calibration.gptq import GPTQ
 from mossquant.calibration.meter import divergence
 from mossquant.calibration.nearest import nearest_mse
-from mossquant.calibration.sensitivity import MEASURED, SHORT
 from mossquant.calibration.statistics import SAMPLED_ROWS, Hessian
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.files.space import BLOCK_WEIGHTS
@@ -29,6 +29,10 @@ from mossquant.progress import about
 _TOKENS = 256
 _ROWS = 64
 """Tokens of the pass and rows of the head that are timed."""
+SCALED = 10
+"""Groups that are measured to scale estimates."""
+PASSING = 3 * 10**8
+"""Bytes of running a model on text beside its weights: what enters blocks, logits, a window's values for gradients."""
 _REACHED = 0.6
 """The share of the blocks that comes after a group, with the group's own."""
 _TRAINED = 4.0
@@ -58,11 +62,11 @@ class Effort:
 
     def said(self) -> str:
         """In a line."""
-        own = ", ".join(f"{name} {about(seconds)}" for name, seconds in self.parts.items())
-        detail = f" ({own})" if len(self.parts) > 1 else ""
+        parts = [f"{name} {about(seconds)}" for name, seconds in self.parts.items()]
+        whole = parts[0] if len(parts) == 1 else f"{about(sum(self.parts.values()))} ({', '.join(parts)})"
         return (
-            f"{about(sum(self.parts.values()))}{detail}; {self.disk_bytes / 1e6:,.0f} MB of disk, about "
-            f"{self.memory_bytes / 1e6:,.0f} MB of memory beside Python's own"
+            f"{whole}; up to {self.disk_bytes / 1e6:,.0f} MB of disk, about {self.memory_bytes / 1e6:,.0f} MB of "
+            "memory beside Python's own"
         )
 
 
@@ -74,6 +78,7 @@ class Pace:
         observed: the same where second moments are gathered.
         head: seconds a token of the head's product alone.
         compared: seconds a token of comparing two rows of logits.
+        table: weights of the table.
     """
 
     def __init__(self, weights: Weights, *, device: str = "cpu") -> None:
@@ -83,6 +88,7 @@ class Pace:
         with torch.inference_mode():
             self.blocks, self.observed = self._through_blocks()
             self.head, self.compared = self._through_head()
+        self.table = weights.config.vocab_size * weights.config.hidden_size
 
     def rounding(self, storage: str) -> float:
         """Seconds a weight of `nearest-mse`."""
@@ -141,24 +147,27 @@ def _timed(run: Callable[[], object]) -> float:
     return perf_counter() - began
 
 
-def choosing(pace: Pace, weights: Weights, jobs: Sequence[tuple[int, str]], tokens: int, *, estimated: bool) -> float:
+def choosing(pace: Pace, jobs: Sequence[tuple[int, str]], tokens: int, *, windows: Tensor | None) -> float:
     """Seconds of finding what groups lose.
 
     Args:
         pace: of this machine.
-        weights: the model.
         jobs: (weights of a group, format) of every change.
         tokens: on which a change is measured.
-        estimated: from gradients, scaled by ten groups that are measured.
+        windows: of the passes for gradients [W, T], where losses are estimated.
     """
-    every = sum(count * pace.rounding(storage) for count, storage in jobs)
+    rounding = sum(count * pace.rounding(storage) for count, storage in jobs)
     alone = tokens * (_REACHED * pace.blocks + 2 * pace.head + pace.compared)
-    if not estimated:
-        return every + tokens * pace.blocks + (len(jobs) + 1) * alone
-    table = weights.config.vocab_size * weights.config.hidden_size
-    window = SHORT * (_TRAINED * pace.blocks + 3 * pace.head) + _LOOKED_UP * table
-    window += _INNER * sum(count for count, _ in jobs)
-    return every + tokens * pace.blocks + 2 * tokens / SHORT * window + (MEASURED + 1) * alone
+    if windows is None:
+        return rounding + tokens * pace.blocks + (len(jobs) + 1) * alone
+    gradient = windows.shape[1] * (_TRAINED * pace.blocks + 3 * pace.head) + _LOOKED_UP * pace.table
+    gradient += _INNER * sum(count for count, _ in jobs)
+    return rounding + tokens * pace.blocks + len(windows) * gradient + (SCALED + 1) * alone
+
+
+def choosing_bytes(weights: Weights, *, estimated: bool) -> int:
+    """Anonymous memory of that: the model and what everything rounded is, or gradients and every change in bf16."""
+    return (15 if estimated else 9) * weights.origin.parameters + PASSING
 
 
 def solving(pace: Pace, weights: Weights, plan: Plan, *, walked: int, trained: int) -> float:

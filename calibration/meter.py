@@ -86,8 +86,8 @@ class Meter:
                     divergence(original, candidate)
                     for known, seen in pieces
                     for original, candidate in zip(
-                        F.linear(known, own_head).split(max(1, _COMPARED // len(head))),
-                        F.linear(seen, head).split(max(1, _COMPARED // len(head))),
+                        torch.split(F.linear(known, own_head), max(1, _COMPARED // len(head))),
+                        torch.split(F.linear(seen, head), max(1, _COMPARED // len(head))),
                         strict=True,
                     )
                 ]

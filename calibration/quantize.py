@@ -15,14 +15,31 @@ from typing import Literal
 from torch import Tensor
 
 from mossquant.calibration.budget import smallest, spend
-from mossquant.calibration.effort import PASSES, Effort, Pace, choosing, distilling, judging, solving
+from mossquant.calibration.effort import (
+    PASSES,
+    PASSING,
+    Effort,
+    Pace,
+    choosing,
+    choosing_bytes,
+    distilling,
+    judging,
+    solving,
+)
 from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
 from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import needs_walk, planned_solvers
-from mossquant.calibration.sensitivity import LOOKED_AT, Sensitivities, losses_of, read_sensitivities
+from mossquant.calibration.sensitivity import (
+    LOOKED_AT,
+    Sensitivities,
+    is_estimated,
+    losses_of,
+    read_sensitivities,
+    windows_of,
+)
 from mossquant.calibration.solver import BlockSolver, Measured, Solve, Solver
 from mossquant.calibration.statistics import Statistics
 from mossquant.calibration.student import Stored
@@ -57,10 +74,8 @@ JUDGED_TOKENS = 16384
 """Tokens at the end of a calibration text that nothing is learned from, and on which what was learned is judged."""
 _WORK_TO_CHOOSE = 2.5e12
 """Changes · tokens · parameters that are measured here, about a minute's; beyond that losses are estimated."""
-_CHOOSING, _JUDGING, _DISTILLING = 15, 10, 28
-"""Bytes a parameter that parts of the work hold: fp32 weights, gradients and changes; weights and what was made."""
-_PASSING = 3 * 10**8
-"""Bytes of running the model on text beside these: what enters blocks, logits, a window's values for the gradient."""
+_JUDGING, _DISTILLING = 10, 28
+"""Bytes a parameter that is held then: fp32 weights and what was made, and what distilling trains."""
 
 Piece = PackedTensor | Tensor
 """A tensor as it is stored: quantized, or kept."""
@@ -202,7 +217,7 @@ def quantize(
     seen = (*(() if learned is None else learned.sha256), *(() if losses is None else losses.text_sha256))
     if statistics is not None:
         seen = (*seen, *statistics.manifest.text)
-    needed = _memory(weights, plan, walk, choose=False, tokens=(judged, tokens), statistics=statistics)
+    needed = _memory(weights, plan, walk, tokens=(judged, tokens), statistics=statistics)
     check_space(destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=needed)
     for line in notes:
         say(line)
@@ -294,7 +309,6 @@ def _memory(
     plan: Plan,
     walk: Walk | None,
     *,
-    choose: bool,
     tokens: tuple[CalibrationText | None, int],
     statistics: Statistics | None,
 ) -> int:
@@ -308,10 +322,8 @@ def _memory(
         + (0 if statistics is None else statistics.memory_bytes)
         + (0 if walk is None else walk.memory_bytes + weights.origin.parameters + plan.predicted_bytes)
     )
-    running = _CHOOSING * parameters if choose else 0
-    if judged is not None:
-        running = max(running, (_DISTILLING if recovery else _JUDGING) * parameters)
-    return max(solving, running + _PASSING if running else 0)
+    running = 0 if judged is None else (_DISTILLING if recovery else _JUDGING) * parameters + PASSING
+    return max(solving, running)
 
 
 def _effort(
@@ -330,13 +342,16 @@ def _effort(
 
     `choose`: whose open formats are to be chosen on text; `tokens`: (learned from, judged on, those of recovery).
     """
-    (learned, judged, recovery), pace, parts = tokens, Pace(weights, device=device), {}
+    (learned, judged, recovery), pace = tokens, Pace(weights, device=device)
+    parts: dict[str, float] = {}
+    most = 0
     if choose is not None and learned is not None:
         groups = open_groups(weights, choose, tuple(targets or choose.targets))
         jobs = [(group.group.count, storage) for group in groups for storage in group.bytes if storage != STORED]
-        count = min(LOOKED_AT, len(learned))
-        estimated = len(jobs) * count * weights.origin.parameters > _WORK_TO_CHOOSE
-        parts["choosing"] = choosing(pace, weights, jobs, count, estimated=estimated)
+        looked_at, windows = windows_of(learned, LOOKED_AT)
+        estimated = is_estimated(weights, len(jobs), looked_at, _WORK_TO_CHOOSE)
+        parts["choosing"] = choosing(pace, jobs, looked_at.numel(), windows=windows if estimated else None)
+        most = choosing_bytes(weights, estimated=estimated)
     walk = None
     if learned is not None and needs_walk(solvers, measured=measured):
         walk = Walk(weights, plan, solvers, learned, device=device)
@@ -348,7 +363,7 @@ def _effort(
     if recovery:
         parts["distilling"] = distilling(pace, recovery)
     copied = sum(path.stat().st_size for path in weights.origin.beside)
-    memory = _memory(weights, plan, walk, choose="choosing" in parts, tokens=(judged, recovery), statistics=statistics)
+    memory = max(most, _memory(weights, plan, walk, tokens=(judged, recovery), statistics=statistics))
     return Effort(parts, disk_bytes(plan) + copied, memory)
 
 

@@ -16,7 +16,6 @@ groups that are measured.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +25,7 @@ from pydantic import ConfigDict
 from scipy.optimize import least_squares
 from torch import Tensor
 
+from mossquant.calibration.effort import SCALED, Effort, Pace, choosing, choosing_bytes
 from mossquant.calibration.meter import WINDOW, Meter, check_device, interval
 from mossquant.calibration.options import OpenGroup, open_groups, rounded, stored_bytes
 from mossquant.calibration.text import CalibrationText
@@ -34,6 +34,7 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, parse_stored, read_json
 from mossquant.files.outputs import check_free, check_outside, json_bytes, new_file
+from mossquant.files.space import check_space
 from mossquant.kernels.conv.autograd import causal_conv
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
@@ -41,7 +42,7 @@ from mossquant.model.scan import ScanForm
 from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan.groups import Group
 from mossquant.plan.recipe import STORED, Recipe, load_recipe
-from mossquant.progress import Progress, about
+from mossquant.progress import Progress
 from mossquant.text.text import Text
 
 Method = Literal["measured", "estimated"]
@@ -50,13 +51,13 @@ WORK_OF_THE_VERB = 1e14
 """Changes · tokens · parameters that are measured one by one: about half an hour on two cores."""
 LOOKED_AT = 8192
 """Tokens on which a change is measured, if not given."""
-SHORT = 128
+_DISK_BYTES = 10**6
+"""What the file takes, at most."""
+_SHORT = 128
 """Tokens of a window of the backward passes; twice as many tokens are read there as where groups are measured, since
 the spread of an estimate is √(2 / windows)."""
 _PIECE = 1 << 16
 """Weights of a gradient that are multiplied at once."""
-MEASURED = 10
-"""Groups that are measured to scale the estimates."""
 _FIRST = (0.0, -3.5)
 """Logarithms of a and k where the fit begins: about what models of 6M and 11M parameters came to."""
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
@@ -294,25 +295,33 @@ def _losses(
 ) -> Sensitivities:
     if len(text) < 2:
         raise InputError(f"{text.name} has {len(text)} token; sensitivities need two or more, so give a longer text")
-    meter = Meter(weights, text.windows(max(1, tokens // WINDOW), WINDOW), device=device)
     jobs = [(group, storage) for group in groups for storage in group.bytes if storage != STORED]
-    # By what is to be computed and not by a clock: the same input chooses the same formats on every machine.
-    work = len(jobs) * meter.windows.numel() * weights.origin.parameters
-    chosen: Method = method or ("measured" if work <= most_work else "estimated")
-    expected = 0.6 * meter.seconds * len(jobs)
+    looked_at, windows = windows_of(text, tokens)
+    chosen: Method = method or ("estimated" if is_estimated(weights, len(jobs), looked_at, most_work) else "measured")
+    memory = choosing_bytes(weights, estimated=chosen == "estimated")
+    seconds = choosing(
+        Pace(weights, device=device),
+        [(group.group.count, storage) for group, storage in jobs],
+        looked_at.numel(),
+        windows=windows if chosen == "estimated" else None,
+    )
+    doing = "measuring" if chosen == "measured" else "estimating from gradients"
+    effort = Effort({f"{doing} {len(jobs)} changes of {len(groups)} groups": seconds}, _DISK_BYTES, memory)
+    check_space(Path(), disk_bytes=effort.disk_bytes, memory_bytes=memory)
+    say(effort.said())
+    meter = Meter(weights, looked_at, device=device)
     table: dict[tuple[str, str], Loss] = {}
 
     def changes(group: OpenGroup, storage: str) -> dict[TensorSpec, Tensor]:
         return {spec: rounded(weights, spec, storage) for spec in group.group.specs}
 
     if chosen == "measured":
-        say(f"measuring {len(jobs)} changes of {len(groups)} groups: {about(expected)}")
         for done, (group, storage) in enumerate(jobs, 1):
             table[group.group.name, storage] = _measured(meter, group, storage, changes)
             if progress is not None:
                 progress(f"{group.group.name} {storage}", done, len(jobs))
     else:
-        table = _estimated(meter, jobs, text, changes, say, progress)
+        table = _estimated(meter, jobs, windows, changes, progress)
     whole = [group for group in groups if group.expert is None]
     smallest = {group.group.name: next(iter(group.bytes)) for group in whole}
     everything = (changes(group, smallest[group.group.name]) for group in whole)
@@ -337,6 +346,20 @@ def _losses(
         together_sum=float(alone),
         groups=tuple(found),
     )
+
+
+def is_estimated(weights: Weights, jobs: int, windows: Tensor, most_work: float) -> bool:
+    """Whether measuring so many changes on these windows is too much work.
+
+    By what is to be computed and not by a clock: the same input chooses the same formats on every machine.
+    """
+    return jobs * windows.numel() * weights.origin.parameters > most_work
+
+
+def windows_of(text: CalibrationText, tokens: int) -> tuple[Tensor, Tensor]:
+    """(windows that a change is measured on, those of the passes for gradients): int64 [W, T]."""
+    measured = text.windows(max(1, tokens // WINDOW), WINDOW)
+    return measured, text.windows(max(1, 2 * measured.numel() // _SHORT), _SHORT)
 
 
 def _by_expert(weights: Weights, group: OpenGroup) -> list[OpenGroup]:
@@ -365,12 +388,10 @@ def _measured(meter: Meter, group: OpenGroup, storage: str, changes: Changes) ->
 def _estimated(
     meter: Meter,
     jobs: Sequence[tuple[OpenGroup, str]],
-    text: CalibrationText,
+    windows: Tensor,
     changes: Changes,
-    say: Callable[[str], None],
     progress: Progress | None,
 ) -> dict[tuple[str, str], Loss]:
-    windows = text.windows(max(1, 2 * meter.windows.numel() // SHORT), SHORT)
     model = meter.model
     # bf16 is enough for a change of which the second digit matters, and every format of every tensor is held.
     deltas = [
@@ -381,21 +402,17 @@ def _estimated(
         for group, storage in jobs
     ]
     squares = np.zeros(len(jobs))
-    start = perf_counter()
     for number, window in enumerate(windows, 1):
         gradients = _score(model, window[None].to(meter.windows.device), number)
         for job, of in enumerate(deltas):
             squares[job] += sum(_inner(gradients[spec.name], delta) for spec, delta in of) ** 2
-        if number == 1:
-            seconds = (perf_counter() - start) * len(windows) + meter.seconds * MEASURED
-            say(f"estimating {len(jobs)} changes from gradients: {about(seconds)}")
         if progress is not None:
             progress("gradients", number, len(windows))
     fisher = squares / len(windows) / windows.shape[1] / 2
     routed = np.array([_routers_after(model, group) for group, _ in jobs]) * np.sqrt(fisher)
     # Of the larger two thirds: what loses least is decided by a token or two, and by nothing in a sum.
     order = np.argsort(fisher)
-    places = np.unique(np.linspace(len(jobs) // 3, len(jobs) - 1, MEASURED).round().astype(int))
+    places = np.unique(np.linspace(len(jobs) // 3, len(jobs) - 1, SCALED).round().astype(int))
     tried = [(int(job), *jobs[job]) for job in order[places]]
     pairs = [(job, _measured(meter, group, storage, changes).kl) for job, group, storage in tried]
     known = np.array([job for job, kl in pairs if kl > 0 and fisher[job] > 0], np.int64)
@@ -419,7 +436,7 @@ def _estimated(
 
 def _inner(gradient: Tensor, delta: Tensor) -> float:
     """Σ g · δ, in pieces that stay near the core."""
-    pieces = zip(gradient.flatten().split(_PIECE), delta.flatten().split(_PIECE), strict=True)
+    pieces = zip(torch.split(gradient.flatten(), _PIECE), torch.split(delta.flatten(), _PIECE), strict=True)
     return sum(float(torch.dot(g, d.float())) for g, d in pieces)
 
 
