@@ -41,7 +41,7 @@ def main() -> None:
     weights = open_weights(asked.model, verb="bench/recovery.py")
     learned, judged = CalibrationText.of(weights, asked.text).split(JUDGED_TOKENS)
     meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW))
-    arithmetic = {"fp32": False} | ({"bf16": True} if products._MULTIPLIES_BF16 else {})
+    arithmetic = {"fp32": False} | ({"bf16": True} if products.MULTIPLIES_BF16 else {})
     print("| recipe | gradients | KL rounded | KL recovered | less fp32's | CPU s | CPU s a million tokens |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for recipe in asked.recipes:
@@ -52,7 +52,7 @@ def main() -> None:
             solved = {entry.name: rounded.quantized(entry.name) for entry in plan.tensors if entry.format is not None}
             before = kl(meter, Planned(weights, plan, solved)).mean()
             exact = None
-            for name, products._MULTIPLIES_BF16 in arithmetic.items():
+            for name, products.MULTIPLIES_BF16 in arithmetic.items():
                 began = time.process_time()
                 stored = recover(weights, plan, solved, learned, tokens=asked.tokens)
                 seconds = time.process_time() - began

@@ -15,7 +15,6 @@ from mossquant.calibration.options import OpenGroup, dtypes_of, open_groups, rel
 from mossquant.calibration.sensitivity import Sensitivities
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.model.tensors import TensorSpec
 from mossquant.plan.groups import groups_of
 from mossquant.plan.plan import FrontierPoint, make_plan
 from mossquant.plan.recipe import Budget, Recipe, first_match, rewritten
@@ -108,6 +107,14 @@ def spend(
 
 def _known(weights: Weights, recipe: Recipe, groups: Sequence[OpenGroup]) -> list[list[float]]:
     rules = [recipe.weights.index(group.rule) for group in groups]
+    unknown = [
+        recipe.place("weights", index) for index in sorted(set(rules)) if recipe.weights[index].sensitivity is None
+    ]
+    if unknown:
+        raise InputError(
+            f"{recipe.where}, {', '.join(unknown)}: nothing says what these formats lose; add sensitivity, or give "
+            "--sensitivity, or --text without --dry-run"
+        )
     sharing = Counter(rules)
     return [
         [
@@ -159,34 +166,19 @@ def _opened(
     wanted, held = Budget.parse(asked), tuple(targets or recipe.targets)
     groups = open_groups(weights, recipe, held)
     grouped = {spec.name for group in groups_of(weights.config) for spec in group.specs}
-    for index, rule in enumerate(recipe.weights):
-        own = [spec for spec in weights.specs.values() if _rule_index(recipe, spec) == index]
-        roles = dict.fromkeys(spec.role for spec in own if spec.name not in grouped)
-        if rule.choose is not None and roles:
-            raise InputError(
-                f"{recipe.where}, {recipe.place('weights', index)}: the formats of {', '.join(roles)} are no choice; "
-                "keep them by a rule before this one"
-            )
+    fixed: dict[int, dict[str, None]] = {}  # rule → roles of tensors that are in no group, and so are not chosen for
+    for spec in weights.specs.values():
+        index = first_match(recipe.weights, role=spec.role, name=spec.name)
+        if spec.name not in grouped and index is not None and recipe.weights[index].choose is not None:
+            fixed.setdefault(index, {})[spec.role] = None
+    if fixed:
+        rules = [
+            f"{recipe.place('weights', index)}: the formats of {', '.join(roles)} are no choice"
+            for index, roles in fixed.items()
+        ]
+        raise InputError(f"{recipe.where}, {'; '.join(rules)}; keep them by a rule before this one")
     plan = make_plan(weights.config, dtypes_of(weights), _smallest(recipe, groups, held))
     return wanted, held, groups, plan.predicted_bytes - sum(min(group.bytes.values()) for group in groups)
-
-
-def check_known(recipe: Recipe) -> None:
-    """Raise `InputError`: nothing says what a rule with `choose` loses, where nothing is measured."""
-    unknown = [
-        recipe.place("weights", index)
-        for index, rule in enumerate(recipe.weights)
-        if rule.choose is not None and rule.sensitivity is None
-    ]
-    if unknown:
-        raise InputError(
-            f"{recipe.where}, {', '.join(unknown)}: nothing says what these formats lose; add sensitivity, or give "
-            "--text or --sensitivity"
-        )
-
-
-def _rule_index(recipe: Recipe, spec: TensorSpec) -> int | None:
-    return first_match(recipe.weights, role=spec.role, name=spec.name)
 
 
 def _smallest(recipe: Recipe, groups: Sequence[OpenGroup], targets: Sequence[str]) -> Recipe:

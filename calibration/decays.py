@@ -62,5 +62,6 @@ def decay_errors(original: Weights, quantized: Weights, steps: Steps) -> dict[st
         assert original.specs[name].stored is Stored.LOG_OF_DECAY
         decay, other = (Stored.LOG_OF_DECAY.values(value(weights, name).double()) for weights in (original, quantized))
         error = decay_error(decay, other, low.cpu(), high.cpu())
-        errors[name] = DecayError(float(error.max()), float(error.mean()))
+        largest = float(error.max())
+        errors[name] = DecayError(largest, min(largest, float(error.mean())))  # a mean may be rounded up
     return errors

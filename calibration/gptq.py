@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ: round column after column, and let the columns that are still to come make up for each error.
 
-    q_j = round(w_j / s) · s;   w_k ← w_k − (w_j − q_j) / U_jj · U_jk  for k after j;   UᵀU = (Hᵖ + d · mean diag Hᵖ)⁻¹
+    q_j = round((w_j + Σ_k (w_k − q_k) · R_kj / R_jj) / s) · s  over k before j;   R Rᵀ = Hᵖ + d · mean diag Hᵖ, R upper
 
-Frantar et al. 2023 (arXiv 2210.17323), Algorithm 1, in the order of falling diagonals of H and with the scales fixed
-before: those of `nearest-mse` with the diagonal as what an error of a column costs. p = 3/4 flattens the spectrum: what
+These are the codes of Frantar et al. 2023 (arXiv 2210.17323), Algorithm 1, without its inverse (Chee et al. 2023, arXiv
+2307.13304, Theorem 6), in the order of falling diagonals of H and with the scales fixed before: those of `nearest-mse`
+with the diagonal as what an error of a column costs. p = 3/4 flattens the spectrum: what
 is learned on one text then serves another better. The damping d is the one of `DAMPINGS` that leaves the least error
 on held-out inputs, tried on some of the rows.
 
@@ -28,7 +29,7 @@ DEFAULT_DAMPING = 0.03
 POWER = 0.75
 
 _COLUMNS = 64
-"""Columns after which the others are told of the errors, all at once."""
+"""Columns that are told of all errors before them at once."""
 
 
 def prepare(number_format: NumberFormat, statistics: Statistics) -> Solve:
@@ -36,18 +37,18 @@ def prepare(number_format: NumberFormat, statistics: Statistics) -> Solve:
     hessian: Hessian | None = statistics["hessian"]
     if hessian is None or _blank(hessian):
         return partial(nearest_mse, number_format)
-    spectrum = _Spectrum(shrunk(hessian))
+    power = _Power(shrunk(hessian))
     if not bool(hessian.sketch.any()):
-        return spectrum.solver(number_format, DEFAULT_DAMPING)
+        return power.solver(number_format, DEFAULT_DAMPING)
     rows: Tensor = statistics["rows"]
 
     def held_out_error(damping: float) -> float:
         """‖S (W − Q)ᵀ‖²."""
-        error = spectrum.solver(number_format, damping)(rows).dequantize().double() - rows.double()
+        error = power.solver(number_format, damping)(rows).dequantize().double() - rows.double()
         return float((hessian.sketch @ error.T).square().sum())
 
     # The factor of the best is made once more: holding one of each would take more memory than all the rest.
-    return spectrum.solver(number_format, min(DAMPINGS, key=held_out_error))
+    return power.solver(number_format, min(DAMPINGS, key=held_out_error))
 
 
 def note(statistics: Statistics) -> str | None:
@@ -84,44 +85,47 @@ def _blank(hessian: Hessian) -> bool:
     return not float(hessian.mean.diagonal().sum()) > 0
 
 
-class _Spectrum:
-    """Hᵖ by its eigenvalues: no damping makes it anew."""
+class _Power:
+    """Hᵖ, by its eigenvalues, float64 [K, K] with columns in rising order of H's diagonal."""
 
     def __init__(self, moments: Tensor) -> None:
         self._order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         # Scaled to 1, so that neither squares nor powers of values near the ends of fp32 leave float64.
-        values, self._vectors = torch.linalg.eigh(moments / moments.diagonal().mean())
-        self._values = values.clamp_min(0) ** POWER  # roundings make those that should be zero negative
-        self._diagonal = self._vectors.square() @ self._values
+        values, vectors = torch.linalg.eigh(moments / moments.diagonal().mean())
+        values = values.clamp_min(0) ** POWER  # roundings make those that should be zero negative
+        self._diagonal = vectors.square() @ values
+        vectors = vectors[self._order.flip(0)]
+        self._power = (vectors * values) @ vectors.T
 
     def solver(self, number_format: NumberFormat, damping: float) -> Solve:
         """Rounds rows by Hᵖ with this damping."""
         added = damping * self._diagonal.mean()
-        vectors = self._vectors[self._order]
-        inverse = (vectors / (self._values + added)) @ vectors.T
-        factor = torch.linalg.cholesky(inverse.add_(inverse.T.clone()).div_(2), upper=True)
+        damped = self._power.clone()
+        damped.diagonal().add_(added)
+        # Of the columns the other way round, a lower factor is the upper one.
+        factor = torch.linalg.cholesky(damped).flip(0, 1)
+        factor /= factor.diagonal().clone()
         return partial(_solve, number_format, factor, self._order, (self._diagonal + added).float())
 
 
 def _solve(
     number_format: NumberFormat, factor: Tensor, order: Tensor, importance: Tensor, rows: Tensor
 ) -> QuantizedTensor:
-    """Rows [n, K] by the factor U [K, K] of columns in this order, float64; importance [K] is for the scales."""
+    """Rows [n, K] by the factor R [K, K] of columns in this order, its diagonal 1; importance [K] is for the scales."""
     scales = mse_scales(number_format, rows, importance)
     count, columns = rows.shape
     size = number_format.padded_columns(columns) // scales.shape[1]
     # Columns lie along the first axis, where one is contiguous.
-    left = rows.double().T[order].contiguous()
+    exact = rows.double().T[order].contiguous()
     of_column = scales.double().T[order // size].contiguous()
+    wanted, errors = exact.clone(), torch.empty_like(exact)
     codes = torch.zeros((number_format.padded_columns(columns), count), dtype=torch.int8)
     for first in range(0, columns, _COLUMNS):
         last = min(first + _COLUMNS, columns)
-        errors = torch.empty((last - first, count), dtype=torch.float64)
+        wanted[first:last].addmm_(factor[:first, first:last].T, errors[:first])
         for j in range(first, last):
-            code = (left[j] / of_column[j]).round_().clamp_(number_format.code_min, number_format.code_max)
+            code = (wanted[j] / of_column[j]).round_().clamp_(number_format.code_min, number_format.code_max)
             codes[order[j]] = code.to(torch.int8)
-            error = left[j].sub_(code.mul_(of_column[j])).div_(factor[j, j])
-            errors[j - first] = error
-            left[j + 1 : last].sub_(factor[j, j + 1 : last, None] * error)
-        left[last:].sub_(factor[first:last, last:].T @ errors)
+            torch.sub(exact[j], code.mul_(of_column[j]), out=errors[j])
+            wanted[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j])
     return QuantizedTensor(number_format, codes.T.contiguous(), scales, count, columns)

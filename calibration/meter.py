@@ -11,15 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.checkpoint.checkpoint import load_model
-from mossquant.checkpoint.weights import Weights
+from mossquant.checkpoint.weights import Weights, value
 from mossquant.errors import InputError
 from mossquant.model.forward import Forward
 from mossquant.model.tensors import TensorSpec
 
 WINDOW = 256
 """Tokens of a window on which a model is measured; each begins afresh."""
-_ROWS = 1024
-"""Rows of logits that exist at once."""
+_LOGITS = 1 << 22
+"""Logits of each of the two models that exist at once, unless one token has more."""
+_COMPARED = 1 << 18
+"""Of these so many are compared at once: they stay near the core."""
+_ENTERING_BYTES = 1 << 28
+"""What enters blocks and is kept, at most: where all of it is more, that of every so manieth block."""
 _Z = 1.959964
 
 
@@ -30,18 +34,23 @@ class Meter:
         weights: the full-precision model.
         windows: token ids [W, T].
         device: "cpu" or "cuda".
+        from_start: every change is of all blocks, so that nothing that enters one need be kept.
 
     Attributes:
         model: the model in fp32; every change is taken back.
         seconds: what one pass took.
     """
 
-    def __init__(self, weights: Weights, windows: Tensor, *, device: str = "cpu") -> None:
+    def __init__(self, weights: Weights, windows: Tensor, *, device: str = "cpu", from_start: bool = False) -> None:
+        self._weights = weights
         self.model = load_model(weights).to(device)
         self.windows = windows.to(device)
         self._run = Forward(scan="kernel" if device == "cpu" else "chunked")
         self._blocks = list(self.model.blocks)
-        self._entering: list[Tensor] = []  # what enters each block: W · T · D values
+        # What enters every `_apart`th block, W · T · D values each.
+        every = 4 * windows.numel() * weights.config.hidden_size * len(self._blocks)
+        self._apart = len(self._blocks) if from_start else -(-every // _ENTERING_BYTES)
+        self._entering: list[Tensor] = []
         start = perf_counter()
         with torch.inference_mode():
             self._hidden = self._from(0, self._table(), keep=True)
@@ -66,16 +75,25 @@ class Meter:
             first = next(i for i, block in enumerate(self._blocks) if any(block.holds(spec) for spec in changed))
         with torch.inference_mode():
             own_head = head.clone() if outside else head
-            before = {spec: model.parameter_of(spec).clone() for spec in changed}
             try:
                 for spec, values in changed.items():
                     model.parameter_of(spec).copy_(values)
-                hidden = self._from(first, self._table() if outside else self._entering[first])
-                pieces = zip(torch.split(self._hidden, _ROWS), torch.split(hidden, _ROWS), strict=True)
-                losses = [divergence(F.linear(known, own_head), F.linear(seen, head)) for known, seen in pieces]
+                at = first // self._apart
+                hidden = self._from(at * self._apart, self._table() if outside else self._entering[at])
+                rows = max(1, _LOGITS // len(head))
+                pieces = zip(torch.split(self._hidden, rows), torch.split(hidden, rows), strict=True)
+                losses = [
+                    divergence(original, candidate)
+                    for known, seen in pieces
+                    for original, candidate in zip(
+                        torch.split(F.linear(known, own_head), max(1, _COMPARED // len(head))),
+                        torch.split(F.linear(seen, head), max(1, _COMPARED // len(head))),
+                        strict=True,
+                    )
+                ]
             finally:
-                for spec, values in before.items():
-                    model.parameter_of(spec).copy_(values)
+                for spec in changed:
+                    model.parameter_of(spec).copy_(value(self._weights, spec.name).view(spec.shape))
         if not all(bool(torch.isfinite(of).all()) for of in losses):
             raise InputError("KL is not finite: the model overflows fp32 on this text, or what was made of it does")
         means: NDArray[np.float64] = torch.cat(losses).view(len(self.windows), -1).double().mean(1).cpu().numpy()
@@ -87,8 +105,8 @@ class Meter:
     def _from(self, first: int, x: Tensor, *, keep: bool = False) -> Tensor:
         """What the head reads [W · T, D], from what enters a block on."""
         state = self.model.initial_state(len(self.windows))
-        for block in self._blocks[first:]:
-            if keep:
+        for at, block in enumerate(self._blocks[first:], first):
+            if keep and at % self._apart == 0:
                 self._entering.append(x)
             x, _ = block.added(x, state, self._run)
         return self.model.final_norm(x, self._run).flatten(0, 1)

@@ -6,8 +6,8 @@ oneDNN makes code for each shape that it meets, and experts meet another number 
 zeros to a multiple of `ROWS`, so that there are few shapes.
 
 Gradients are half of the work. Where the machine multiplies bf16 they are products of values rounded to bf16, summed in
-fp32, at twice the speed: 2⁻⁹ of noise in each value is little beside that of a few windows of text. What is computed
-forward, and so the loss, stays exact.
+fp32 and rounded once more, at twice the speed: noise of at most 2⁻⁸ of each value is little beside that of a few
+windows of text. What is computed forward, and so the loss, stays in fp32.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 ROWS = 32
 """Numbers of rows are multiples of this."""
 _HAVE_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_MULTIPLIES_BF16: bool = _HAVE_ONEDNN and torch.cpu._is_avx512_bf16_supported()
+MULTIPLIES_BF16: bool = _HAVE_ONEDNN and torch.cpu._is_avx512_bf16_supported()
+"""Whether gradients are multiplied in bf16: decides their last bits."""
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def gradient(x: Tensor, weight: Tensor) -> Tensor:
     """`product` that makes a gradient: bf16 in and out, with sums in fp32, where that is faster. The type of x."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not _MULTIPLIES_BF16:
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not MULTIPLIES_BF16:
         return product(x, weight)
     return _by_onednn(x.bfloat16(), weight.bfloat16()).float()
 

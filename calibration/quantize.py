@@ -18,15 +18,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.calibration.budget import Chosen, check_known, smallest, spend
+from mossquant.calibration.budget import Chosen, smallest, spend
 from mossquant.calibration.decays import decay_errors, steps_seen
+from mossquant.calibration.effort import (
+    PASSES,
+    PASSING,
+    Effort,
+    Pace,
+    choosing,
+    choosing_bytes,
+    distilling,
+    judging,
+    solving,
+)
 from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.nearest import fixed_sum
-from mossquant.calibration.options import dtypes_of
+from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
 from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import needs_walk, planned_solvers
-from mossquant.calibration.sensitivity import Sensitivities, losses_of, read_sensitivities
+from mossquant.calibration.sensitivity import (
+    LEVELS,
+    LOOKED_AT,
+    Sensitivities,
+    is_estimated,
+    losses_of,
+    read_sensitivities,
+    windows_of,
+)
 from mossquant.calibration.solver import BlockSolver, Measured, Solve, Solver
 from mossquant.calibration.statistics import Statistics
 from mossquant.calibration.student import Planned, Stored
@@ -48,7 +67,7 @@ from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import Held, check
 from mossquant.plan.entries import DecayError
 from mossquant.plan.plan import Calibrated, Ledger, Plan, make_plan
-from mossquant.plan.recipe import Recipe, RecoveryActivations, load_recipe, recipe_files, rewritten
+from mossquant.plan.recipe import STORED, Recipe, RecoveryActivations, load_recipe, recipe_files, rewritten
 from mossquant.progress import Progress, about
 from mossquant.text.text import Text
 from mossquant.text.tokenizer_checks import check_tokenizer_size
@@ -63,13 +82,12 @@ JUDGED_TOKENS = 16384
 """Tokens at the end of a calibration text that nothing is learned from, and on which what was learned is judged."""
 _WORK_TO_CHOOSE = 2.5e12
 """Changes · tokens · parameters that are measured here, about a minute's; beyond that losses are estimated."""
-_ON_TEXT = 24
-"""Bytes a parameter that running the model on text holds, at most: fp32 weights, gradients, changes, what is solved."""
-
+_JUDGING, _DISTILLING = 10, 28
+"""Bytes a parameter that is held then: fp32 weights and what was made, and what distilling trains."""
+_SNAPSHOT = 26
+"""Bytes a parameter of recovery's snapshots, the new beside the last: a value and two moments in fp32, scales' too."""
 _STEPS_WINDOWS, _STEPS_BATCH = 32, 8
 """Windows of the text on which the time steps of decays are looked at, at most, and of a pass."""
-_PASSES = 3.0
-"""What a token costs in recovery, in passes of the judging kind: measured on models of 6M and 11M parameters."""
 
 Piece = PackedTensor | Tensor
 """A tensor as it is stored: quantized, or kept."""
@@ -144,23 +162,23 @@ def quantize(
         force=force,
         dry_run=dry_run,
     )
-    choice = _choice(request, budget, say, progress)
-    for line in () if choice.chosen is None else choice.chosen.notes:
+    decided = _decided(request, budget, say, progress)
+    for line in () if decided.chosen is None else decided.chosen.notes:
         say(line)
     if dry_run:
-        return choice.plan
+        return decided.plan
     with new_folder(request.destination, force=force) as partial:
-        writer = QuantizedWriter(partial, request.weights, choice.recipe, choice.plan)
-        pieces = _solved(request, choice, say, progress)
+        writer = QuantizedWriter(partial, request.weights, decided.recipe, decided.plan)
+        pieces = _solved(request, decided, say, progress)
         judged = None
         if request.learned is not None:
-            judged = _judged(request, choice, list(pieces), say, progress)
+            judged = _judged(request, decided, list(pieces), say, progress)
             pieces = iter(judged.pieces)
         for name, piece, error, note in pieces:
             writer.add(name, piece, error, note)
         ledger = writer.finish(
-            _calibrated(request, choice, judged),
-            calibration_text=_seen(request, choice),
+            _calibrated(request, decided, judged),
+            calibration_text=_seen(request, decided),
             decays=None if judged is None else judged.decays,
         )
     if request.tokens:
@@ -246,6 +264,8 @@ def _request(
     activations = recover_activations or recipe.recover_activations
     if activations not in get_args(RecoveryActivations):
         raise InputError.unknown("activation mode", activations, get_args(RecoveryActivations))
+    if recover_activations is not None and not tokens:
+        raise InputError(f"--recover-activations {activations} without recovery; add --recover TOKENS, or leave it out")
     check_device(device)
     snapshot = destination.parent / f"{destination.name}.recovering.safetensors"
     if tokens and not dry_run:
@@ -277,7 +297,7 @@ def _request(
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _Decided:
     """What every tensor becomes.
 
     Attributes:
@@ -297,19 +317,24 @@ class _Choice:
     losses: Sensitivities | None
 
 
-def _choice(request: _Request, budget: str | None, say: Callable[[str], None], progress: Progress | None) -> _Choice:
+def _decided(request: _Request, budget: str | None, say: Callable[[str], None], progress: Progress | None) -> _Decided:
     """Formats for all that is open. Raises `InputError` as `quantize`, before anything is measured if it can be."""
     recipe, weights, targets = request.recipe, request.weights, request.targets
     if not recipe.chooses:
         if budget is not None:
             raise InputError(f"{recipe.where} names every format, so there is nothing to spend {budget} on; add choose")
+        if request.losses is not None:
+            raise InputError(f"{recipe.where} names every format, so sensitivities choose nothing; add choose")
         recipe = recipe if targets is None else rewritten(recipe, {}, targets=targets, why="for other targets")
-        return _planned(request, recipe, None, request.losses)
+        decided = _planned(request, recipe, None, request.losses)
+        if request.learned is not None or request.statistics is not None:
+            _foretell(request, decided, None, say)
+        return decided
     # The smallest plan: what can be refused, room included, is refused before anything is measured.
-    _planned(request, smallest(weights, recipe, budget=budget, targets=targets), None, request.losses)
+    least = _planned(request, smallest(weights, recipe, budget=budget, targets=targets), None, request.losses)
     losses = request.losses
-    if losses is None and not request.text:
-        check_known(recipe)
+    if request.learned is not None:
+        _foretell(request, least, recipe if losses is None else None, say)
     if losses is None and request.learned is not None:
         losses = losses_of(
             weights,
@@ -327,7 +352,7 @@ def _choice(request: _Request, budget: str | None, say: Callable[[str], None], p
     return _planned(request, chosen.recipe, chosen, losses)
 
 
-def _planned(request: _Request, recipe: Recipe, chosen: Chosen | None, losses: Sensitivities | None) -> _Choice:
+def _planned(request: _Request, recipe: Recipe, chosen: Chosen | None, losses: Sensitivities | None) -> _Decided:
     """A recipe that names every format, with its plan.
 
     Raises:
@@ -340,24 +365,68 @@ def _planned(request: _Request, recipe: Recipe, chosen: Chosen | None, losses: S
     walk = None
     if request.learned is not None and needs_walk(solvers, measured=measured):
         walk = Walk(weights, plan, solvers, request.learned, measured=request.measured, device=request.device)
+    decided = _Decided(recipe, plan, solvers, walk, chosen, losses)
     if not request.dry_run:
-        held = 0 if request.learned is None else _ON_TEXT * weights.origin.parameters
-        held += 0 if walk is None else walk.memory_bytes
-        held += 0 if request.statistics is None else request.statistics.memory_bytes
-        copied = sum(path.stat().st_size for path in weights.origin.beside)
-        check_space(request.destination, disk_bytes=disk_bytes(plan) + copied, memory_bytes=memory_bytes(plan) + held)
-    return _Choice(recipe, plan, solvers, walk, chosen, losses)
+        check_space(request.destination, disk_bytes=_disk(request, plan), memory_bytes=_memory(request, decided))
+    return decided
+
+
+def _foretell(request: _Request, decided: _Decided, choose: Recipe | None, say: Callable[[str], None]) -> None:
+    """Say what is to come, or raise `InputError`: too little room. `choose`: whose formats are to be chosen on text."""
+    effort = _effort(request, decided, choose)
+    check_space(request.destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
+    say(effort.said())
+
+
+def _effort(request: _Request, decided: _Decided, choose: Recipe | None) -> Effort:
+    """What is to come."""
+    weights, learned, plan, walk = request.weights, request.learned, decided.plan, decided.walk
+    pace, parts, most = Pace(weights, device=request.device), dict[str, float](), 0
+    if choose is not None and learned is not None:
+        groups = open_groups(weights, choose, tuple(request.targets or choose.targets))
+        jobs = [(group.group.count, storage) for group in groups for storage in group.bytes if storage != STORED]
+        looked_at, windows = windows_of(learned, LOOKED_AT)
+        estimated = is_estimated(weights, len(jobs), looked_at, _WORK_TO_CHOOSE)
+        of_gradients = windows if estimated else None
+        parts["choosing"] = choosing(pace, jobs, looked_at.numel(), windows=of_gradients, levels=LEVELS)
+        most = choosing_bytes(weights, estimated=estimated)
+    trained = 0 if walk is None else walk.trained_tokens
+    walked = 0 if walk is None else walk.windows.numel()
+    parts["rounding"] = solving(pace, weights, plan, walked=walked, trained=trained)
+    if request.judged is not None:
+        parts["judging"] = judging(pace, len(request.judged), 2 if request.tokens else 1)
+    if request.tokens:
+        parts["distilling"] = distilling(pace, request.tokens)
+    return Effort(parts, _disk(request, plan), max(most, _memory(request, decided)))
+
+
+def _disk(request: _Request, plan: Plan) -> int:
+    """Room that is needed, at most: for the output folder with what is taken along, and for recovery's snapshot."""
+    copied = sum(path.stat().st_size for path in request.weights.origin.beside)
+    return disk_bytes(plan) + copied + (_SNAPSHOT * request.weights.origin.parameters if request.tokens else 0)
+
+
+def _memory(request: _Request, decided: _Decided) -> int:
+    """Anonymous memory, at most: of the parts that come one after the other, the one that holds most."""
+    parameters, plan, walk = request.weights.origin.parameters, decided.plan, decided.walk
+    rounding = memory_bytes(plan)
+    rounding += 0 if request.statistics is None else request.statistics.memory_bytes
+    rounding += 0 if walk is None else walk.memory_bytes + parameters + plan.predicted_bytes
+    running = 0
+    if request.judged is not None:
+        running = (_DISTILLING if request.tokens else _JUDGING) * parameters + PASSING
+    return max(rounding, running)
 
 
 def _solved(
-    request: _Request, choice: _Choice, say: Callable[[str], None], progress: Progress | None
+    request: _Request, decided: _Decided, say: Callable[[str], None], progress: Progress | None
 ) -> Iterator[Made]:
     """Every tensor as its solver leaves it, in the plan's order."""
-    if choice.walk is None:
-        yield from _each(request.weights, choice.plan, choice.solvers, request.measured, progress)
+    if decided.walk is None:
+        yield from _each(request.weights, decided.plan, decided.solvers, request.measured, progress)
         return
-    for name, walked in choice.walk.run(said=say, progress=progress).items():
-        yield name, *_piece(request.weights, choice.plan, name, walked.stored), walked.note
+    for name, walked in decided.walk.run(said=say, progress=progress).items():
+        yield name, *_piece(request.weights, decided.plan, name, walked.stored), walked.note
 
 
 @dataclass(frozen=True)
@@ -383,16 +452,17 @@ class _Judged:
 
 def _judged(
     request: _Request,
-    choice: _Choice,
+    decided: _Decided,
     pieces: Sequence[Made],
     say: Callable[[str], None],
     progress: Progress | None,
 ) -> _Judged:
     """Run what was solved on text, and recover it where that is asked."""
-    weights, plan, learned, judged = request.weights, choice.plan, request.learned, request.judged
+    weights, plan, learned, judged = request.weights, decided.plan, request.learned, request.judged
     assert learned is not None
     assert judged is not None
-    meter = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=request.device)
+    windows = judged.windows(max(1, len(judged) // WINDOW), WINDOW)
+    meter = Meter(weights, windows, device=request.device, from_start=True)
     kl = meter.kl(_values(weights, plan, pieces))
     batches = torch.split(learned.windows(_STEPS_WINDOWS, WINDOW).to(request.device), _STEPS_BATCH)
     steps = steps_seen(meter.model, batches)
@@ -404,7 +474,7 @@ def _judged(
 
     if not request.tokens:
         return found(pieces, kl, 0)
-    expected = _PASSES * meter.seconds * request.tokens / meter.windows.numel()
+    expected = PASSES * meter.seconds * request.tokens / meter.windows.numel()
     say(f"distilling over {request.tokens:,} tokens of {learned.name}: {about(expected)}")
     say(f"a run that is stopped goes on from {request.snapshot}")
     solved = {name: _quantized(plan, name, piece) for name, piece, _, _ in pieces}
@@ -428,9 +498,9 @@ def _judged(
     return found(made, after, request.tokens)
 
 
-def _calibrated(request: _Request, choice: _Choice, judged: _Judged | None) -> Calibrated | None:
+def _calibrated(request: _Request, decided: _Decided, judged: _Judged | None) -> Calibrated | None:
     """How text entered; None where none did."""
-    learned, chosen, losses = request.learned, choice.chosen, choice.losses
+    learned, chosen, losses = request.learned, decided.chosen, decided.losses
     if learned is not None:
         text, tokens = learned.name, len(learned)
     elif losses is not None:
@@ -454,10 +524,10 @@ def _calibrated(request: _Request, choice: _Choice, judged: _Judged | None) -> C
     )
 
 
-def _seen(request: _Request, choice: _Choice) -> tuple[str, ...]:
+def _seen(request: _Request, decided: _Decided) -> tuple[str, ...]:
     """SHA-256 of every text that entered."""
     learned = () if request.learned is None else request.learned.sha256
-    losses = () if choice.losses is None else choice.losses.text_sha256
+    losses = () if decided.losses is None else decided.losses.text_sha256
     statistics = () if request.statistics is None else request.statistics.manifest.text
     return (*learned, *losses, *statistics)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mossquant.calibration.products import gradient, linear, product
+from mossquant.calibration.products import MULTIPLIES_BF16, gradient, linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.checkpoint import load_model
@@ -298,7 +298,8 @@ def _identity(
 ) -> str:
     """SHA-256 of all that decides what a run does."""
     found = hashlib.sha256(json.dumps([dict(weights.origin.files), plan.to_json(), asdict(rates)]).encode())
-    found.update(json.dumps([tokens, strength, activations, release(), torch.get_num_threads()]).encode())
+    arithmetic = [release(), torch.get_num_threads(), MULTIPLIES_BF16]
+    found.update(json.dumps([tokens, strength, activations, *arithmetic]).encode())
     found.update(text.tokens.astype(np.int64).tobytes())
     for name, one in solved.items():
         found.update(name.encode() + one.codes.numpy().tobytes() + one.scales.float().numpy().tobytes())

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every solver, by the name that recipes use; a new one is its file and its entry here."""
 
+from collections.abc import Mapping
+
 from mossquant.calibration.gptq import GPTQ
 from mossquant.calibration.nearest import NEAREST, NEAREST_MSE
 from mossquant.calibration.solver import BlockSolver, Solver
@@ -38,6 +40,6 @@ def planned_solvers(plan: Plan, *, measured: bool, text: bool = False) -> dict[s
     return solvers
 
 
-def needs_walk(solvers: dict[str, Solver | BlockSolver], *, measured: bool) -> bool:
+def needs_walk(solvers: Mapping[str, Solver | BlockSolver], *, measured: bool) -> bool:
     """Whether some of them must be shown the blocks on text."""
     return any(isinstance(solver, BlockSolver) or (solver.needs and not measured) for solver in solvers.values())

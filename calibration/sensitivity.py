@@ -21,7 +21,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,23 +31,26 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from mossquant.calibration.allocate import Choice, Option, frontier
+from mossquant.calibration.effort import SCALED, Effort, Pace, choosing, choosing_bytes
 from mossquant.calibration.meter import WINDOW, Meter, interval
 from mossquant.calibration.options import OpenGroup, open_groups, rounded, stored_bytes
 from mossquant.calibration.text import CalibrationText
+from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, parse_stored, read_json, validated
 from mossquant.files.outputs import check_apart, check_free, check_outside, json_bytes, new_file
+from mossquant.files.space import check_space
 from mossquant.kernels.conv.autograd import causal_conv
 from mossquant.model.forward import Forward
 from mossquant.model.mossnet import MossNet
 from mossquant.model.scan import ScanForm
 from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan.groups import Group
-from mossquant.plan.recipe import STORED, Recipe, load_recipe
-from mossquant.progress import Progress, about
+from mossquant.plan.recipe import STORED, Recipe, load_recipe, recipe_files
+from mossquant.progress import Progress
 from mossquant.release import release
 from mossquant.text.text import Text
 
@@ -56,16 +58,20 @@ Method = Literal["measured", "estimated"]
 
 WORK_OF_THE_VERB = 1e14
 """Changes · tokens · parameters that are measured one by one: about half an hour on two cores."""
+LOOKED_AT = 8192
+"""Tokens on which a change is measured, if not given."""
+_DISK_BYTES = 10**6
+"""What the file takes, at most."""
 _SHORT = 128
 """Tokens of a window of the backward passes; twice as many tokens are read there as where groups are measured, since
 the spread of an estimate is √(2 / windows)."""
 _EVERY = 8
 """Windows of the backward passes after which the sums are kept."""
-_MEASURED = 10
-"""Groups that are measured to scale the estimates."""
+_PIECE = 1 << 16
+"""Weights of a gradient that are multiplied at once."""
 _FIRST = (0.0, -3.5)
 """Logarithms of a and k where the fit begins: about what models of 6M and 11M parameters came to."""
-_LEVELS, _APART = 6, 3.0
+LEVELS, _APART = 6, 3.0
 """Choices that are measured as a whole, and how far apart the sums of their losses are at least."""
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -201,7 +207,7 @@ def sensitivity(
     *,
     text: Sequence[str | Path | Text] = (),
     recipes: Sequence[str | Path] = ("int4", "int8"),
-    tokens: int = 8192,
+    tokens: int = LOOKED_AT,
     method: Method | None = None,
     experts: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -237,11 +243,14 @@ def sensitivity(
         raise InputError(f"{tokens} tokens are too few to measure on; give two or more")
     check_device(device)
     asked, destination = [load_recipe(recipe) for recipe in recipes], Path(output)
-    inputs = [Path(item) for item in text if not isinstance(item, Text)]
+    inputs = [path for recipe in recipes for path in recipe_files(recipe)]
+    inputs += [Path(item) for item in text if not isinstance(item, Text)]
+    if isinstance(model, str | Path):
+        inputs.append(locate(model).require("checkpoint", verb="sensitivity"))
     check_free(destination, force=force, as_file=True, inputs=inputs)
     check_outside(destination)
-    kept = destination.with_name(f"{destination.name}.measuring")
-    check_apart(kept, inputs)
+    snapshot = destination.with_name(f"{destination.name}.measuring")
+    check_apart(snapshot, inputs)
     weights = open_weights(model, verb="sensitivity")
     if weights.origin.recipe is not None:
         raise InputError(f"{weights.origin.path} is quantized; give the full-precision model that it was made from")
@@ -254,13 +263,13 @@ def sensitivity(
         method=method,
         experts=experts,
         device=device,
-        kept=kept,
+        snapshot=snapshot,
         said=said,
         progress=progress,
     )
     with new_file(destination, force=force) as partial:
         partial.write_bytes(json_bytes(found.to_json()))
-    kept.unlink(missing_ok=True)
+    snapshot.unlink(missing_ok=True)
     return found
 
 
@@ -279,12 +288,12 @@ def losses_of(
     text: CalibrationText,
     *,
     targets: Sequence[str] | None = None,
-    tokens: int = 8192,
+    tokens: int = LOOKED_AT,
     method: Method | None = None,
     most_work: float = WORK_OF_THE_VERB,
     experts: bool = False,
     device: str = "cpu",
-    kept: Path | None = None,
+    snapshot: Path | None = None,
     said: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Sensitivities:
@@ -299,7 +308,7 @@ def losses_of(
         method: None: measured, unless that is more than `most_work`: changes · tokens · parameters.
         experts: also each expert's tensors of a group alone.
         device: "cpu" or "cuda".
-        kept: file in which what is measured is kept, and gone on from. It stays at the end.
+        snapshot: file in which what is measured is kept, and gone on from. It stays at the end.
         said: called with one line about what will take how long.
         progress: called after each group and format.
 
@@ -323,7 +332,7 @@ def losses_of(
         method=method,
         most_work=most_work,
         device=device,
-        kept=kept,
+        snapshot=snapshot,
         say=said or (lambda line: None),
         progress=progress,
     )
@@ -338,35 +347,49 @@ def _losses(
     method: Method | None,
     most_work: float,
     device: str,
-    kept: Path | None,
+    snapshot: Path | None,
     say: Callable[[str], None],
     progress: Progress | None,
 ) -> Sensitivities:
     if len(text) < 2:
         raise InputError(f"{text.name} has {len(text)} token; sensitivities need two or more, so give a longer text")
-    windows = text.windows(max(1, tokens // WINDOW), WINDOW)
     jobs = [(group, storage) for group in groups for storage in group.bytes if storage != STORED]
-    # By what is to be computed and not by a clock: the same input chooses the same formats on every machine.
-    work = len(jobs) * windows.numel() * weights.origin.parameters
-    chosen: Method = method or ("measured" if work <= most_work else "estimated")
-    run = _Run(kept, _identity(weights, jobs, text, windows, chosen, device))
+    looked_at, windows = windows_of(text, tokens)
+    chosen: Method = method or ("estimated" if is_estimated(weights, len(jobs), looked_at, most_work) else "measured")
+    memory = choosing_bytes(weights, estimated=chosen == "estimated")
+    run = _Measuring(
+        snapshot,
+        _identity(weights, jobs, text, looked_at, chosen, device),
+        jobs=len(jobs),
+        windows=len(windows),
+    )
     if run.windows or run.losses:
-        say(f"going on from {kept}")
-    meter = Meter(weights, windows, device=device)
-    expected = meter.seconds * (0.6 * (len(jobs) - len(run.losses)) + _LEVELS)
+        say(f"going on from {snapshot}")
+    left = jobs if chosen == "estimated" else [job for job in jobs if _key(*job) not in run.losses]
+    seconds = choosing(
+        Pace(weights, device=device),
+        [(group.group.count, storage) for group, storage in left],
+        looked_at.numel(),
+        windows=windows[run.windows :] if chosen == "estimated" else None,
+        levels=LEVELS,
+    )
+    doing = "measuring" if chosen == "measured" else "estimating from gradients"
+    effort = Effort({f"{doing} {len(left)} changes of {len(groups)} groups": seconds}, _DISK_BYTES, memory)
+    check_space(Path(), disk_bytes=effort.disk_bytes, memory_bytes=memory)
+    say(effort.said())
+    meter = Meter(weights, looked_at, device=device)
     table: dict[tuple[str, str], Loss] = {}
 
     def changes(group: OpenGroup, storage: str) -> dict[TensorSpec, Tensor]:
         return {spec: rounded(weights, spec, storage) for spec in group.group.specs}
 
     if chosen == "measured":
-        say(f"measuring {len(jobs)} changes of {len(groups)} groups: {about(expected)}")
         for done, (group, storage) in enumerate(jobs, 1):
             table[group.group.name, storage] = _measured(meter, group, storage, changes, run)
             if progress is not None:
                 progress(f"{group.group.name} {storage}", done, len(jobs))
     else:
-        table = _estimated(meter, jobs, text, changes, run, say, progress)
+        table = _estimated(meter, jobs, windows, changes, run, progress)
     found = []
     for group in groups:
         own = [
@@ -393,6 +416,20 @@ def _losses(
     )
 
 
+def is_estimated(weights: Weights, jobs: int, windows: Tensor, most_work: float) -> bool:
+    """Whether measuring so many changes on these windows is too much work.
+
+    By what is to be computed and not by a clock: the same input chooses the same formats on every machine.
+    """
+    return jobs * windows.numel() * weights.origin.parameters > most_work
+
+
+def windows_of(text: CalibrationText, tokens: int) -> tuple[Tensor, Tensor]:
+    """(windows that a change is measured on, those of the passes for gradients): int64 [W, T]."""
+    measured = text.windows(max(1, tokens // WINDOW), WINDOW)
+    return measured, text.windows(max(1, 2 * measured.numel() // _SHORT), _SHORT)
+
+
 def _by_expert(weights: Weights, group: OpenGroup) -> list[OpenGroup]:
     """The tensors of each expert of a group, each expert a group of its own."""
     members: dict[int, list[TensorSpec]] = {}
@@ -412,7 +449,7 @@ def _levels(groups: Sequence[Sequence[Option]]) -> list[Choice]:
     choices = frontier(groups)
     found = [choices[0]]
     for choice in choices:
-        if 0 < choice.loss <= found[-1].loss / _APART and len(found) < _LEVELS:
+        if 0 < choice.loss <= found[-1].loss / _APART and len(found) < LEVELS:
             found.append(choice)
     return found
 
@@ -422,8 +459,8 @@ Changes = Callable[[OpenGroup, str], dict[TensorSpec, Tensor]]
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A run as it is kept.
+class _Snapshot:
+    """A run as it is stored.
 
     Attributes:
         run: what it is of (`_identity`).
@@ -440,18 +477,20 @@ class _Kept:
     squares: tuple[float, ...]
 
 
-class _Run:
+class _Measuring:
     """What is measured, and the file from which a run that was killed goes on.
 
     Args:
         path: the file; None: nothing is kept.
         identity: what must be equal for a run to be gone on with.
+        jobs: how many changes it has.
+        windows: how many windows of backward passes.
 
     Raises:
         InputError: a file that is none of ours, or of another run.
     """
 
-    def __init__(self, path: Path | None, identity: str) -> None:
+    def __init__(self, path: Path | None, identity: str, *, jobs: int, windows: int) -> None:
         self._path, self._identity = path, identity
         self.losses: dict[str, Loss] = {}
         self.windows, self.squares = 0, tuple[float, ...]()
@@ -459,17 +498,21 @@ class _Run:
             return
         advice = "remove it to start again"
         values = read_json(path, largest=LARGEST, advice=advice)
-        found = validated(values, _Kept, where=str(path), noun="a run of sensitivity", advice=f"{advice.capitalize()}.")
+        found = validated(
+            values, _Snapshot, where=str(path), noun="a run of sensitivity", advice=f"{advice.capitalize()}."
+        )
         if found.run != identity:
-            raise InputError(f"{path} belongs to another model, text, formats or threads; {advice}")
+            raise InputError(f"{path} belongs to another model, text, release or options; {advice}")
+        if not 0 <= found.windows <= windows or len(found.squares) != (jobs if found.windows else 0):
+            raise InputError(f"{path} is damaged; {advice}")
         self.losses, self.windows, self.squares = dict(found.losses), found.windows, found.squares
 
     def save(self) -> None:
         """Write it, aside and renamed."""
         if self._path is not None:
-            kept = _Kept(self._identity, self.losses, self.windows, self.squares)
+            snapshot = _Snapshot(self._identity, self.losses, self.windows, self.squares)
             with new_file(self._path, force=True) as partial:
-                partial.write_bytes(json_bytes(asdict(kept)))
+                partial.write_bytes(json_bytes(asdict(snapshot)))
 
 
 def _identity(
@@ -482,12 +525,16 @@ def _identity(
 ) -> str:
     """SHA-256 of all that decides what is measured."""
     changes = [(group.group.name, storage) for group, storage in jobs]
-    said = [release(), dict(weights.origin.files), changes, windows.tolist(), method, device, torch.get_num_threads()]
-    return hashlib.sha256(json.dumps(said).encode() + text.tokens.astype(np.int64).tobytes()).hexdigest()
+    run = [release(), dict(weights.origin.files), changes, windows.tolist(), method, device, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(run).encode() + text.tokens.astype(np.int64).tobytes()).hexdigest()
 
 
-def _measured(meter: Meter, group: OpenGroup, storage: str, changes: Changes, run: _Run) -> Loss:
-    name = f"{group.group.name} {storage}"
+def _key(group: OpenGroup, storage: str) -> str:
+    return f"{group.group.name} {storage}"
+
+
+def _measured(meter: Meter, group: OpenGroup, storage: str, changes: Changes, run: _Measuring) -> Loss:
+    name = _key(group, storage)
     if name not in run.losses:
         losses = meter.kl(changes(group, storage))
         run.losses[name] = Loss(storage, group.bytes[storage], max(0.0, float(losses.mean())), interval(losses))
@@ -498,13 +545,11 @@ def _measured(meter: Meter, group: OpenGroup, storage: str, changes: Changes, ru
 def _estimated(
     meter: Meter,
     jobs: Sequence[tuple[OpenGroup, str]],
-    text: CalibrationText,
+    windows: Tensor,
     changes: Changes,
-    run: _Run,
-    say: Callable[[str], None],
+    run: _Measuring,
     progress: Progress | None,
 ) -> dict[tuple[str, str], Loss]:
-    windows = text.windows(max(1, 2 * meter.windows.numel() // _SHORT), _SHORT)
     model = meter.model
     # bf16 is enough for a change of which the second digit matters, and every format of every tensor is held.
     deltas = [
@@ -515,25 +560,20 @@ def _estimated(
         for group, storage in jobs
     ]
     squares = np.array(run.squares) if run.windows else np.zeros(len(jobs))
-    start, first = perf_counter(), run.windows + 1
-    for number, window in enumerate(windows[run.windows :], first):
+    for number, window in enumerate(windows[run.windows :], run.windows + 1):
         gradients = _score(model, window[None].to(meter.windows.device), number)
         for job, of in enumerate(deltas):
-            squares[job] += sum(float((gradients[spec.name] * delta.float()).sum()) for spec, delta in of) ** 2
+            squares[job] += sum(_inner(gradients[spec.name], delta) for spec, delta in of) ** 2
         if number % _EVERY == 0:
             run.windows, run.squares = number, tuple(squares.tolist())
             run.save()
-        if number == first:
-            left = len(windows) - number + 1
-            seconds = (perf_counter() - start) * left + meter.seconds * (_MEASURED + _LEVELS)
-            say(f"estimating {len(jobs)} changes from gradients: {about(seconds)}")
         if progress is not None:
             progress("gradients", number, len(windows))
     fisher = squares / len(windows) / windows.shape[1] / 2
     routed = np.array([_routers_after(model, group) for group, _ in jobs]) * np.sqrt(fisher)
     # Of the larger two thirds: what loses least is decided by a token or two, and by nothing in a sum.
     order = np.argsort(fisher)
-    places = np.unique(np.linspace(len(jobs) // 3, len(jobs) - 1, _MEASURED).round().astype(int))
+    places = np.unique(np.linspace(len(jobs) // 3, len(jobs) - 1, SCALED).round().astype(int))
     tried = [(int(job), *jobs[job]) for job in order[places]]
     pairs = [(job, _measured(meter, group, storage, changes, run).kl) for job, group, storage in tried]
     known = np.array([job for job, kl in pairs if kl > 0 and fisher[job] > 0], np.int64)
@@ -553,6 +593,12 @@ def _estimated(
         (group.group.name, storage): Loss(storage, group.bytes[storage], float(kl))
         for (group, storage), kl in zip(jobs, values, strict=True)
     }
+
+
+def _inner(gradient: Tensor, delta: Tensor) -> float:
+    """Σ g · δ, in pieces that stay near the core."""
+    pieces = zip(torch.split(gradient.flatten(), _PIECE), torch.split(delta.flatten(), _PIECE), strict=True)
+    return sum(float(torch.dot(g, d.float())) for g, d in pieces)
 
 
 def _routers_after(model: MossNet, group: OpenGroup) -> float:

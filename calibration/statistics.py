@@ -23,7 +23,14 @@ from torch import Tensor
 
 from mossquant.calibration.solver import Statistics as OfTensor
 from mossquant.checkpoint.manifest import FileName, FileRecord, Sha256, record_offenders
-from mossquant.checkpoint.tensorfiles import NeededTensor, TensorFiles, TensorWriter, all_finite, tensor_offenders
+from mossquant.checkpoint.tensorfiles import (
+    SHARD_BYTES,
+    NeededTensor,
+    TensorFiles,
+    TensorWriter,
+    all_finite,
+    tensor_offenders,
+)
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, read_json, read_stored
@@ -292,7 +299,7 @@ class Statistics:
     @property
     def memory_bytes(self) -> int:
         """What a solver holds of the widest input, at most: H, its factors and what they are made with."""
-        return 10 * 8 * max(entry.width for entry in self._inputs.values()) ** 2
+        return 8 * 8 * max(entry.width for entry in self._inputs.values()) ** 2
 
     def measured(self, tensor: str) -> OfTensor:
         """What was measured for a tensor.
@@ -325,7 +332,9 @@ class StatisticsWriter:
 
     def __init__(self, folder: Path, inputs: Iterable[Input]) -> None:
         self._folder = folder
-        self._files = TensorWriter(folder, total_bytes=sum(entry.stored_bytes for entry in inputs), stem=STEM)
+        total = sum(entry.stored_bytes for entry in inputs)
+        # What is held until a file is full adds to what a block takes, and is not to grow with the model.
+        self._files = TensorWriter(folder, total_bytes=total, stem=STEM, one_file_bytes=SHARD_BYTES)
 
     def add(self, entry: Input, moments: Tensor, sketch: Tensor) -> None:
         """Store one input's triangle and sketch."""

@@ -23,6 +23,7 @@ from mossquant.calibration.solver import Statistics as OfTensor
 from mossquant.calibration.statistics import measured_of
 from mossquant.calibration.student import Planned, Stored
 from mossquant.calibration.text import CalibrationText
+from mossquant.calibration.tune import RATES
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.errors import InputError
 from mossquant.files.space import row_blocks, trim_heap
@@ -103,6 +104,12 @@ class Walk:
         streams = 2 * 4 * self.windows.numel() * config.hidden_size
         passing = _PASS_ARRAYS * 4 * min(_PASS_WINDOWS, len(self.windows)) * length * widest
         return streams + _BLOCK_ARRAYS * 4 * max(sizes) + 2 * sums + passing
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the steps that block solvers take in each block."""
+        blocks = any(isinstance(solver, BlockSolver) for solver in self._solvers.values())
+        return RATES.steps * RATES.batch * self.windows.shape[1] if blocks else 0
 
     def run(self, *, said: Callable[[str], None], progress: Progress | None = None) -> dict[str, Walked]:
         """Solve every tensor.

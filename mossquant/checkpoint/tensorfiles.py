@@ -184,11 +184,13 @@ class TensorWriter:
         folder: an existing folder (itself written aside).
         total_bytes: bytes of all tensors that will come, which decides between one file and shards.
         stem: what the files' names begin with.
+        one_file_bytes: up to how many they are one file; None: `ONE_FILE_BYTES`.
     """
 
-    def __init__(self, folder: Path, *, total_bytes: int, stem: str = _STEM) -> None:
+    def __init__(self, folder: Path, *, total_bytes: int, stem: str = _STEM, one_file_bytes: int | None = None) -> None:
         self._folder, self._stem = folder, stem
-        self._limit = None if total_bytes <= ONE_FILE_BYTES else SHARD_BYTES
+        most = ONE_FILE_BYTES if one_file_bytes is None else one_file_bytes
+        self._limit = None if total_bytes <= most else SHARD_BYTES
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []

@@ -180,3 +180,9 @@ def test_a_choice_that_is_none_is_said_in_one_line(tmp_path: Path) -> None:
             quantize(model, tmp_path / "out", recipe=path, budget="12bpw")
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+    (tmp_path / "text.txt").write_text("a text")
+    with pytest.raises(InputError, match="nothing says what these formats lose"):
+        quantize(model, tmp_path / "out", recipe=path, budget="12bpw", text=[tmp_path / "text.txt"], dry_run=True)
+    weights = weights_of(model)
+    with pytest.raises(InputError, match="sensitivities choose nothing"):
+        quantize(model, tmp_path / "out", recipe="int4-uniform", sensitivities=made_up(weights, Recipe.named("int4")))

@@ -217,6 +217,8 @@ def test_recovery_with_planned_activations(mamba: Path, tmp_path: Path) -> None:
     assert "recovered_activations" not in ledger.to_json()["calibrated"]
     with pytest.raises(InputError, match="unknown activation mode 'int8'"):
         quantize(mamba, tmp_path / "bad", text=text, recover=10, recover_activations="int8")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="without recovery"):
+        quantize(mamba, tmp_path / "bad", text=text, recipe="int4-uniform", recover_activations="planned")
 
 
 def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:

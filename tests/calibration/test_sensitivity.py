@@ -180,12 +180,21 @@ def test_killed_and_resumed(method: str, operation: int, tmp_path: Path) -> None
     assert command(*words, "-o", tmp_path / "whole.json").status == 0
     (place := tmp_path / "place").mkdir()
     words += ["-o", place / "out.json"]
-    killed = 0
-    while os.WIFSIGNALED(forked(*words, before=die_at(operation, place))):
-        killed += 1
+    for killed in range(20):
+        if not os.WIFSIGNALED(forked(*words, before=die_at(operation, place))):
+            break
         assert not (place / "out.json").exists()
-        if killed == 1:
-            assert "belongs to another model" in refused(place, *words, "--recipe", "int8")
-    assert 1 < killed < 20
+        if killed == 0:
+            (other := tmp_path / "b.txt").write_bytes((tmp_path / "a.txt").read_bytes()[::-1])
+            changed = [other if word == tmp_path / "a.txt" else word for word in words]
+            for another in ([*words, "--recipe", "int8"], changed, [*words, "--tokens", 768]):
+                assert "belongs to another model" in refused(place, *another)
+            damaged = json.loads((place / "out.json.measuring").read_text())
+            damaged["windows"], damaged["squares"] = 1, [0.5]
+            whole = (place / "out.json.measuring").read_bytes()
+            (place / "out.json.measuring").write_text(json.dumps(damaged))
+            assert "is damaged" in refused(place, *words)
+            (place / "out.json.measuring").write_bytes(whole)
+    assert 1 < killed < 19
     assert (place / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert [path.name for path in place.iterdir()] == ["out.json"]

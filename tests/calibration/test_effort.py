@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told before work begins, and that too little room for it is refused before any of it is done."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import CONFIGS, random_model, write_model
+
+from mossquant.calibration import meter
+from mossquant.calibration.effort import Pace, choosing, distilling, judging
+from mossquant.calibration.meter import Meter
+from mossquant.calibration.quantize import quantize
+from mossquant.calibration.sensitivity import sensitivity
+from mossquant.checkpoint.open import open_weights
+from mossquant.errors import InputError
+from mossquant.files import space
+from mossquant.text.text import Text
+
+IDS = np.random.default_rng(0).integers(0, 53, 3000)
+TEXT = replace(Text.of("random ids", IDS.tobytes()), ids=IDS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("effort") / "model"
+    write_model(folder, random_model(CONFIGS["mamba"], dtype=torch.float32), dtype=torch.bfloat16)
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["quantize", "sensitivity"])
+def test_it_is_told_first_and_refused_where_there_is_no_room(
+    verb: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def run() -> None:
+        if verb == "quantize":
+            quantize(model, tmp_path / "out", text=[TEXT], said=said.append)
+        else:
+            sensitivity(model, tmp_path / "out.json", text=[TEXT], tokens=256, said=said.append)
+
+    def too_early(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("work had begun")
+
+    run()
+    assert "minute" in said[0]
+    assert "MB of disk" in said[0]
+    assert "MB of memory" in said[0]
+    monkeypatch.setattr(space, "_available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(meter, "load_model", too_early)
+    (tmp_path / "out").rename(tmp_path / "before") if verb == "quantize" else (tmp_path / "out.json").unlink()
+    with pytest.raises(InputError, match="too little room"):
+        run()
+
+
+def test_more_work_takes_longer(model: Path) -> None:
+    pace = Pace(open_weights(model, verb="test"))
+    jobs = [(1000, "int4_g32"), (500, "int8")]
+    windows = torch.zeros((8, 128), dtype=torch.int64)
+    assert (
+        0 < choosing(pace, jobs, 1000, windows=None, levels=6) < choosing(pace, 2 * jobs, 1000, windows=None, levels=6)
+    )
+    assert choosing(pace, jobs, 1000, windows=windows, levels=6) < choosing(pace, jobs, 2000, windows=windows, levels=6)
+    assert 0 < judging(pace, 1000, 1) < judging(pace, 1000, 2)
+    assert distilling(pace, 1000) > 0
+    assert pace.gptq(100, 64) < pace.gptq(100_000, 64)
+
+
+def test_what_is_not_kept_is_computed_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks whose inputs are not kept are reached from an earlier one: the same KL to the bit."""
+    weights = open_weights(model, verb="test")
+    windows = torch.from_numpy(IDS[:100]).view(2, 50)
+    spec = next(spec for spec in reversed(weights.specs.values()) if spec.is_matrix and spec.layer is not None)
+    every = Meter(weights, windows)
+    changed = {spec: every.model.parameter_of(spec) * 1.1}
+    monkeypatch.setattr(meter, "_ENTERING_BYTES", 2 * 4 * windows.numel() * weights.config.hidden_size)
+    monkeypatch.setattr(meter, "_LOGITS", 300)
+    monkeypatch.setattr(meter, "_COMPARED", 100)
+    expected = every.kl(changed)
+    assert expected.min() > 0
+    for few in (Meter(weights, windows), Meter(weights, windows, from_start=True)):
+        assert np.array_equal(few.kl(changed), expected)
