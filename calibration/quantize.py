@@ -166,6 +166,14 @@ def quantize(
     for line in () if decided.chosen is None else decided.chosen.notes:
         say(line)
     if dry_run:
+        if request.text:
+            needed = f"{_memory(request, decided) / 1e6:,.0f} MB of memory beside Python's own"
+            say(f"running the model on text takes about {needed}, and what solvers that walk through its blocks hold")
+        if request.text and not text:
+            try:
+                CalibrationText.of(request.weights, text)
+            except InputError as error:
+                say(f"without --dry-run this is refused: {error}")
         return decided.plan
     with new_folder(request.destination, force=force) as partial:
         writer = QuantizedWriter(partial, request.weights, decided.recipe, decided.plan)
@@ -250,6 +258,7 @@ def _request(
         inputs.append(locate(model).require("checkpoint", verb="quantize"))
     if not dry_run:
         check_free(destination, force=force, inputs=inputs)
+        check_outside(destination)
     weights = open_weights(model, verb="quantize")
     origin = weights.origin
     if origin.recipe is not None:
@@ -326,6 +335,8 @@ def _decided(request: _Request, budget: str | None, say: Callable[[str], None], 
         if request.losses is not None:
             raise InputError(f"{recipe.where} names every format, so sensitivities choose nothing; add choose")
         recipe = recipe if targets is None else rewritten(recipe, {}, targets=targets, why="for other targets")
+        if recipe.budget is not None:
+            say(f"{recipe.where} names every format, so its budget of {recipe.budget} is not spent")
         decided = _planned(request, recipe, None, request.losses)
         if request.learned is not None or request.statistics is not None:
             _foretell(request, decided, None, say)
@@ -413,7 +424,7 @@ def _memory(request: _Request, decided: _Decided) -> int:
     rounding += 0 if request.statistics is None else request.statistics.memory_bytes
     rounding += 0 if walk is None else walk.memory_bytes + parameters + plan.predicted_bytes
     running = 0
-    if request.judged is not None:
+    if request.text:
         running = (_DISTILLING if request.tokens else _JUDGING) * parameters + PASSING
     return max(rounding, running)
 

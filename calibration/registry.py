@@ -34,7 +34,8 @@ def planned_solvers(plan: Plan, *, measured: bool, text: bool = False) -> dict[s
         if isinstance(solver, BlockSolver):
             offenders += [] if text else [f"{name} needs text (--text FILE) to run the blocks on"]
         elif solver.needs and not measured and not (text and _GATHERED.issuperset(solver.needs)):
-            offenders.append(f"{name} needs {' and '.join(solver.needs)}, and nothing was measured")
+            needs = " and ".join(solver.needs)
+            offenders.append(f"{name} needs {needs} (--stats FOLDER that `mossquant calibrate` wrote, or --text FILE)")
     if offenders:
         raise InputError.listing(f"recipe {plan.recipe}", offenders, f"Known solvers: {', '.join(SOLVERS)}.")
     return solvers

@@ -375,7 +375,8 @@ def _losses(
     )
     doing = "measuring" if chosen == "measured" else "estimating from gradients"
     effort = Effort({f"{doing} {len(left)} changes of {len(groups)} groups": seconds}, _DISK_BYTES, memory)
-    check_space(Path(), disk_bytes=effort.disk_bytes, memory_bytes=memory)
+    if snapshot is not None:  # within `quantize` room was checked for all that it does
+        check_space(snapshot, disk_bytes=effort.disk_bytes, memory_bytes=memory)
     say(effort.said())
     meter = Meter(weights, looked_at, device=device)
     table: dict[tuple[str, str], Loss] = {}

@@ -66,7 +66,9 @@ def sensitivity(
         list[str] | None,
         typer.Option("--recipe", "-r", help="whose open formats are tried; int4 and int8 if not given"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, max=options.MOST_TOKENS, help="tokens that each is measured on")] = 8192,
+    tokens: Annotated[
+        int, typer.Option(min=2, max=options.MOST_TOKENS, help="tokens that each is measured on, in windows of 256")
+    ] = 8192,
     method: Annotated[
         Literal["measured", "estimated"] | None,
         typer.Option(

@@ -221,7 +221,7 @@ def test_refusals(experts: Path, ids: Path, tmp_path: Path) -> None:
     (tmp_path / "gptq.yaml").write_text(RECIPE)
     words = ["quantize", "-r", tmp_path / "gptq.yaml", "-o", tmp_path / "quantized"]
     assert "statistics of another model than" in refused(tmp_path, *words, other, "--stats", found.folder)
-    assert "gptq needs hessian and rows, and nothing was measured" in refused(tmp_path, *words, experts)
+    assert "gptq needs hessian and rows (--stats FOLDER" in refused(tmp_path, *words, experts)
     (tmp_path / "empty").mkdir()
     assert "holds no statistics" in refused(tmp_path, *words, experts, "--stats", tmp_path / "empty")
     quantize(experts, tmp_path / "int4")

@@ -144,6 +144,22 @@ def test_refusals(mamba: Path, tmp_path: Path) -> None:
     assert QuantizedCheckpoint.open(out).origin.recipe == "int8-uniform"
 
 
+def test_a_dry_run_tells_and_refuses_what_a_run_would(mamba: Path, quantized_folder: Path, tmp_path: Path) -> None:
+    """Memory with the model on text, a text that is missing, a budget that nothing is left to spend on."""
+    (tmp_path / "text.txt").write_text("a text that is not read")
+    said: list[str] = []
+    uniform = Recipe.named("int4-uniform").text.replace("weights:", "budget: 2bpw\nweights:", 1)
+    (tmp_path / "mine.yaml").write_text(uniform)
+    asked: dict[str, Any] = {"recipe": tmp_path / "mine.yaml", "recover": 100, "dry_run": True, "said": said.append}
+    quantize(mamba, tmp_path / "out", text=[tmp_path / "text.txt"], **asked)
+    assert any("its budget of 2bpw is not spent" in line for line in said)
+    assert any(line.startswith("running the model on text takes about ") for line in said)
+    quantize(mamba, tmp_path / "out", **asked)
+    assert said[-1].startswith("without --dry-run this is refused: ")
+    with pytest.raises(InputError, match="lies in a checkpoint or artifact"):
+        quantize(mamba, quantized_folder / "sub")
+
+
 def test_refused_by_a_target(checkpoint_folder: Path, tmp_path: Path) -> None:
     text = Recipe.named("int4-uniform").text.replace('role: "*.router", keep: fp32', 'role: "*.router", format: int8')
     (tmp_path / "mine.yaml").write_text(text)
