@@ -167,9 +167,15 @@ def choosing(pace: Pace, jobs: Sequence[tuple[int, str]], tokens: int, *, window
     return rounding + tokens * pace.blocks + len(windows) * gradient + (SCALED + levels) * alone
 
 
-def choosing_bytes(weights: Weights, *, estimated: bool) -> int:
-    """Anonymous memory of that: the model and what everything rounded is, or gradients and every change in bf16."""
-    return (15 if estimated else 9) * weights.origin.parameters + PASSING
+def choosing_bytes(weights: Weights, jobs: Sequence[tuple[int, str]], *, estimated: bool) -> int:
+    """Anonymous memory of that: the model and everything rounded in fp32, or gradients and every change in bf16.
+
+    Gradients of a tied table are made twice, as a head's and as a table's, before they are added.
+    """
+    parameters, table = weights.origin.parameters, weights.config.vocab_size * weights.config.hidden_size
+    if not estimated:
+        return 9 * parameters + PASSING
+    return 10 * parameters + 3 * 4 * table + 2 * sum(count for count, _ in jobs) + PASSING
 
 
 def solving(pace: Pace, weights: Weights, plan: Plan, *, walked: int, trained: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mossquant.calibration.nearest import nearest_mse
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
+from mossquant.files.space import row_blocks
 from mossquant.formats import get_format
 from mossquant.model.tensors import TensorSpec
 from mossquant.plan.capabilities import get_capabilities
@@ -84,7 +85,12 @@ def rounded(weights: Weights, spec: TensorSpec, storage: str) -> Tensor:
     tensor = weights.kept(spec.name)
     if storage == STORED or stored_bytes(weights, spec, storage) == tensor.nbytes:
         return tensor.float()
-    return spec.from_matrix(nearest_mse(get_format(storage), spec.to_matrix(tensor).float().contiguous()).dequantize())
+    number_format, matrix = get_format(storage), spec.to_matrix(tensor)
+    # By blocks of rows: searching for scales holds many times what is rounded.
+    values = torch.empty(matrix.shape)
+    for rows in row_blocks(*matrix.shape):
+        values[rows] = nearest_mse(number_format, matrix[rows].float().contiguous()).dequantize()
+    return spec.from_matrix(values)
 
 
 def relative_error(weights: Weights, group: Group, storage: str) -> float:

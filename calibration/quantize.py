@@ -172,8 +172,8 @@ def quantize(
         if request.text and not text:
             try:
                 CalibrationText.of(request.weights, text)
-            except InputError as error:
-                say(f"without --dry-run this is refused: {error}")
+            except InputError as refusal:
+                say(f"without --dry-run this is refused: {refusal}")
         return decided.plan
     with new_folder(request.destination, force=force) as partial:
         writer = QuantizedWriter(partial, request.weights, decided.recipe, decided.plan)
@@ -400,7 +400,7 @@ def _effort(request: _Request, decided: _Decided, choose: Recipe | None) -> Effo
         estimated = is_estimated(weights, len(jobs), looked_at, _WORK_TO_CHOOSE)
         of_gradients = windows if estimated else None
         parts["choosing"] = choosing(pace, jobs, looked_at.numel(), windows=of_gradients, levels=LEVELS)
-        most = choosing_bytes(weights, estimated=estimated)
+        most = choosing_bytes(weights, jobs, estimated=estimated)
     trained = 0 if walk is None else walk.trained_tokens
     walked = 0 if walk is None else walk.windows.numel()
     parts["rounding"] = solving(pace, weights, plan, walked=walked, trained=trained)

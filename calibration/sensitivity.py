@@ -356,7 +356,8 @@ def _losses(
     jobs = [(group, storage) for group in groups for storage in group.bytes if storage != STORED]
     looked_at, windows = windows_of(text, tokens)
     chosen: Method = method or ("estimated" if is_estimated(weights, len(jobs), looked_at, most_work) else "measured")
-    memory = choosing_bytes(weights, estimated=chosen == "estimated")
+    counts = [(group.group.count, storage) for group, storage in jobs]
+    memory = choosing_bytes(weights, counts, estimated=chosen == "estimated")
     run = _Measuring(
         snapshot,
         _identity(weights, jobs, text, looked_at, chosen, device),
