@@ -5,7 +5,8 @@
     python bench/accuracy.py write WORK
 
 `run` makes and measures each method in a process of its own and stores what came out in WORK/NAME/METHOD.json at once;
-what is there already is left alone, so that a run that was stopped goes on. `write` needs nothing but WORK.
+what is there already is left alone, so that a run that was stopped goes on. `write` needs nothing but WORK, and leaves
+sections of models that WORK doesn't hold as they are.
 
 Without texts the bundled model is calibrated on its calibration text and measured on its held-out text. KL is
 KL(original ‖ candidate), nats a token, in fp32: one stream with carried state a text, cut to whole windows of 256
@@ -776,7 +777,7 @@ def command(found: Results) -> str:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """The verb `write`."""
+    """The verb `write`: sections of models that WORK doesn't hold stay as they are."""
     results = [Results.read(path.parent) for path in sorted(arguments.work.glob("*/run.json"))]
     results = [found for found in results if found.methods]
     if not results:
@@ -789,9 +790,10 @@ def write(arguments: argparse.Namespace) -> None:
         *ABOUT.splitlines(),
         "",
     ]
-    for found in results:
-        lines += _model_section(found)
-    text = "\n".join(lines).rstrip() + "\n"
+    written = arguments.output.read_text() if arguments.output.exists() else ""
+    sections = {part.partition("\n")[0]: part.rstrip() for part in re.split(r"^## ", written, flags=re.MULTILINE)[1:]}
+    sections |= {found.name: "\n".join(_model_section(found)).strip().removeprefix("## ") for found in results}
+    text = "\n\n".join(["\n".join(lines).rstrip(), *(f"## {part}" for part in sections.values())]) + "\n"
     arguments.output.write_text(text)
     print(text)
 
