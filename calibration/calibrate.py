@@ -408,7 +408,9 @@ class _Walk:
                 at = (spec.layer, spec.role.partition(".")[0])
                 sizes[at] = sizes.get(at, 0) + 4 * spec.count
         widest = max(entry.width for entry in self.inputs)
-        sums = max(sum(8 * entry.width**2 for entry in step.inputs) for step in self._steps)
+        sums = max(
+            sum(8 * entry.width * (entry.width + entry.sketched) for entry in step.inputs) for step in self._steps
+        )
         waiting = min(self._most_waiting, self._memory)
         return (
             max(sizes.values())
