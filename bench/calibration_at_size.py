@@ -25,13 +25,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from large import SAMPLE_SECONDS, anonymous_bytes
+from large import watch
 from torch import Tensor
 
 from mossquant.calibration.statistics import inputs_of
@@ -144,23 +143,14 @@ def measure(words: list[str], threads: int) -> dict[str, Any]:
         threads_of = [threading.Thread(target=listen), threading.Thread(target=stdout.read)]
         for thread in threads_of:
             thread.start()
-        idle = anonymous_bytes(process.pid)
-        if idle is None:
-            sys.exit("the verb did not get past its imports")
-        process.stdin.write("\n")
-        process.stdin.flush()
-        start, peak = time.perf_counter(), idle
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid) or 0)
-            time.sleep(SAMPLE_SECONDS)
-        seconds = time.perf_counter() - start
+        found = watch(process, process.stdin.close)
         for thread in threads_of:
             thread.join()
     if process.returncode != 0:
         sys.exit(f"{' '.join(words)} ended with status {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"peak_bytes": peak - idle, "seconds": seconds, "cpu_seconds": cpu, "said": said}
+    return {**found, "cpu_seconds": cpu, "said": said}
 
 
 def promised(said: list[str]) -> dict[str, float]:

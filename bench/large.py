@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,19 @@ def anonymous_bytes(pid: int) -> int | None:
     return 1024 * sum(map(int, found)) if found else None
 
 
+def watch(process: "subprocess.Popen[Any]", start: Callable[[], object]) -> dict[str, Any]:
+    """Start a process that waits after its imports, until it ends: its highest anonymous memory above that, seconds."""
+    idle = anonymous_bytes(process.pid)
+    if idle is None:
+        sys.exit("a step did not get past its imports")
+    start()
+    began, peak = time.perf_counter(), idle
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid) or 0)
+        time.sleep(SAMPLE_SECONDS)
+    return {"peak_bytes": peak - idle, "idle_bytes": idle, "seconds": time.perf_counter() - began}
+
+
 def measure(step: str, threads: int, *arguments: str | Path) -> dict[str, Any]:
     """Run one step in a process of its own: seconds, and its highest anonymous memory above that after its imports."""
     command = [sys.executable, "-P", "-c", IMPORTS + HANDSHAKE + STEPS[step], str(threads), *map(str, arguments)]
@@ -96,19 +109,10 @@ def measure(step: str, threads: int, *arguments: str | Path) -> dict[str, Any]:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
-        idle = anonymous_bytes(process.pid)
-        if idle is None:
-            sys.exit(f"{step} did not get past its imports")
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        start, peak = time.perf_counter(), idle
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid) or 0)
-            time.sleep(SAMPLE_SECONDS)
-        seconds = time.perf_counter() - start
+        found = watch(process, process.stdin.close)
     if process.returncode != 0:
         sys.exit(f"{step} ended with status {process.returncode}")
-    return {"peak_bytes": peak - idle, "idle_bytes": idle, "seconds": seconds}
+    return found
 
 
 def folder_bytes(folder: Path) -> int:

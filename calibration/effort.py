@@ -5,7 +5,7 @@ Parts of the work are timed on this machine as it is now, each a second or so: t
 some rows of the head, some rows in a format, GPTQ once for each width. What is to come is so many times these.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -17,6 +17,7 @@ from mossquant.calibration.calibrate import Step, Sums, steps_of
 from mossquant.calibration.gptq import GPTQ
 from mossquant.calibration.meter import divergence
 from mossquant.calibration.nearest import nearest_mse
+from mossquant.calibration.solver import BlockSolver, Solver
 from mossquant.calibration.statistics import SAMPLED_ROWS, Hessian
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.files.space import BLOCK_WEIGHTS
@@ -43,7 +44,6 @@ _INNER = 0.3e-9
 """Seconds a weight of multiplying a gradient with a change."""
 PASSES = 3.0
 """What a token costs in recovery, in passes of the judging kind: measured on models of 6M and 11M parameters."""
-_WITH_MOMENTS = ("gptq", "tune")
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,22 @@ def choosing_bytes(weights: Weights, jobs: Sequence[tuple[int, str]], *, estimat
     return 10 * parameters + 3 * 4 * table + 2 * sum(count for count, _ in jobs) + PASSING
 
 
-def solving(pace: Pace, weights: Weights, plan: Plan, *, walked: int, trained: int) -> float:
+def solving(
+    pace: Pace,
+    weights: Weights,
+    plan: Plan,
+    solvers: Mapping[str, Solver | BlockSolver],
+    *,
+    walked: int,
+    trained: int,
+) -> float:
     """Seconds of rounding every tensor.
 
     Args:
         pace: of this machine.
         weights: the model.
         plan: names a solver for each.
+        solvers: those; one that needs to know something is taken to cost what `gptq` does.
         walked: tokens that go through the model block by block.
         trained: the tokens among them of the steps of a block solver.
     """
@@ -192,7 +201,7 @@ def solving(pace: Pace, weights: Weights, plan: Plan, *, walked: int, trained: i
     for entry in plan.tensors:
         if entry.format is None:
             continue
-        if entry.solver in _WITH_MOMENTS and weights.specs[entry.name].site is not None:
+        if solvers[entry.solver or ""].needs and weights.specs[entry.name].site is not None:
             seconds += pace.gptq(entry.rows, entry.columns)
         else:
             seconds += entry.count * pace.rounding(entry.format)

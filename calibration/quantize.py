@@ -346,15 +346,13 @@ def _decided(request: _Request, budget: str | None, say: Callable[[str], None], 
     losses = request.losses
     if request.learned is not None:
         _foretell(request, least, recipe if losses is None else None, say)
-    if losses is None and request.learned is not None:
-        losses = losses_of(
+        losses = losses or losses_of(
             weights,
             [recipe],
             request.learned,
             targets=targets,
             most_work=_WORK_TO_CHOOSE,
             device=request.device,
-            said=say,
             progress=progress,
         )
     chosen = spend(weights, recipe, budget=budget, targets=targets, sensitivities=losses)
@@ -403,7 +401,7 @@ def _effort(request: _Request, decided: _Decided, choose: Recipe | None) -> Effo
         most = choosing_bytes(weights, jobs, estimated=estimated)
     trained = 0 if walk is None else walk.trained_tokens
     walked = 0 if walk is None else walk.windows.numel()
-    parts["rounding"] = solving(pace, weights, plan, walked=walked, trained=trained)
+    parts["rounding"] = solving(pace, weights, plan, decided.solvers, walked=walked, trained=trained)
     if request.judged is not None:
         parts["judging"] = judging(pace, len(request.judged), 2 if request.tokens else 1)
     if request.tokens:

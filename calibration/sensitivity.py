@@ -309,7 +309,7 @@ def losses_of(
         experts: also each expert's tensors of a group alone.
         device: "cpu" or "cuda".
         snapshot: file in which what is measured is kept, and gone on from. It stays at the end.
-        said: called with one line about what will take how long.
+        said: called with one line about what will take how long, where there is a snapshot; `quantize` tells it itself.
         progress: called after each group and format.
 
     Raises:
@@ -356,29 +356,26 @@ def _losses(
     jobs = [(group, storage) for group in groups for storage in group.bytes if storage != STORED]
     looked_at, windows = windows_of(text, tokens)
     chosen: Method = method or ("estimated" if is_estimated(weights, len(jobs), looked_at, most_work) else "measured")
-    counts = [(group.group.count, storage) for group, storage in jobs]
-    memory = choosing_bytes(weights, counts, estimated=chosen == "estimated")
     run = _Measuring(
         snapshot,
         _identity(weights, jobs, text, looked_at, chosen, device),
         jobs=len(jobs),
         windows=len(windows),
     )
-    if run.windows or run.losses:
-        say(f"going on from {snapshot}")
-    left = jobs if chosen == "estimated" else [job for job in jobs if _key(*job) not in run.losses]
-    seconds = choosing(
-        Pace(weights, device=device),
-        [(group.group.count, storage) for group, storage in left],
-        looked_at.numel(),
-        windows=windows[run.windows :] if chosen == "estimated" else None,
-        levels=LEVELS,
-    )
-    doing = "measuring" if chosen == "measured" else "estimating from gradients"
-    effort = Effort({f"{doing} {len(left)} changes of {len(groups)} groups": seconds}, _DISK_BYTES, memory)
-    if snapshot is not None:  # within `quantize` room was checked for all that it does
-        check_space(snapshot, disk_bytes=effort.disk_bytes, memory_bytes=memory)
-    say(effort.said())
+    if snapshot is not None:  # within `quantize` all that it does was told, and room checked for it
+        if run.windows or run.losses:
+            say(f"going on from {snapshot}")
+        estimated = chosen == "estimated"
+        left = jobs if estimated else [job for job in jobs if _key(*job) not in run.losses]
+        counts = [(group.group.count, storage) for group, storage in left]
+        of_gradients = windows[run.windows :] if estimated else None
+        pace = Pace(weights, device=device)
+        seconds = choosing(pace, counts, looked_at.numel(), windows=of_gradients, levels=LEVELS)
+        doing = "estimating from gradients" if estimated else "measuring"
+        memory = choosing_bytes(weights, counts, estimated=estimated)
+        effort = Effort({f"{doing} {len(left)} changes of {len(groups)} groups": seconds}, _DISK_BYTES, memory)
+        check_space(snapshot, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
+        say(effort.said())
     meter = Meter(weights, looked_at, device=device)
     table: dict[tuple[str, str], Loss] = {}
 
