@@ -2,7 +2,7 @@
 """The C++ kernels on NumPy arrays: contiguous, of the types that are named, outputs given by the caller.
 
 Shapes and formulas are in the headers: `scan/scan.h`, `conv/conv.h`, `rms_norm/rms_norm.h`, `quantize/quantize.h`,
-`linear/linear.h`, `linear/packed.h`. Where no type is named all arrays are float32, or all float64. bf16 scales are
+`linear/linear.h`, `linear/layout.h`. Where no type is named all arrays are float32, or all float64. bf16 scales are
 given as their bits, uint16. A wrong shape, type or layout raises ValueError. `threads` is the most threads to use, the
 calling one included; `kernel` None is the best kernel this machine can run.
 """
@@ -84,17 +84,28 @@ def conv_backward(
 def rms_norm(x: _Array, weight: _Array, eps: float, y: _Array, *, kernel: str | None) -> None:
     """x, y [M, D], weight [D]; y may be x."""
 
-def quantize_int8_block(x: _Array, codes: _Array, scales: _Array, *, block: int, kernel: str | None) -> None:
-    """x float32 [M, K] → codes int8 [M, C], scales float32 [M, C / block]; C is K padded to whole blocks."""
+def quantize_int8_block(
+    x: _Array, codes: _Array, scales: _Array, sums: _Array, *, block: int, kernel: str | None
+) -> None:
+    """x float32 [M, K] → codes int8 [M, C], scales float32 [M, C / block], sums int32 [M, C / block].
 
-def packed_row_bytes(weight_format: str, columns: int) -> int:
-    """Bytes of a packed row of so many columns, in one of the number formats of weights."""
+    C is K padded to whole blocks.
+    """
 
-def pack(weight_format: str, codes: _Array, scales: _Array, packed: _Array) -> None:
-    """Codes int8 [N, K], scales float32 [N, 1] or bf16 [N, blocks] → packed uint8 [N, packed_row_bytes]."""
+def packed_bytes(layout: str, weight_format: str, outputs: int, columns: int) -> int:
+    """Bytes of a packed matrix."""
 
-def unpack(weight_format: str, packed: _Array, codes: _Array, scales: _Array) -> None:
+def pack(layout: str, weight_format: str, codes: _Array, scales: _Array, packed: _Array) -> None:
+    """Codes int8 [N, K], scales float32 [N, 1] or bf16 [N, blocks] → packed uint8 [packed_bytes]."""
+
+def unpack(layout: str, weight_format: str, packed: _Array, codes: _Array, scales: _Array) -> None:
     """The inverse of `pack`."""
+
+def packed_row(layout: str, weight_format: str, packed: _Array, outputs: int, row: int, values: _Array) -> None:
+    """One row of a packed matrix of so many outputs as its codes mean it: values float32 [K]."""
+
+def linear_layout(lhs: str, weight_format: str, kernel: str | None) -> str:
+    """The layout in which the linear kernel for inputs `lhs` ("f32", "int8_block") wants its weights."""
 
 def linear_f32(
     weight_format: str,
@@ -106,12 +117,13 @@ def linear_f32(
     threads: int,
     kernel: str | None,
 ) -> None:
-    """x float32 [M, K], weights as `pack` leaves them, bias float32 [N] → y float32 [M, N]."""
+    """x float32 [M, K], weights packed in the kernel's layout, bias float32 [N] → y float32 [M, N]."""
 
 def linear_int8_block(
     weight_format: str,
     x_codes: _Array,
     x_scales: _Array,
+    x_sums: _Array,
     packed: _Array,
     bias: _Array | None,
     y: _Array,

@@ -149,7 +149,8 @@ void bench_quantize(std::int64_t M, std::int64_t K) {
   const std::int64_t blocks = (K + kBlock - 1) / kBlock;
   auto codes = empty<std::int8_t>(M * blocks * kBlock);
   auto scales = empty<float>(M * blocks);
-  const QuantizeArgs args = {M, K, kBlock, x.data(), codes.data(), scales.data()};
+  auto sums = empty<std::int32_t>(M * blocks);
+  const QuantizeArgs args = {M, K, kBlock, x.data(), codes.data(), scales.data(), sums.data()};
   for (const auto* kernel : quantize_kernels()) {
     if (!can_run(*kernel, detect_cpu_flags())) continue;
     print(kernel->name, best_seconds([&] { kernel->run(args); }), static_cast<double>(M * K));
@@ -163,14 +164,17 @@ void bench_linear(std::int64_t M, std::int64_t K, std::int64_t N) {
     const std::int64_t blocks = block_count(format, K);
     const auto x = normal<float>(M * K), x_scales = normal<float>(M * blocks);
     const auto x_codes = empty<std::int8_t>(M * blocks * format.block);
-    const auto packed = empty<std::uint8_t>(N * row_bytes(format, K));
+    const auto x_sums = empty<std::int32_t>(M * blocks);
     auto y = empty<float>(M * N);
-    const LinearArgs args = {{M, K, N},     x.data(), x_codes.data(), x_scales.data(),
-                             packed.data(), nullptr,  y.data()};
     for (const LinearInput input : {LinearInput::int8_block, LinearInput::f32}) {
       for (const auto* kernel : linear_kernels(input, static_cast<WeightName>(i))) {
         if (!can_run(*kernel, detect_cpu_flags())) continue;
-        const auto run = [&](std::int64_t, std::int64_t tile) { kernel->run(args, tile); };
+        const auto packed = empty<std::uint8_t>(packed_bytes(*kernel->layout, format, N, K));
+        const LinearArgs args = {{M, K, N},     x.data(),      x_codes.data(), x_scales.data(),
+                                 x_sums.data(), packed.data(), nullptr,        y.data()};
+        const auto run = [&](std::int64_t, std::int64_t tile) {
+          kernel->run(args, tile_begin(tile), tile_end(tile, N));
+        };
         print(kernel->name, best_seconds(1, N, run), static_cast<double>(M * K * N));
       }
     }

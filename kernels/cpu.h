@@ -23,6 +23,9 @@ enum CpuFlag : CpuFlags {
   kBaseline = 0,      // what the compiler assumes without being asked
   kAvx2 = 1u << 0,    // AVX2 and FMA
   kAvx512 = 1u << 1,  // AVX-512F and FMA
+  kAvx512Vnni = 1u << 2,  // AVX-512F, BW, VL and VNNI, and FMA
+  kDotprod = 1u << 3,  // Arm: sdot
+  kI8mm = 1u << 4,     // Arm: smmla, and sdot
 };
 
 struct CpuFlagName {
@@ -34,6 +37,9 @@ inline constexpr CpuFlagName kCpuFlagNames[] = {
     {kBaseline, "baseline"},
     {kAvx2, "avx2"},
     {kAvx512, "avx512"},
+    {kAvx512Vnni, "avx512vnni"},
+    {kDotprod, "dotprod"},
+    {kI8mm, "i8mm"},
 };
 
 // The flags of the machine this runs on (the operating system's consent to wide registers included).

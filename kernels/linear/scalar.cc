@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The linear layer as it is defined, one output and one column at a time: the reference of the fast forms. Formula,
-// shapes and order of the sums: linear.h; layout of the weights: packed.h.
+// shapes and order of the sums: linear.h; layout of the weights: layout.h.
 
 #include <algorithm>
 #include <cstring>
@@ -56,12 +56,12 @@ float block_sum(const LinearArgs& args, std::int64_t m, std::int64_t b, const st
 }
 
 template <LinearInput input, WeightName weight>
-void run(const LinearArgs& args, std::int64_t tile) {
+void run(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   constexpr WeightFormat format = weight_format(weight);
   const std::int64_t K = args.shape.columns, N = args.shape.outputs, blocks = block_count(format, K);
-  for (std::int64_t n = tile_begin(tile); n < tile_end(tile, N); ++n) {
-    const std::uint8_t* const codes = args.weight + n * row_bytes(format, K);
-    const std::uint8_t* const scales = codes + row_code_bytes(format, K);
+  for (std::int64_t n = begin; n < end; ++n) {
+    const std::uint8_t* const codes = args.weight + n * strip_bytes(kRowsLayout, format, K);
+    const std::uint8_t* const scales = codes + strip_code_bytes(kRowsLayout, format, K);
     for (std::int64_t m = 0; m < args.shape.rows; ++m) {
       float y = 0;
       for (std::int64_t b = 0; b < blocks; ++b) {
@@ -77,20 +77,28 @@ void run(const LinearArgs& args, std::int64_t tile) {
 }  // namespace
 
 const LinearKernel moss_linear_f32_int8_block_int8_scalar = {
-    kBaseline, "moss_linear_f32_int8_block_int8_scalar", run<LinearInput::int8_block, WeightName::int8>};
+    kBaseline, "moss_linear_f32_int8_block_int8_scalar", &kRowsLayout,
+    run<LinearInput::int8_block, WeightName::int8>};
 const LinearKernel moss_linear_f32_int8_block_int8_g32_scalar = {
-    kBaseline, "moss_linear_f32_int8_block_int8_g32_scalar", run<LinearInput::int8_block, WeightName::int8_g32>};
+    kBaseline, "moss_linear_f32_int8_block_int8_g32_scalar", &kRowsLayout,
+    run<LinearInput::int8_block, WeightName::int8_g32>};
 const LinearKernel moss_linear_f32_int8_block_int4_g32_scalar = {
-    kBaseline, "moss_linear_f32_int8_block_int4_g32_scalar", run<LinearInput::int8_block, WeightName::int4_g32>};
+    kBaseline, "moss_linear_f32_int8_block_int4_g32_scalar", &kRowsLayout,
+    run<LinearInput::int8_block, WeightName::int4_g32>};
 const LinearKernel moss_linear_f32_int8_block_int4_g128_scalar = {
-    kBaseline, "moss_linear_f32_int8_block_int4_g128_scalar", run<LinearInput::int8_block, WeightName::int4_g128>};
+    kBaseline, "moss_linear_f32_int8_block_int4_g128_scalar", &kRowsLayout,
+    run<LinearInput::int8_block, WeightName::int4_g128>};
 const LinearKernel moss_linear_f32_f32_int8_scalar = {
-    kBaseline, "moss_linear_f32_f32_int8_scalar", run<LinearInput::f32, WeightName::int8>};
+    kBaseline, "moss_linear_f32_f32_int8_scalar", &kRowsLayout,
+    run<LinearInput::f32, WeightName::int8>};
 const LinearKernel moss_linear_f32_f32_int8_g32_scalar = {
-    kBaseline, "moss_linear_f32_f32_int8_g32_scalar", run<LinearInput::f32, WeightName::int8_g32>};
+    kBaseline, "moss_linear_f32_f32_int8_g32_scalar", &kRowsLayout,
+    run<LinearInput::f32, WeightName::int8_g32>};
 const LinearKernel moss_linear_f32_f32_int4_g32_scalar = {
-    kBaseline, "moss_linear_f32_f32_int4_g32_scalar", run<LinearInput::f32, WeightName::int4_g32>};
+    kBaseline, "moss_linear_f32_f32_int4_g32_scalar", &kRowsLayout,
+    run<LinearInput::f32, WeightName::int4_g32>};
 const LinearKernel moss_linear_f32_f32_int4_g128_scalar = {
-    kBaseline, "moss_linear_f32_f32_int4_g128_scalar", run<LinearInput::f32, WeightName::int4_g128>};
+    kBaseline, "moss_linear_f32_f32_int4_g128_scalar", &kRowsLayout,
+    run<LinearInput::f32, WeightName::int4_g128>};
 
 }  // namespace moss

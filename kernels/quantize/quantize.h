@@ -5,6 +5,7 @@
 //     a[m, b]     = max |x[m, k]| over the columns k of block b
 //     code[m, k]  = round(x[m, k] * (127 / a[m, b])), ties to even
 //     scale[m, b] = a[m, b] / 127                                       value = code * scale
+//     sum[m, b]   = sum of the codes of block b: what linear kernels whose weights carry an offset subtract it with
 //
 // Every operation is in fp32 and rounded once, so codes and scales are the same on every machine and for every kernel.
 // In a block of zeros, and where 127 / a overflows (a below 4e-37), the codes are 0; so are they where a is not finite,
@@ -32,6 +33,7 @@ struct QuantizeArgs {
   const float* x;        // [M, K]
   std::int8_t* codes;    // [M, C], each in -127 .. 127
   float* scales;         // [M, C / B]
+  std::int32_t* sums;    // [M, C / B]
 };
 
 struct QuantizeKernel {

@@ -30,9 +30,12 @@ void run(const QuantizeArgs& args) {
       const float largest = largest_of(x, count);
       const float reciprocal = 127 / largest;
       const bool usable = std::isfinite(largest) && std::isfinite(reciprocal);
+      std::int32_t sum = 0;
       for (std::int64_t k = 0; k < B; ++k) {
         codes[k] = usable && k < count ? static_cast<std::int8_t>(std::nearbyint(x[k] * reciprocal)) : std::int8_t(0);
+        sum += codes[k];
       }
+      args.sums[m * blocks + b] = sum;
       args.scales[m * blocks + b] = largest / 127;
     }
   }

@@ -7,9 +7,11 @@
 #include "linear/linear.h"
 
 #include <cstring>
+#include <map>
 
 #include "compare.h"
 #include "quantize/quantize.h"
+#include "tile.h"
 
 namespace moss_tests {
 namespace {
@@ -59,6 +61,7 @@ Scales random_scales(std::int64_t size, const WeightFormat& format, Random& rand
 struct Quantized {
   std::vector<std::int8_t> codes;
   Floats scales;
+  std::vector<std::int32_t> sums;
 };
 
 Quantized quantize(const moss::QuantizeKernel& kernel, const Floats& x, std::int64_t rows, std::int64_t columns,
@@ -67,7 +70,8 @@ Quantized quantize(const moss::QuantizeKernel& kernel, const Floats& x, std::int
   Quantized out;
   out.codes.assign(static_cast<std::size_t>(rows * padded), 99);
   out.scales = unset<float>(rows * padded / block);
-  kernel.run({rows, columns, block, x.data(), out.codes.data(), out.scales.data()});
+  out.sums.assign(out.scales.size(), 99);
+  kernel.run({rows, columns, block, x.data(), out.codes.data(), out.scales.data(), out.sums.data()});
   return out;
 }
 
@@ -104,13 +108,13 @@ bool test_quantize() {
   return passed;
 }
 
-bool test_packing(const WeightFormat& format, const moss::LinearShape& shape, const std::vector<std::int8_t>& codes,
-                  const Scales& scales, const std::vector<std::uint8_t>& packed) {
+bool test_packing(const moss::LinearLayout& layout, const WeightFormat& format, const moss::LinearShape& shape,
+                  const std::vector<std::int8_t>& codes, const Scales& scales, const std::vector<std::uint8_t>& packed) {
   std::vector<std::int8_t> back(codes.size(), 99);
   std::vector<std::uint8_t> bytes(scales.bytes.size(), 99);
-  moss::unpack_weight(format, shape.outputs, shape.columns, packed.data(), back.data(), bytes.data());
+  moss::unpack_weight(layout, format, shape.outputs, shape.columns, packed.data(), back.data(), bytes.data());
   if (back == codes && bytes == scales.bytes) return true;
-  std::printf("FAILED unpack %s N %d K %d\n", format.name, static_cast<int>(shape.outputs),
+  std::printf("FAILED unpack %s %s N %d K %d\n", layout.name, format.name, static_cast<int>(shape.outputs),
               static_cast<int>(shape.columns));
   return false;
 }
@@ -123,9 +127,14 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
   const Floats x = random.normal(M * K), bias = random.normal(N);
   const auto codes = random_codes(N * K, format, seed);
   const Scales scales = random_scales(N * moss::scale_count(format, K), format, random);
-  std::vector<std::uint8_t> packed(static_cast<std::size_t>(N * moss::row_bytes(format, K)));
-  bool passed = moss::pack_weight(format, N, K, codes.data(), scales.bytes.data(), packed.data());
-  passed = test_packing(format, shape, codes, scales, packed) && passed;
+  bool passed = true;
+  std::map<const moss::LinearLayout*, std::vector<std::uint8_t>> packed;
+  for (const moss::LinearLayout* layout : moss::kLinearLayouts) {
+    auto& bytes = packed[layout];
+    bytes.resize(static_cast<std::size_t>(moss::packed_bytes(*layout, format, N, K)));
+    passed = moss::pack_weight(*layout, format, N, K, codes.data(), scales.bytes.data(), bytes.data()) && passed;
+    passed = test_packing(*layout, format, shape, codes, scales, bytes) && passed;
+  }
   const Quantized q = quantize(moss::moss_quantize_int8_block_f32_scalar, x, M, K, format.block);
 
   const auto weight = [&](std::int64_t n, std::int64_t k) {
@@ -156,10 +165,13 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
                                      f32 ? x.data() : nullptr,
                                      f32 ? nullptr : q.codes.data(),
                                      f32 ? nullptr : q.scales.data(),
-                                     packed.data(),
+                                     f32 ? nullptr : q.sums.data(),
+                                     packed[kernel->layout].data(),
                                      with_bias ? bias.data() : nullptr,
                                      y.data()};
-      for (std::int64_t tile = 0; tile < moss::tile_count(N); ++tile) kernel->run(args, tile);
+      for (std::int64_t tile = 0; tile < moss::tile_count(N); ++tile) {
+        kernel->run(args, moss::tile_begin(tile), moss::tile_end(tile, N));
+      }
       char at[160];
       std::snprintf(at, sizeof(at), "%s M %d K %d N %d", kernel->name, static_cast<int>(M), static_cast<int>(K),
                     static_cast<int>(N));
@@ -177,8 +189,8 @@ bool test_refusal() {
       if (code < -128 || code > 127) continue;
       const auto held = static_cast<std::int8_t>(code);
       const std::uint8_t scale[4] = {};
-      std::vector<std::uint8_t> packed(static_cast<std::size_t>(moss::row_bytes(format, 1)));
-      if (!moss::pack_weight(format, 1, 1, &held, scale, packed.data())) continue;
+      std::vector<std::uint8_t> packed(static_cast<std::size_t>(moss::packed_bytes(moss::kRowsLayout, format, 1, 1)));
+      if (!moss::pack_weight(moss::kRowsLayout, format, 1, 1, &held, scale, packed.data())) continue;
       std::printf("FAILED %s took code %d\n", format.name, static_cast<int>(code));
       passed = false;
     }

@@ -51,20 +51,27 @@ def stored_scales(weight: QuantizedTensor) -> NDArray[np.generic]:
     return weight.scales.numpy()
 
 
-def packed_weight(weight: QuantizedTensor) -> Bytes:
+def packed_weight(weight: QuantizedTensor, layout: str) -> Bytes:
     name = weight.format.name
-    packed = np.zeros((weight.rows, _native.packed_row_bytes(name, weight.columns)), np.uint8)
-    _native.pack(name, stored_codes(weight), stored_scales(weight), packed)
+    packed = np.zeros(_native.packed_bytes(layout, name, weight.rows, weight.columns), np.uint8)
+    _native.pack(layout, name, stored_codes(weight), stored_scales(weight), packed)
     return packed
 
 
 def quantized_input(x: Floats, block: int, *, kernel: str | None = None) -> tuple[Codes, Floats]:
-    """Codes [M, C] and scales [M, blocks] as the kernel makes them."""
+    """Codes [M, C] and scales [M, blocks] as the kernel makes them, and their sums as they should be."""
     blocks = -(-x.shape[1] // block)
     codes = np.full((len(x), blocks * block), 99, np.int8)
     scales = np.full((len(x), blocks), np.nan, np.float32)
-    _native.quantize_int8_block(x, codes, scales, block=block, kernel=kernel)
+    sums = np.full((len(x), blocks), 99, np.int32)
+    _native.quantize_int8_block(x, codes, scales, sums, block=block, kernel=kernel)
+    assert np.array_equal(sums, block_sums(codes, block))
     return codes, scales
+
+
+def block_sums(codes: Codes, block: int) -> NDArray[np.int32]:
+    """[M, blocks]"""
+    return codes.reshape(len(codes), codes.shape[1] // block, block).sum(2, dtype=np.int32)
 
 
 def linear(
@@ -72,17 +79,17 @@ def linear(
     weight: QuantizedTensor,
     bias: Floats | None = None,
     *,
-    packed: Bytes | None = None,
     threads: int = 1,
     kernel: str | None = None,
 ) -> Floats:
-    """y [M, N] of an input in fp32, or of codes and scales."""
-    packed = packed_weight(weight) if packed is None else packed
+    """y [M, N] of an input in fp32, or of codes and scales; the weight packed as the kernel wants it."""
+    name, block = weight.format.name, weight.format.activation_block
+    given = "f32" if isinstance(x, np.ndarray) else "int8_block"
+    packed = packed_weight(weight, _native.linear_layout(given, name, kernel))
     rows = len(x) if isinstance(x, np.ndarray) else len(x[0])
-    y = np.full((rows, len(packed)), np.nan, np.float32)
-    name = weight.format.name
+    y = np.full((rows, weight.rows), np.nan, np.float32)
     if isinstance(x, np.ndarray):
         _native.linear_f32(name, x, packed, bias, y, threads=threads, kernel=kernel)
     else:
-        _native.linear_int8_block(name, *x, packed, bias, y, threads=threads, kernel=kernel)
+        _native.linear_int8_block(name, *x, block_sums(x[0], block), packed, bias, y, threads=threads, kernel=kernel)
     return y

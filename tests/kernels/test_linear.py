@@ -13,8 +13,10 @@ from mossquant.kernels import _native, available
 from .bounds import F32_TINY, F32_UNIT, f32_roundings
 from .linears import (
     COLUMNS,
+    Bytes,
     Codes,
     Floats,
+    block_sums,
     linear,
     make_input,
     make_weight,
@@ -91,29 +93,28 @@ def test_integers_are_numpys(name: str, kernel: str, columns: int) -> None:
     weight = make_weight(name, 70, columns, seed=columns)
     weight = QuantizedTensor(weight.format, weight.codes, torch.ones_like(weight.scales), 70, columns)
     weight.codes[0], weight.codes[1] = weight.format.code_min, weight.format.code_max
-    block, packed = weight.format.activation_block, packed_weight(weight)
+    block = weight.format.activation_block
     codes = np.random.default_rng(columns).integers(-127, 128, (70, columns)).astype(np.int8)
     codes[0], codes[1] = -127, 127
     expected = dots(codes, weight)
     assert np.abs(expected.sum(-1)).max() < 2**24, "fp32 does not hold these integers"
     padded = blocked(codes, block).astype(np.int8).reshape(70, -1)
     scales = np.ones((70, expected.shape[2]), np.float32)
-    assert np.array_equal(linear((padded, scales), weight, packed=packed, kernel=kernel), expected.sum(-1))
+    assert np.array_equal(linear((padded, scales), weight, kernel=kernel), expected.sum(-1))
     for b in range(expected.shape[2]):
         scales[:] = 0
         scales[:, b] = 1
-        assert np.array_equal(linear((padded, scales), weight, packed=packed, kernel=kernel), expected[..., b])
+        assert np.array_equal(linear((padded, scales), weight, kernel=kernel), expected[..., b])
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize(("given", "name", "kernel"), KERNELS)
 def test_near_float64(given: str, name: str, kernel: str, columns: int) -> None:
     weight = make_weight(name, 70, columns, seed=columns)
-    packed = packed_weight(weight)
     x = given_input(given, make_input(70, columns, seed=1), weight)
     bias = make_input(1, 70, seed=2)[0]
-    assert_within(linear(x, weight, bias, packed=packed, kernel=kernel), *exact(x, weight, bias))
-    assert_within(linear(x, weight, packed=packed, kernel=kernel), *exact(x, weight, np.zeros_like(bias)))
+    assert_within(linear(x, weight, bias, kernel=kernel), *exact(x, weight, bias))
+    assert_within(linear(x, weight, kernel=kernel), *exact(x, weight, np.zeros_like(bias)))
 
 
 @pytest.mark.parametrize("columns", [1, 24, 33, 200, 1536])
@@ -156,17 +157,18 @@ def test_scalar_form_adds_in_the_order_that_is_written(name: str, columns: int) 
 
 @pytest.mark.parametrize(("given", "name", "kernel"), KERNELS)
 def test_rows_outputs_and_threads_change_nothing(given: str, name: str, kernel: str) -> None:
-    """Any 1 to 70 rows, any outputs (one expert of those stacked), any number of threads: the same bits."""
+    """Any 1 to 70 rows, any outputs, any number of threads: the same bits."""
     weight = make_weight(name, 140, 48)
-    packed, x, bias = packed_weight(weight), make_input(70, 48, seed=1), make_input(1, 140, seed=2)[0]
-    whole = linear(given_input(given, x, weight), weight, bias, packed=packed, kernel=kernel)
+    x, bias = make_input(70, 48, seed=1), make_input(1, 140, seed=2)[0]
+    whole = linear(given_input(given, x, weight), weight, bias, kernel=kernel)
     for rows in range(1, 71):
         some = given_input(given, x[70 - rows :], weight)
-        assert np.array_equal(linear(some, weight, bias, packed=packed, kernel=kernel), whole[70 - rows :])
-        own = linear(given_input(given, x, weight), weight, bias[rows:140], packed=packed[rows:140], kernel=kernel)
-        assert np.array_equal(own, whole[:, rows:140])
+        assert np.array_equal(linear(some, weight, bias, kernel=kernel), whole[70 - rows :])
+        fewer = QuantizedTensor(weight.format, weight.codes[rows:], weight.scales[rows:], 140 - rows, 48)
+        own = linear(given_input(given, x[:3], weight), fewer, bias[rows:], kernel=kernel)
+        assert np.array_equal(own, whole[:3, rows:])
     for threads in (2, 7):
-        found = linear(given_input(given, x, weight), weight, bias, packed=packed, threads=threads, kernel=kernel)
+        found = linear(given_input(given, x, weight), weight, bias, threads=threads, kernel=kernel)
         assert np.array_equal(found, whole)
 
 
@@ -209,23 +211,23 @@ def test_a_planted_fault_would_show() -> None:
 def test_wrong_arrays_are_refused() -> None:
     weight, x = make_weight("int4_g128", 20, 140), make_input(3, 140)
     codes, scales = quantized_input(x, 128)
-    packed, y = packed_weight(weight), np.zeros((3, 20), np.float32)
+    sums, y = block_sums(codes, 128), np.zeros((3, 20), np.float32)
+    kernel = "moss_linear_f32_int8_block_int4_g128_scalar"
+    packed = packed_weight(weight, "rows")
 
-    def of_codes(codes: Codes = codes, scales: Floats = scales, y: Floats = y, name: str = "int4_g128") -> None:
-        _native.linear_int8_block(name, codes, scales, packed, None, y, threads=1, kernel=None)
+    def of_codes(codes: Codes = codes, scales: Floats = scales, y: Floats = y, packed: Bytes = packed) -> None:
+        _native.linear_int8_block("int4_g128", codes, scales, sums, packed, None, y, threads=1, kernel=kernel)
 
     of_codes()
     with pytest.raises(ValueError, match="x_codes: has 140 columns, must have whole blocks of 128 for int4_g128"):
         of_codes(codes=np.ascontiguousarray(codes[:, :140]))
     with pytest.raises(ValueError, match=r"x_scales: shape is \[3, 1\], must be \[3, 2\]"):
         of_codes(scales=np.ascontiguousarray(scales[:, :1]))
-    with pytest.raises(ValueError, match=r"y: shape is \[3, 19\], must be \[3, 20\]"):
+    with pytest.raises(ValueError, match=r"packed: shape is \[2640\], must be \[2508\]"):
         of_codes(y=np.zeros((3, 19), np.float32))
-    with pytest.raises(ValueError, match=r"packed: shape is \[20, 132\], must be \[20, 260\]"):
-        of_codes(name="int8", scales=np.zeros((3, 8), np.float32))
+    with pytest.raises(ValueError, match=r"packed: shape is \[2639\], must be \[2640\]"):
+        of_codes(packed=packed[1:])
     with pytest.raises(ValueError, match=r"bias: shape is \[3\], must be \[20\]"):
         linear(x, weight, np.zeros(3, np.float32))
-    with pytest.raises(ValueError, match=r"packed: shape is \[20, 132\], must be \[20, 66\]"):
-        linear(np.ascontiguousarray(x[:, :128]), weight)
     with pytest.raises(ValueError, match=r"'moss_linear_f32_f32_int8_scalar' is not one of those .*_g128_scalar"):
         linear(x, weight, kernel="moss_linear_f32_f32_int8_scalar")

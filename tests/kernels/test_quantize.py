@@ -72,22 +72,23 @@ def test_what_is_not_finite_shows_in_its_block_alone(bad: float, kernel: str) ->
 
 def test_wrong_arrays_are_refused() -> None:
     x, codes, scales = np.zeros((2, 33), np.float32), np.zeros((2, 64), np.int8), np.zeros((2, 2), np.float32)
-    _native.quantize_int8_block(x, codes, scales, block=32, kernel=None)
+    sums = np.zeros((2, 2), np.int32)
+    _native.quantize_int8_block(x, codes, scales, sums, block=32, kernel=None)
     with pytest.raises(ValueError, match=r"codes: shape is \[2, 64\], must be \[2, 40\]"):
-        _native.quantize_int8_block(x, codes, scales, block=20, kernel=None)
+        _native.quantize_int8_block(x, codes, scales, sums, block=20, kernel=None)
     with pytest.raises(ValueError, match=r"scales: shape is \[2, 1\], must be \[2, 2\]"):
-        _native.quantize_int8_block(x, codes, scales[:, :1], block=32, kernel=None)
+        _native.quantize_int8_block(x, codes, scales[:, :1], sums, block=32, kernel=None)
     with pytest.raises(ValueError, match="codes: dtype must be int8"):
-        _native.quantize_int8_block(x, codes.astype(np.uint8), scales, block=32, kernel=None)
+        _native.quantize_int8_block(x, codes.astype(np.uint8), scales, sums, block=32, kernel=None)
     with pytest.raises(ValueError, match="x: dtype must be float32"):
-        _native.quantize_int8_block(x.astype(np.float64), codes, scales, block=32, kernel=None)
+        _native.quantize_int8_block(x.astype(np.float64), codes, scales, sums, block=32, kernel=None)
     with pytest.raises(ValueError, match="x: must be contiguous, row-major"):
-        _native.quantize_int8_block(np.zeros((33, 2), np.float32).T, codes, scales, block=32, kernel=None)
+        _native.quantize_int8_block(np.zeros((33, 2), np.float32).T, codes, scales, sums, block=32, kernel=None)
     with pytest.raises(ValueError, match="x: has no columns, must have at least 1"):
-        _native.quantize_int8_block(x[:, :0], codes, scales, block=32, kernel=None)
+        _native.quantize_int8_block(x[:, :0], codes, scales, sums, block=32, kernel=None)
     with pytest.raises(ValueError, match=r"block: must be 1 \.\. 2\^40, is 0"):
-        _native.quantize_int8_block(x, codes, scales, block=0, kernel=None)
+        _native.quantize_int8_block(x, codes, scales, sums, block=0, kernel=None)
     with pytest.raises(ValueError, match=r"block: must be 1 \.\. 2\^40, is 9223372036854775807"):
-        _native.quantize_int8_block(x, codes, scales, block=2**63 - 1, kernel=None)
+        _native.quantize_int8_block(x, codes, scales, sums, block=2**63 - 1, kernel=None)
     with pytest.raises(ValueError, match=r"'moss_quantize_avx9' is not one of those .* moss_quantize_int8_block_f32_"):
-        _native.quantize_int8_block(x, codes, scales, block=32, kernel="moss_quantize_avx9")
+        _native.quantize_int8_block(x, codes, scales, sums, block=32, kernel="moss_quantize_avx9")
