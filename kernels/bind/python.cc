@@ -15,10 +15,13 @@
 
 #include "../conv/conv.h"
 #include "../cpu.h"
+#include "../dense/dense.h"
 #include "../linear/linear.h"
+#include "../mixer/mixer.h"
 #include "../quantize/quantize.h"
 #include "../rms_norm/rms_norm.h"
 #include "../scan/scan.h"
+#include "../swiglu/swiglu.h"
 #include "arrays.h"
 #include "python.h"
 
@@ -56,6 +59,9 @@ auto with_list(const std::string& op, const std::string& numbers, const Visit& v
   if (op == "rms_norm" && numbers == "f32") return visit(rms_norm_kernels<float>());
   if (op == "rms_norm" && numbers == "f64") return visit(rms_norm_kernels<double>());
   if (op == "quantize" && numbers == "int8_block_f32") return visit(quantize_kernels());
+  if (op == "mixer" && numbers == "f32") return visit(mixer_kernels());
+  if (op == "swiglu" && numbers == "f32") return visit(swiglu_kernels());
+  if (op == "dense" && numbers == "f32") return visit(dense_kernels());
   if (op == "linear") {
     for (const LinearInput input : {LinearInput::f32, LinearInput::int8_block}) {
       for (int weight = 0; weight < static_cast<int>(std::size(kWeightFormats)); ++weight) {

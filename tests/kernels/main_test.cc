@@ -7,6 +7,7 @@ bool test_scan();
 bool test_conv();
 bool test_linear();
 bool test_rms_norm();
+bool test_mixer();
 }  // namespace moss_tests
 
 int main() {
@@ -18,6 +19,7 @@ int main() {
       {"conv", moss_tests::test_conv},
       {"linear", moss_tests::test_linear},
       {"rms_norm", moss_tests::test_rms_norm},
+      {"mixer", moss_tests::test_mixer},
   };
   bool passed = true;
   for (const auto& test : tests) {

@@ -7,11 +7,12 @@ import pytest
 
 from mossquant.kernels import available, cpu_flags, selected
 
-OPERATIONS = ("scan", "conv")
+OPERATIONS = ("scan", "conv", "mixer", "swiglu", "dense")
 WEIGHTS = ("int8", "int8_g32", "int4_g32", "int4_g128")
 # Every choice of numbers there is, by operation.
 NUMBERS = [
     *((op, numbers) for op in ("scan", "conv", "rms_norm") for numbers in ("f32", "f64")),
+    *((op, "f32") for op in ("mixer", "swiglu", "dense")),
     ("quantize", "int8_block_f32"),
     *(("linear", f"f32_{given}_{weight}") for given in ("f32", "int8_block") for weight in WEIGHTS),
 ]

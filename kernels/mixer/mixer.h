@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The recurrent parts of a Mamba mixer at inference, channels last: the convolution, and the scan with its gate.
+//
+//     conv   p_t[e] = bias[e] + sum_w weight[w,e] x_{t-(W-1)+w}[e];    y_t[e] = p_t[e] / (1 + exp(-p_t[e]))
+//     scan   delta_t[e] = softplus(dt_t[e])
+//            h_t[n,e]   = exp(delta_t[e] A[n,e]) h_{t-1}[n,e] + delta_t[e] x_t[e] Bm_t[n]
+//            y_t[e]     = (sum_n h_t[n,e] Cm_t[n] + D[e] x_t[e]) z_t[e] / (1 + exp(-z_t[e]))
+//
+// B sequences, T time, E channels (d_inner), N states (d_state), W conv width. They differ from conv/conv.h and
+// scan/scan.h, which models train with, in how weights and states lie: neighbouring channels are neighbours in memory, so
+// that a single step loads vectors and transposes nothing. `rate` is A log2(e), computed once. Rows of Bm and Cm have a
+// stride of their own, so that they may lie in a matrix with other columns.
+//
+// State and window are brought up to date in place. Sequences may be given in pieces of any length, down to single
+// steps: the same bits. The unit of work is one sequence and the channels begin .. end - 1, begin a multiple of
+// kMaxLanes. Kernels are stateless, allocate nothing and start no thread.
+
+#ifndef MOSS_KERNELS_MIXER_MIXER_H_
+#define MOSS_KERNELS_MIXER_MIXER_H_
+
+#include <cstdint>
+
+#include "../cpu.h"
+#include "../tile.h"
+
+namespace moss {
+
+struct MixerConvArgs {
+  std::int64_t time;      // T
+  std::int64_t channels;  // E
+  std::int64_t width;     // W
+  const float* x;         // [B, T, E]
+  const float* weight;    // [W, E]
+  const float* bias;      // [E]
+  float* window;          // [B, W-1, E], oldest first
+  float* y;               // [B, T, E]; not x
+};
+
+struct MixerScanArgs {
+  std::int64_t time;       // T
+  std::int64_t channels;   // E
+  std::int64_t states;     // N
+  const float* x;          // [B, T, E]
+  const float* dt;         // [B, T, E]
+  const float* z;          // [B, T, E]
+  const float* rate;       // [N, E]
+  const float* Bm;         // [B, T] rows of N
+  const float* Cm;         // [B, T] rows of N
+  std::int64_t bc_stride;  // from one row of Bm, or Cm, to the next
+  const float* D;          // [E]
+  float* h;                // [B, N, E]
+  float* y;                // [B, T, E]; may be x, dt or z
+};
+
+struct MixerKernel {
+  CpuFlag flag;
+  const char* name;
+  void (*conv)(const MixerConvArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end);
+  void (*scan)(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end);
+};
+
+// The kernels compiled in, best first, the scalar one last.
+KernelList<MixerKernel> mixer_kernels();
+
+#define MOSS_MIXER_KERNEL(FLAG, NAME) extern const MixerKernel NAME;
+#include "kernels.inc"
+#undef MOSS_MIXER_KERNEL
+
+}  // namespace moss
+
+#endif  // MOSS_KERNELS_MIXER_MIXER_H_

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "../vec/portable.h"
+#include "vector.h"
+
+namespace moss {
+
+const MixerKernel moss_mixer_f32_portable = {kBaseline, "moss_mixer_f32_portable", mixer_conv<Vec4>, mixer_scan<Vec4>};
+
+}  // namespace moss
