@@ -41,7 +41,8 @@ typedef struct moss_state moss_state;
 
 typedef struct moss_options {
   int32_t threads;    /* the calling one included; 0: as many as there are cores */
-  const char* isa;    /* the most that kernels may use: "avx512vnni", "avx2", "i8mm", "dotprod", "scalar"; NULL: all */
+  const char* isa;    /* the most that kernels may use: "avx512vnni", "avx512", "avx2", "i8mm", "dotprod", "baseline";
+                         NULL: whatever this machine can */
 } moss_options;
 
 MOSS_API int32_t moss_abi_version(void);
