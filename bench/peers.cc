@@ -25,10 +25,13 @@ void log_errors(ggml_log_level level, const char* text, void*) {
 
 using Vector = std::uint64_t __attribute__((vector_size(64)));
 
+// Several places at once: one stream alone is read a tenth slower.
 void read_range(const Vector* data, std::size_t count) {
-  Vector sums[4] = {};
-  for (std::size_t i = 0; i + 4 <= count; i += 4) {
-    for (std::size_t j = 0; j < 4; ++j) sums[j] ^= data[i + j];
+  constexpr std::size_t kStreams = 4;
+  Vector sums[kStreams] = {};
+  const std::size_t length = count / kStreams;
+  for (std::size_t i = 0; i < length; ++i) {
+    for (std::size_t stream = 0; stream < kStreams; ++stream) sums[stream] ^= data[stream * length + i];
   }
   const Vector sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
   std::uint64_t all = 0;
