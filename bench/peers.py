@@ -101,7 +101,8 @@ class Process(Child):
     """The process of a contestant; what fails there, fails here."""
 
     def __init__(self, run: Run, contestant: Contestant, threads: int) -> None:
-        super().__init__("peers_worker")
+        # ExecuTorch prints several lines in every process that loads it.
+        super().__init__("peers_worker", quiet=contestant.kind == "executorch")
         self._name = contestant.name
         order = {"kind": contestant.kind, "path": str(contestant.path), "threads": threads, "prompt": run.prompt}
         libraries = {"library": str(run.llama.library), "libmoss": str(run.libmoss)}
