@@ -16,6 +16,7 @@ NUMBERS = [
     ("quantize", "int8_block_f32"),
     *(("linear", f"f32_{given}_{weight}") for given in ("f32", "int8_block") for weight in WEIGHTS),
 ]
+X86_FLAGS = ("avx2", "avx512", "avx512vnni")
 # Where the x86-64 kernels are compiled in, as a machine with every flag would see it.
 HAS_X86 = len(available("scan", flags=["avx2", "avx512"])) == 4
 
@@ -33,10 +34,19 @@ def test_best_that_the_flags_allow(op: str) -> None:
     assert available(op, flags=["avx2"]) == tuple(f"moss_{op}_f32_{isa}" for isa in ("avx2", "portable", "scalar"))
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.skipif(not HAS_X86, reason="the x86-64 kernels are not compiled in on this processor")
+def test_best_linear_that_the_flags_allow(weight: str) -> None:
+    numbers = f"f32_int8_block_{weight}"
+    names = tuple(f"moss_linear_{numbers}_{isa}" for isa in ("avx512vnni", "scalar"))
+    assert available("linear", numbers=numbers, flags=X86_FLAGS) == names
+    assert selected("linear", numbers=numbers, flags=["avx512vnni"]) == names[0]
+    assert selected("linear", numbers=numbers, flags=["avx2", "avx512"]) == names[-1]
+
+
 @pytest.mark.parametrize(("op", "numbers"), NUMBERS)
 def test_scalar_is_last_and_always_there(op: str, numbers: str) -> None:
-    known = ("avx2", "avx512")
-    for flags in (flags for size in range(3) for flags in combinations(known, size)):
+    for flags in (flags for size in range(4) for flags in combinations(X86_FLAGS, size)):
         names = available(op, numbers=numbers, flags=flags)
         assert names[0] == selected(op, numbers=numbers, flags=flags)
         assert names[-1] == f"moss_{op}_{numbers}_scalar"

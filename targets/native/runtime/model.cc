@@ -96,7 +96,8 @@ Model::Model(const std::string& path, CpuFlags flags, int threads) : file_(path)
   if (header == file_.metadata().end()) throw std::runtime_error("it is no .moss: its header has no 'moss'");
   const Json own = parse_json(header->second);
   if (own.at("version").integer("version", 1, kMostValue) != kVersion) {
-    throw std::runtime_error("its version is not " + std::to_string(kVersion) + "; open it with the release that wrote it");
+    throw std::runtime_error("its version is not " + std::to_string(kVersion) +
+                             "; open it with the release that wrote it");
   }
   layout_name_ = own.at("layout").text("layout");
   for (const LinearLayout* layout : kLinearLayouts) {

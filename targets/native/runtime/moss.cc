@@ -201,4 +201,21 @@ int32_t moss_forward_top(moss_model* model, moss_state* state, const int64_t* to
   });
 }
 
+int32_t moss_profile(moss_model* model, int32_t on) {
+  return guarded<int32_t>(MOSS_ERROR, [&] {
+    check(model != nullptr, "a null pointer was given");
+    if (on) model->model.profile() = {};
+    model->model.profile().on = on != 0;
+    return MOSS_OK;
+  });
+}
+
+int64_t moss_profile_parts(void) { return moss::kParts; }
+
+const char* moss_profile_name(int64_t part) { return part >= 0 && part < moss::kParts ? moss::kPartNames[part] : ""; }
+
+double moss_profile_seconds(const moss_model* model, int64_t part) {
+  return part >= 0 && part < moss::kParts ? model->model.profile().seconds[part] : 0;
+}
+
 }  // extern "C"

@@ -17,11 +17,15 @@ void State::for_values(std::int64_t array, const Visit& visit) const {
 }
 
 void State::read(std::int64_t array, float* out) const {
-  for_values(array, [&](std::int64_t last, std::int64_t first) { out[first] = values_[static_cast<std::size_t>(last)]; });
+  for_values(array, [&](std::int64_t last, std::int64_t first) {
+    out[first] = values_[static_cast<std::size_t>(last)];
+  });
 }
 
 void State::write(std::int64_t array, const float* in) {
-  for_values(array, [&](std::int64_t last, std::int64_t first) { values_[static_cast<std::size_t>(last)] = in[first]; });
+  for_values(array, [&](std::int64_t last, std::int64_t first) {
+    values_[static_cast<std::size_t>(last)] = in[first];
+  });
 }
 
 }  // namespace moss

@@ -23,8 +23,9 @@ class State {
   const Model& model() const { return *model_; }
   std::int64_t batch() const { return batch_; }
 
-  float* window(std::int64_t layer) { return values_.data() + layer * batch_ * (of_window() + of_ssm()); }  // [B, W-1, E]
-  float* ssm(std::int64_t layer) { return window(layer) + batch_ * of_window(); }                           // [B, N, E]
+  // [B, W-1, E] and [B, N, E]
+  float* window(std::int64_t layer) { return values_.data() + layer * batch_ * (of_window() + of_ssm()); }
+  float* ssm(std::int64_t layer) { return window(layer) + batch_ * of_window(); }
 
   // Array `array` as moss.h orders them, channels first: [B, E, W-1] or [B, E, N].
   std::int64_t arrays() const { return 2 * model_->config().layers; }
