@@ -38,10 +38,11 @@ def test_best_that_the_flags_allow(op: str) -> None:
 @pytest.mark.skipif(not HAS_X86, reason="the x86-64 kernels are not compiled in on this processor")
 def test_best_linear_that_the_flags_allow(weight: str) -> None:
     numbers = f"f32_int8_block_{weight}"
-    names = tuple(f"moss_linear_{numbers}_{isa}" for isa in ("avx512vnni", "scalar"))
+    names = tuple(f"moss_linear_{numbers}_{isa}" for isa in ("avx512vnni", "avx2", "scalar"))
     assert available("linear", numbers=numbers, flags=X86_FLAGS) == names
     assert selected("linear", numbers=numbers, flags=["avx512vnni"]) == names[0]
-    assert selected("linear", numbers=numbers, flags=["avx2", "avx512"]) == names[-1]
+    assert selected("linear", numbers=numbers, flags=["avx2", "avx512"]) == names[1]
+    assert selected("linear", numbers=numbers, flags=["avx512"]) == names[-1]
 
 
 @pytest.mark.parametrize(("op", "numbers"), NUMBERS)
