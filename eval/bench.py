@@ -43,7 +43,7 @@ class Timing:
 
     Attributes:
         path: as given.
-        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
+        kind: "checkpoint", "quantized checkpoint", or the target of a program.
         weights: recipe name or stored type.
         activations: activation format that it ran with.
         decode_tok_s: single steps a second.

@@ -55,7 +55,7 @@ class InfoReport:
 
     Attributes:
         path: as given.
-        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
+        kind: "checkpoint", "quantized checkpoint", or the target of a program.
         weights: stored type, or recipe name.
         config: the model's shape.
         torch_dtype: stored type of the full-precision model.

@@ -8,6 +8,7 @@ needs no onnxruntime. Which there are stands in `mossquant.plan.capabilities`.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
@@ -55,7 +56,7 @@ class Target:
 
     Args:
         name: of its folder, and in the capabilities.
-        runtime: the package that runs what it lowers to.
+        runtime: the package, or the library, that runs what it lowers to.
         computes_all: kinds of block ("ssm", "mlp") of which it computes every expert at every token.
         options: its own options of `export`, and the values of each, the default first.
     """
@@ -118,6 +119,14 @@ class Target:
         """Share of the parameters that a decode step reads."""
         return active_share(config, computes_all=self._computes_all)
 
+    @property
+    def runtime_version(self) -> str | None:
+        """The release of its runtime that is installed; None: none."""
+        try:
+            return version(self.runtime)
+        except PackageNotFoundError:
+            return None
+
     def _module(self, name: str) -> ModuleType:
         return import_module(f"mossquant.targets.{self.name}.{name}")
 
@@ -140,9 +149,10 @@ def program_targets() -> tuple[str, ...]:
     return tuple(name for name, known in CAPABILITIES.items() if known.suffix is not None)
 
 
-def runtimes() -> tuple[str, ...]:
-    """The packages that run what targets lower to, PyTorch first."""
-    return tuple(get_target(name).runtime for name in CAPABILITIES)
+def runtimes() -> dict[str, str | None]:
+    """What runs what targets lower to, PyTorch first → the release that is installed, None where it is not."""
+    targets = map(get_target, CAPABILITIES)
+    return {target.runtime: target.runtime_version for target in targets}
 
 
 def active_share(config: MossNetConfig, *, computes_all: Collection[str] = ()) -> float:

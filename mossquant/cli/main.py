@@ -30,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize MossNet and Mamba language models, lower them for phones, and measure what ships.",
-    epilog="PATH is a checkpoint folder, a quantized checkpoint folder, an .onnx or .pte file, an artifact folder, or "
-    "tiny (bundled). --quiet (no progress) and --debug (traceback of our own errors) may stand anywhere.",
+    epilog="PATH is a checkpoint folder, a quantized checkpoint folder, an .onnx, .pte or .moss file, an artifact "
+    "folder, or tiny (bundled). --quiet (no progress) and --debug (traceback of our own errors) may stand anywhere.",
 )
 
 _QUIET, _DEBUG = "--quiet", "--debug"

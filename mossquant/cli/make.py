@@ -202,13 +202,17 @@ def recipes() -> None:
 def export(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, quantized or not, or tiny")],
     output: options.MaybeOutput = None,
-    target: Annotated[str, typer.Option(help="onnx, executorch, or both with a comma between")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, executorch, native, or several with commas between")] = "onnx",
     activations: Annotated[
         Literal["int8", "fp32"] | None, typer.Option(help="inputs of the linears; as planned if not given")
     ] = None,
     scales: Annotated[
         Literal["folded", "initializers"] | None,
         typer.Option(help="of onnx: folded at load (if not given), or larger initializers, as fast without folding"),
+    ] = None,
+    isa: Annotated[
+        Literal["host", "x86", "arm", "rows"] | None,
+        typer.Option(help="of native: packed for this machine (host, if not given), x86, arm, or none in particular"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
     force: options.Force = False,
@@ -226,13 +230,20 @@ def export(
 
     targets = [name.strip() for name in target.split(",")]
     if dry_run:
-        terminal.show(needs_table(export_needs(model, target=targets, activations=activations, scales=scales)))
+        terminal.show(needs_table(export_needs(model, target=targets, activations=activations, scales=scales, isa=isa)))
         return
     if output is None:
         raise InputError(options.NO_OUTPUT)
     with terminal.bar("lowering") as shown:
         artifact = run(
-            model, output, target=targets, activations=activations, scales=scales, force=force, progress=shown
+            model,
+            output,
+            target=targets,
+            activations=activations,
+            scales=scales,
+            isa=isa,
+            force=force,
+            progress=shown,
         )
     for note in artifact.notes:
         terminal.say(note)

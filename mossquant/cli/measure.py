@@ -136,7 +136,9 @@ def compare(
 
 def verify(
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="the checkpoint that it was lowered from")],
-    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx, a .pte, or the folder of one")],
+    artifacts: Annotated[
+        list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx, a .pte, a .moss, or the folder of one")
+    ],
     weights_only: Annotated[bool, typer.Option("--weights-only", help="read back the weights and stop")] = False,
     text: options.Text = None,
     ids: options.Ids = None,
