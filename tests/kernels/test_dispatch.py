@@ -8,7 +8,7 @@ import pytest
 from mossquant.kernels import available, cpu_flags, selected
 
 # Those on vectors, and the numbers that they have forms on vectors for.
-OPERATIONS = [*((op, "f32") for op in ("scan", "conv")), ("quantize", "int8_block_f32")]
+OPERATIONS = [*((op, "f32") for op in ("scan", "conv", "rms_norm")), ("quantize", "int8_block_f32")]
 WEIGHTS = ("int8", "int8_g32", "int4_g32", "int4_g128")
 # Every choice of numbers there is, by operation.
 NUMBERS = [
