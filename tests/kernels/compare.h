@@ -51,6 +51,16 @@ std::vector<Real> unset(std::int64_t size) {
   return std::vector<Real>(static_cast<std::size_t>(size), std::numeric_limits<Real>::quiet_NaN());
 }
 
+// A copy one element off the alignment of an allocation, of which it ends at the end.
+template <typename Number>
+struct Shifted {
+  std::vector<Number> values;
+
+  explicit Shifted(const std::vector<Number>& own) : values(own) { values.insert(values.begin(), Number(99)); }
+  Number* data() { return values.data() + 1; }
+  std::vector<Number> own() const { return {values.begin() + 1, values.end()}; }
+};
+
 // Scratch of exactly the size a kernel asks for, full of NaN.
 template <typename Real>
 struct Scratch {

@@ -7,7 +7,9 @@ import pytest
 
 from mossquant.kernels import available, cpu_flags, selected
 
-OPERATIONS = ("scan", "conv", "mixer", "swiglu", "dense")
+# Those on vectors, and the numbers that they have forms on vectors for.
+ON_VECTORS = ("scan", "conv", "rms_norm", "mixer", "swiglu", "dense")
+OPERATIONS = [*((op, "f32") for op in ON_VECTORS), ("quantize", "int8_block_f32")]
 WEIGHTS = ("int8", "int8_g32", "int4_g32", "int4_g128")
 # Every choice of numbers there is, by operation.
 NUMBERS = [
@@ -21,17 +23,16 @@ X86_FLAGS = ("avx2", "avx512", "avx512vnni")
 HAS_X86 = len(available("scan", flags=["avx2", "avx512"])) == 4
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize(("op", "numbers"), OPERATIONS)
 @pytest.mark.skipif(not HAS_X86, reason="the x86-64 kernels are not compiled in on this processor")
-def test_best_that_the_flags_allow(op: str) -> None:
-    assert selected(op, flags=["avx2", "avx512"]) == f"moss_{op}_f32_avx512"
-    assert selected(op, flags=["avx512"]) == f"moss_{op}_f32_avx512"
-    assert selected(op, flags=["avx2"]) == f"moss_{op}_f32_avx2"
-    assert selected(op, flags=[]) == f"moss_{op}_f32_portable"
-    assert available(op, flags=["avx2", "avx512"]) == tuple(
-        f"moss_{op}_f32_{isa}" for isa in ("avx512", "avx2", "portable", "scalar")
-    )
-    assert available(op, flags=["avx2"]) == tuple(f"moss_{op}_f32_{isa}" for isa in ("avx2", "portable", "scalar"))
+def test_best_that_the_flags_allow(op: str, numbers: str) -> None:
+    names = tuple(f"moss_{op}_{numbers}_{isa}" for isa in ("avx512", "avx2", "portable", "scalar"))
+    assert selected(op, numbers=numbers, flags=["avx2", "avx512"]) == names[0]
+    assert selected(op, numbers=numbers, flags=["avx512"]) == names[0]
+    assert selected(op, numbers=numbers, flags=["avx2"]) == names[1]
+    assert selected(op, numbers=numbers, flags=[]) == names[2]
+    assert available(op, numbers=numbers, flags=["avx2", "avx512"]) == names
+    assert available(op, numbers=numbers, flags=["avx2"]) == names[1:]
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
