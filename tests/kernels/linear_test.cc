@@ -98,7 +98,7 @@ bool test_quantize() {
   };
   bool passed = true;
   for (const moss::QuantizeKernel* kernel : moss::quantize_kernels()) {
-    if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+    if (!runs_here(*kernel)) continue;
     for (const auto& known : cases) {
       const Quantized found = quantize(*kernel, known.x, 1, static_cast<std::int64_t>(known.x.size()), 3);
       const double scale = static_cast<double>(found.scales[0]);
@@ -183,7 +183,7 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
       }
     }
     for (const moss::LinearKernel* kernel : moss::linear_kernels(input, name)) {
-      if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+      if (!runs_here(*kernel)) continue;
       Shifted<float> y(unset<float>(M * N));
       // What a kernel is not to read is null.
       const bool f32 = input == LinearInput::f32;

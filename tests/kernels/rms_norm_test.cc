@@ -19,7 +19,7 @@ bool test_shape(std::int64_t rows, std::int64_t columns) {
 
   bool passed = true;
   for (const auto* kernel : moss::rms_norm_kernels<float>()) {
-    if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+    if (!runs_here(*kernel)) continue;
     char at[160];
     std::snprintf(at, sizeof(at), "%s M %d D %d ", kernel->name, static_cast<int>(rows), static_cast<int>(columns));
     Shifted<float> y(unset<float>(rows * columns)), place(x), own_weight(weight);

@@ -19,8 +19,10 @@ NUMBERS = [
     *(("linear", f"f32_{given}_{weight}") for given in ("f32", "int8_block") for weight in WEIGHTS),
 ]
 X86_FLAGS = ("avx2", "avx512", "avx512vnni")
-# Where the x86-64 kernels are compiled in, as a machine with every flag would see it.
+ARM_FLAGS = ("dotprod", "i8mm")
+# Where the x86-64 kernels are compiled in, or those for Arm, as a machine with every flag would see it.
 HAS_X86 = len(available("scan", flags=["avx2", "avx512"])) == 4
+HAS_ARM = len(available("linear", numbers="f32_int8_block_int8", flags=ARM_FLAGS)) == 3
 
 
 @pytest.mark.parametrize(("op", "numbers"), OPERATIONS)
@@ -46,9 +48,20 @@ def test_best_linear_that_the_flags_allow(weight: str) -> None:
     assert selected("linear", numbers=numbers, flags=["avx512"]) == names[-1]
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_best_linear_that_the_flags_of_arm_allow(weight: str) -> None:
+    """Where those kernels are not compiled in, their flags choose nothing (linear_integers_test.cc runs where they are)."""
+    numbers = f"f32_int8_block_{weight}"
+    isas = ("i8mm", "dotprod", "scalar") if HAS_ARM else ("scalar",)
+    names = tuple(f"moss_linear_{numbers}_{isa}" for isa in isas)
+    assert available("linear", numbers=numbers, flags=ARM_FLAGS) == names
+    assert available("linear", numbers=numbers, flags=["dotprod"]) == names[-2:]
+    assert selected("linear", numbers=numbers, flags=[]) == names[-1]
+
+
 @pytest.mark.parametrize(("op", "numbers"), NUMBERS)
 def test_scalar_is_last_and_always_there(op: str, numbers: str) -> None:
-    for flags in (flags for size in range(4) for flags in combinations(X86_FLAGS, size)):
+    for flags in (flags for size in range(6) for flags in combinations(X86_FLAGS + ARM_FLAGS, size)):
         names = available(op, numbers=numbers, flags=flags)
         assert names[0] == selected(op, numbers=numbers, flags=flags)
         assert names[-1] == f"moss_{op}_{numbers}_scalar"
