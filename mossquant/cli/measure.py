@@ -52,6 +52,16 @@ def info(path: options.Model, picture: options.Picture = None, json: options.Jso
         write_chart(*frontier_chart(QuantizedCheckpoint.open(located.path).plan), picture)
 
 
+def native_path() -> None:
+    """Print the folder with what an app links: libmoss, moss.h, a CMake config.
+
+    Example: cc app.c -I"$(mossquant native-path)/include" -L"$(mossquant native-path)/lib" -lmoss
+    """
+    from mossquant.targets.native.library import native_path as run
+
+    typer.echo(run())
+
+
 def perplexity(
     model: options.Model,
     text: options.Text = None,

@@ -50,7 +50,7 @@ def test_best_linear_that_the_flags_allow(weight: str) -> None:
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_best_linear_that_the_flags_of_arm_allow(weight: str) -> None:
-    """Where those kernels are not compiled in, their flags choose nothing (linear_integers_test.cc runs where they are)."""
+    """Where those kernels are not compiled in, their flags choose nothing; linear_integers_test.cc runs on Arm."""
     numbers = f"f32_int8_block_{weight}"
     isas = ("i8mm", "dotprod", "scalar") if HAS_ARM else ("scalar",)
     names = tuple(f"moss_linear_{numbers}_{isa}" for isa in isas)

@@ -56,4 +56,9 @@ def test_active_share_counts_the_chosen_experts() -> None:
     more = untied.hidden_size * (untied.vocab_size + 1 - untied.vocab_size)
     assert active_share(untied) == pytest.approx((active + more) / parameter_count(untied))
     assert active_share(SMALL, computes_all=("ssm", "mlp")) == 1
-    assert active_share(SMALL) == get_target("native").active_share(SMALL) < get_target("onnx").active_share(SMALL) < get_target("executorch").active_share(SMALL)
+    assert (
+        active_share(SMALL)
+        == get_target("native").active_share(SMALL)
+        < get_target("onnx").active_share(SMALL)
+        < get_target("executorch").active_share(SMALL)
+    )
