@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.calibration.budget import Chosen, smallest, spend
+from mossquant.calibration.costs import Costs
 from mossquant.calibration.decays import decay_errors, steps_seen
 from mossquant.calibration.effort import (
     PASSES,
@@ -36,7 +37,7 @@ from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
 from mossquant.calibration.recover import recover as recovered
-from mossquant.calibration.registry import needs_walk, planned_solvers
+from mossquant.calibration.registry import check_solvers, needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import (
     LEVELS,
     LOOKED_AT,
@@ -59,7 +60,7 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
 from mossquant.device import check_device
 from mossquant.errors import InputError
-from mossquant.files.outputs import check_apart, check_free, check_outside, new_folder
+from mossquant.files.outputs import check_free, check_outside, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
@@ -104,6 +105,7 @@ def quantize(
     targets: Sequence[str] | None = None,
     text: Sequence[str | Path | Text] = (),
     sensitivities: str | Path | Sensitivities | None = None,
+    costs: str | Path | Costs | None = None,
     recover: int | None = None,
     recover_activations: RecoveryActivations | None = None,
     measured: Measured | None = None,
@@ -120,11 +122,12 @@ def quantize(
         model: a checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
         output: folder to write; nothing may be there, unless `force`.
         recipe: a recipe's name or a YAML file (`mossquant.plan.recipe`).
-        budget: "4.75bpw", "40MB" or "kl=0.01", in place of the recipe's own.
+        budget: "4.75bpw", "40MB", "8ms" (of one decoded token) or "kl=0.01", in place of the recipe's own.
         targets: where it must run, in place of the recipe's own.
         text: files to calibrate on; none: no text, or for a recipe that needs some the bundled text of the bundled
             model. With text, formats that a recipe leaves open are chosen by what they lose on it.
         sensitivities: what groups lose, from `sensitivity`, or its file.
+        costs: what a decoded token costs, a file that `moss-costs` wrote; for a budget of time.
         recover: tokens of the text to distil over after rounding, in place of the recipe's own.
         recover_activations: what enters the linears while it trains, in place of the recipe's own: "fp32", or "planned"
             for how the plan rounds it.
@@ -162,7 +165,8 @@ def quantize(
         force=force,
         dry_run=dry_run,
     )
-    decided = _decided(request, budget, say, progress)
+    priced = Costs.read(Path(costs)) if isinstance(costs, str | Path) else costs
+    decided = _decided(request, budget, priced, say, progress)
     for line in () if decided.chosen is None else decided.chosen.notes:
         say(line)
     if dry_run:
@@ -251,6 +255,7 @@ def _request(
     dry_run: bool,
 ) -> _Request:
     """What is asked, opened and checked; `files` are those of the recipe. Raises `InputError` as `quantize`."""
+    check_solvers(recipe)
     inputs = [*files, *(Path(item) for item in text if not isinstance(item, Text))]
     inputs += [Path(sensitivities)] if isinstance(sensitivities, str | Path) else []
     inputs += [] if stats is None else [Path(stats)]
@@ -279,7 +284,7 @@ def _request(
     snapshot = destination.parent / f"{destination.name}.recovering.safetensors"
     if tokens and not dry_run:
         check_outside(snapshot)
-        check_apart(snapshot, inputs)
+        check_free(snapshot, force=True, as_file=True, inputs=inputs)
         check_snapshot(snapshot)
     needs_text = bool(text) or bool(tokens) or recipe.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
@@ -326,7 +331,13 @@ class _Decided:
     losses: Sensitivities | None
 
 
-def _decided(request: _Request, budget: str | None, say: Callable[[str], None], progress: Progress | None) -> _Decided:
+def _decided(
+    request: _Request,
+    budget: str | None,
+    costs: Costs | None,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> _Decided:
     """Formats for all that is open. Raises `InputError` as `quantize`, before anything is measured if it can be."""
     recipe, weights, targets = request.recipe, request.weights, request.targets
     if not recipe.chooses:
@@ -342,7 +353,9 @@ def _decided(request: _Request, budget: str | None, say: Callable[[str], None], 
             _foretell(request, decided, None, say)
         return decided
     # The smallest plan: what can be refused, room included, is refused before anything is measured.
-    least = _planned(request, smallest(weights, recipe, budget=budget, targets=targets), None, request.losses)
+    least = _planned(
+        request, smallest(weights, recipe, budget=budget, targets=targets, costs=costs), None, request.losses
+    )
     losses = request.losses
     if request.learned is not None:
         _foretell(request, least, recipe if losses is None else None, say)
@@ -355,7 +368,7 @@ def _decided(request: _Request, budget: str | None, say: Callable[[str], None], 
             device=request.device,
             progress=progress,
         )
-    chosen = spend(weights, recipe, budget=budget, targets=targets, sensitivities=losses)
+    chosen = spend(weights, recipe, budget=budget, targets=targets, sensitivities=losses, costs=costs)
     if request.dry_run and request.text and losses is None:
         say("formats as roles are known to lose; without --dry-run they are chosen by what is lost on the text")
     return _planned(request, chosen.recipe, chosen, losses)

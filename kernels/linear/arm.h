@@ -178,7 +178,7 @@ template <WeightName weight, typename Sums1, typename Sums2, typename Sums4>
 void run_strips(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
   constexpr WeightFormat format = weight_format(weight);
   const std::int64_t M = args.shape.rows, row_bytes = block_count(format, args.shape.columns) * format.block;
-  const std::int64_t resident = (kResidentBytes / row_bytes / 4 + 1) * 4;  // rows
+  const std::int64_t fours = kResidentBytes / row_bytes / 4, resident = fours > 0 ? 4 * fours : 4;  // rows
   for (std::int64_t first = 0; first < M; first += resident) {
     const std::int64_t last = M - first < resident ? M : first + resident;
     for (std::int64_t n = begin; n < end; n += S) {

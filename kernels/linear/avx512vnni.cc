@@ -4,22 +4,20 @@
 // codes + 8 or + 128, with 4 codes of the input. What the offset adds, a block's sum of the input takes away
 // beforehand, as integers. Formula and shapes: linear.h; layout of the weights: layout.h.
 //
-// Up to kMostRows rows go through a strip together, their integers and their outputs in registers, so that weights are
+// Up to 12 rows go through a strip together, their integers and their outputs in registers, so that weights are
 // loaded and unpacked once for them. Each output goes through the same operations whatever the number of rows.
 
 #include <immintrin.h>
 
 #include <cstring>
 
-#include "linear.h"
+#include "strips.h"
 
 namespace moss {
 namespace {
 
 constexpr std::int64_t S = kX86Layout.strip;
 constexpr std::int64_t kLineBytes = 64;  // 4 columns of a strip in 8 bits, two times 4 in 4 bits
-constexpr std::int64_t kMostRows = 12;
-constexpr std::int64_t kResidentBytes = 1 << 19;  // of input codes, which stay in the second cache while strips pass
 // How far ahead weights are fetched into the second cache: the processor by itself stops at pages of 4 KiB.
 constexpr std::int64_t kAheadBytes = 8192;
 
@@ -38,106 +36,90 @@ inline __m512 widened(const std::uint8_t* scales) {
 
 inline void fetch(const std::uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
 
-// Rows m .. m + R - 1 and the strip of outputs that begins at n.
-template <WeightName weight, int R>
-void run_strip(const LinearArgs& args, std::int64_t m, std::int64_t n, __mmask16 outputs, const std::uint8_t* strip) {
-  constexpr WeightFormat format = weight_format(weight);
-  const std::int64_t N = args.shape.outputs, blocks = block_count(format, args.shape.columns);
-  const std::int64_t C = blocks * format.block;
-  const std::uint8_t* codes = strip;
-  const std::uint8_t* const scales = strip + strip_code_bytes(kX86Layout, format, args.shape.columns);
-  const std::int8_t* x = args.x_codes + m * C;
-  const float* const x_scales = args.x_scales + m * blocks;
-  const std::int32_t* const x_sums = args.x_sums + m * blocks;
-  // As pairs of words, minus the offset and 0; a sum, at most 127 * 128, is its own lower word.
-  const __m512i offset = _mm512_set1_epi32(format.bits == 8 ? 0xff80 : 0xfff8);
-  const __m512i nibble = _mm512_set1_epi8(0xf);
+template <WeightName weight>
+struct Strip {
+  static constexpr const LinearLayout& layout = kX86Layout;
+  static constexpr WeightFormat format = weight_format(weight);
+  static constexpr int kMostRows = 12;
 
-  __m512 y[R];
-  for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    __m512i sums[R];
+  template <int R>
+  static void run(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count,
+                  const std::uint8_t* strip) {
+    const std::int64_t N = args.shape.outputs, blocks = block_count(format, args.shape.columns);
+    const std::int64_t C = blocks * format.block;
+    const std::uint8_t* codes = strip;
+    const std::uint8_t* const scales = strip + strip_code_bytes(layout, format, args.shape.columns);
+    const std::int8_t* x = args.x_codes + m * C;
+    const float* const x_scales = args.x_scales + m * blocks;
+    const std::int32_t* const x_sums = args.x_sums + m * blocks;
+    // As pairs of words, minus the offset and 0; a sum, at most 127 * 128, is its own lower word.
+    const __m512i offset = _mm512_set1_epi32(format.bits == 8 ? 0xff80 : 0xfff8);
+    const __m512i nibble = _mm512_set1_epi8(0xf);
+
+    __m512 y[R];
+    for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      __m512i sums[R];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      sums[r] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), offset, _mm512_set1_epi32(x_sums[r * blocks + b]));
-    }
-    for (std::int64_t k = 0; k < format.block; k += 32, x += 32) {
+      for (int r = 0; r < R; ++r) {
+        sums[r] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), offset, _mm512_set1_epi32(x_sums[r * blocks + b]));
+      }
+      for (std::int64_t k = 0; k < format.block; k += 32, x += 32) {
 #pragma GCC unroll 8
-      for (std::int64_t j = 0; j < format.bits; ++j, codes += kLineBytes) {
-        fetch(codes + kAheadBytes);
-        const __m512i line = _mm512_loadu_si512(codes);
-        if constexpr (format.bits == 8) {
+        for (std::int64_t j = 0; j < format.bits; ++j, codes += kLineBytes) {
+          fetch(codes + kAheadBytes);
+          const __m512i line = _mm512_loadu_si512(codes);
+          if constexpr (format.bits == 8) {
 #pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) sums[r] = _mm512_dpbusd_epi32(sums[r], line, columns_of(x + r * C + 4 * j));
-        } else {
-          const __m512i low = _mm512_and_si512(line, nibble);
-          const __m512i high = _mm512_and_si512(_mm512_srli_epi16(line, 4), nibble);
+            for (int r = 0; r < R; ++r) sums[r] = _mm512_dpbusd_epi32(sums[r], line, columns_of(x + r * C + 4 * j));
+          } else {
+            const __m512i low = _mm512_and_si512(line, nibble);
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(line, 4), nibble);
 #pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) {
-            sums[r] = _mm512_dpbusd_epi32(sums[r], low, columns_of(x + r * C + 4 * j));
-            sums[r] = _mm512_dpbusd_epi32(sums[r], high, columns_of(x + r * C + 4 * j + 16));
+            for (int r = 0; r < R; ++r) {
+              sums[r] = _mm512_dpbusd_epi32(sums[r], low, columns_of(x + r * C + 4 * j));
+              sums[r] = _mm512_dpbusd_epi32(sums[r], high, columns_of(x + r * C + 4 * j + 16));
+            }
           }
         }
       }
-    }
-    if constexpr (format.row_scale) {
+      if constexpr (format.row_scale) {
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), _mm512_set1_ps(x_scales[r * blocks + b]), y[r]);
-      }
-    } else {
-      fetch(scales + b * S * 2 + kAheadBytes);
-      const __m512 scale = widened(scales + b * S * 2);
+        for (int r = 0; r < R; ++r) {
+          y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), _mm512_set1_ps(x_scales[r * blocks + b]), y[r]);
+        }
+      } else {
+        fetch(scales + b * S * 2 + kAheadBytes);
+        const __m512 scale = widened(scales + b * S * 2);
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r]), _mm512_set1_ps(x_scales[r * blocks + b]));
-        y[r] = _mm512_fmadd_ps(sum, scale, y[r]);
+        for (int r = 0; r < R; ++r) {
+          const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r]), _mm512_set1_ps(x_scales[r * blocks + b]));
+          y[r] = _mm512_fmadd_ps(sum, scale, y[r]);
+        }
       }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    if constexpr (format.row_scale) y[r] = _mm512_mul_ps(y[r], _mm512_loadu_ps(scales));
-    if (args.bias) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(outputs, args.bias + n));
-    _mm512_mask_storeu_ps(args.y + (m + r) * N + n, outputs, y[r]);
-  }
-}
-
-// As many of rows m .. last - 1 as go through a strip together; returns how many.
-template <WeightName weight, int R = kMostRows>
-std::int64_t run_some(const LinearArgs& args, std::int64_t m, std::int64_t last, std::int64_t n, __mmask16 outputs,
-                      const std::uint8_t* strip) {
-  if constexpr (R > 1) {
-    if (last - m < R) return run_some<weight, R == 12 ? 8 : R / 2>(args, m, last, n, outputs, strip);
-  }
-  run_strip<weight, R>(args, m, n, outputs, strip);
-  return R;
-}
-
-template <WeightName weight>
-void run(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
-  constexpr WeightFormat format = weight_format(weight);
-  const std::int64_t M = args.shape.rows, K = args.shape.columns, C = block_count(format, K) * format.block;
-  const std::int64_t groups = kResidentBytes / (C * kMostRows);
-  const std::int64_t resident = (groups > 0 ? groups : 1) * kMostRows;
-  for (std::int64_t first = 0; first < M; first += resident) {
-    const std::int64_t last = first + resident < M ? first + resident : M;
-    for (std::int64_t n = begin; n < end; n += S) {
-      const std::uint8_t* const strip = args.weight + n / S * strip_bytes(kX86Layout, format, K);
-      const auto outputs = static_cast<__mmask16>(end - n < S ? (1u << (end - n)) - 1 : 0xffff);
-      for (std::int64_t m = first; m < last;) m += run_some<weight>(args, m, last, n, outputs, strip);
+    const auto outputs = static_cast<__mmask16>((1u << count) - 1);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (format.row_scale) y[r] = _mm512_mul_ps(y[r], _mm512_loadu_ps(scales));
+      if (args.bias) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(outputs, args.bias + n));
+      _mm512_mask_storeu_ps(args.y + (m + r) * N + n, outputs, y[r]);
     }
   }
-}
+};
 
 }  // namespace
 
 const LinearKernel moss_linear_f32_int8_block_int8_avx512vnni = {
-    kAvx512Vnni, "moss_linear_f32_int8_block_int8_avx512vnni", &kX86Layout, run<WeightName::int8>};
+    kAvx512Vnni, "moss_linear_f32_int8_block_int8_avx512vnni", &kX86Layout,
+    run_strips<Strip<WeightName::int8>>};
 const LinearKernel moss_linear_f32_int8_block_int8_g32_avx512vnni = {
-    kAvx512Vnni, "moss_linear_f32_int8_block_int8_g32_avx512vnni", &kX86Layout, run<WeightName::int8_g32>};
+    kAvx512Vnni, "moss_linear_f32_int8_block_int8_g32_avx512vnni", &kX86Layout,
+    run_strips<Strip<WeightName::int8_g32>>};
 const LinearKernel moss_linear_f32_int8_block_int4_g32_avx512vnni = {
-    kAvx512Vnni, "moss_linear_f32_int8_block_int4_g32_avx512vnni", &kX86Layout, run<WeightName::int4_g32>};
+    kAvx512Vnni, "moss_linear_f32_int8_block_int4_g32_avx512vnni", &kX86Layout,
+    run_strips<Strip<WeightName::int4_g32>>};
 const LinearKernel moss_linear_f32_int8_block_int4_g128_avx512vnni = {
-    kAvx512Vnni, "moss_linear_f32_int8_block_int4_g128_avx512vnni", &kX86Layout, run<WeightName::int4_g128>};
+    kAvx512Vnni, "moss_linear_f32_int8_block_int4_g128_avx512vnni", &kX86Layout,
+    run_strips<Strip<WeightName::int4_g128>>};
 
 }  // namespace moss

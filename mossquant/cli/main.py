@@ -19,7 +19,7 @@ import typer
 from mossquant.cli.calibrate import calibrate, sensitivity
 from mossquant.cli.generate import generate
 from mossquant.cli.make import demo, export, import_, quantize, recipes, train
-from mossquant.cli.measure import bench, compare, info, perplexity, verify
+from mossquant.cli.measure import bench, compare, info, native_path, perplexity, verify
 from mossquant.cli.terminal import ReaderGone, drop_stdout, terminal
 from mossquant.errors import InputError
 from mossquant.release import release
@@ -57,8 +57,8 @@ def options(
 
 
 _MAKING = (demo, info, train, import_, calibrate, sensitivity, quantize, recipes, export)
-for _verb in (*_MAKING, perplexity, compare, verify, generate, bench):
-    app.command(_verb.__name__.rstrip("_"))(_verb)
+for _verb in (*_MAKING, perplexity, compare, verify, generate, bench, native_path):
+    app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

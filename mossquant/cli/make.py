@@ -111,7 +111,13 @@ def quantize(
         Path | None, typer.Option(help="what `mossquant calibrate` wrote, for solvers that need it")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="bits a weight, bytes or KL: 4.75bpw, 40MB, kl=0.01; the recipe's if not given")
+        str | None,
+        typer.Option(
+            help="bits a weight, bytes, time of a token, or KL: 4.75bpw, 40MB, 8ms, kl=0.01; the recipe's if not given"
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="what a token costs on a machine, for a budget of time: moss-costs wrote it")
     ] = None,
     targets: Annotated[
         str | None, typer.Option(help="where it must run, with commas between; the recipe's if not given")
@@ -145,8 +151,10 @@ def quantize(
     from mossquant.eval.report.plan_tables import plan_tables
     from mossquant.plan.recipe import recipe_files
 
-    options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, output=output)
-    options.check_picture(picture, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, output=output)
+    options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, costs, output=output)
+    options.check_picture(
+        picture, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, costs, output=output
+    )
     if picture is not None and not (text or sensitivity or recipe.endswith("-best")):
         raise InputError(
             "--picture draws what other budgets lose on text; give --text, --sensitivity or a -best recipe"
@@ -160,6 +168,7 @@ def quantize(
             output or Path(),
             recipe=recipe,
             budget=budget,
+            costs=costs,
             targets=None if targets is None else [name.strip() for name in targets.split(",")],
             text=text or (),
             sensitivities=sensitivity,

@@ -54,6 +54,17 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 """Name → result, arguments."""
 
 
+def native_path() -> Path:
+    """The folder with what an app links: `include/moss.h`, libmoss and its CMake config in `lib/`, `bin/moss-costs`.
+
+    Raises:
+        InputError: it was not installed.
+    """
+    if not library_path().is_file():
+        raise InputError(f"{library_path()} is missing; {_AGAIN}")
+    return library_path().parents[1]
+
+
 def library_path() -> Path:
     """Where the wheel installs libmoss."""
     return Path(__file__).with_name("lib") / ("libmoss.dylib" if sys.platform == "darwin" else "libmoss.so")

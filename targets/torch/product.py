@@ -19,7 +19,7 @@ def product_of(weights: Weights, activations: str) -> Product | None:
         activations: "planned", or the activation format that is used at every site.
 
     Returns:
-        For `Forward.product`; None where this machine has no fast kernels: scalar ones are slower than PyTorch's matmul.
+        For `Forward.product`; None where this machine has no fast kernels: scalar ones are slower than a matmul.
     """
     if selected("linear", numbers=f"f32_{_FORMAT}_int4_g32").endswith("_scalar"):
         return None

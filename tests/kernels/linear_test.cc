@@ -58,15 +58,6 @@ Scales random_scales(std::int64_t size, const WeightFormat& format, Random& rand
   return scales;
 }
 
-// A copy one element off the alignment of an allocation, of which it ends at the end.
-template <typename Number>
-struct Shifted {
-  std::vector<Number> values;
-
-  explicit Shifted(const std::vector<Number>& own) : values(own) { values.insert(values.begin(), Number(99)); }
-  Number* data() { return values.data() + 1; }
-};
-
 // The input in blocks, by every kernel alike.
 struct Quantized {
   std::vector<std::int8_t> codes;
@@ -81,8 +72,11 @@ Quantized quantize(const moss::QuantizeKernel& kernel, const Floats& x, std::int
   out.codes.assign(static_cast<std::size_t>(rows * padded), 99);
   out.scales = unset<float>(rows * padded / block);
   out.sums.assign(out.scales.size(), 99);
-  kernel.run({rows, columns, block, x.data(), out.codes.data(), out.scales.data(), out.sums.data()});
-  return out;
+  Shifted<float> own_x(x), scales(out.scales);
+  Shifted<std::int8_t> codes(out.codes);
+  Shifted<std::int32_t> sums(out.sums);
+  kernel.run({rows, columns, block, own_x.data(), codes.data(), scales.data(), sums.data()});
+  return {codes.own(), scales.own(), sums.own()};
 }
 
 bool test_quantize() {
@@ -104,7 +98,7 @@ bool test_quantize() {
   };
   bool passed = true;
   for (const moss::QuantizeKernel* kernel : moss::quantize_kernels()) {
-    if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+    if (!runs_here(*kernel)) continue;
     for (const auto& known : cases) {
       const Quantized found = quantize(*kernel, known.x, 1, static_cast<std::int64_t>(known.x.size()), 3);
       const double scale = static_cast<double>(found.scales[0]);
@@ -113,6 +107,25 @@ bool test_quantize() {
       }
       std::printf("FAILED %s: case %d, scale %.9g\n", kernel->name, static_cast<int>(&known - cases), scale);
       passed = false;
+    }
+  }
+  return passed;
+}
+
+// Every form against the scalar one: the same bits.
+bool test_quantize_forms() {
+  bool passed = true;
+  for (std::int64_t columns : {1, 3, 4, 7, 16, 31, 33, 100, 129}) {
+    for (std::int64_t block : {1, 3, 16, 32, 40, 128}) {
+      const Floats x = Random(static_cast<unsigned>(columns + 131 * block)).normal(3 * columns);
+      const Quantized expected = quantize(moss::moss_quantize_int8_block_f32_scalar, x, 3, columns, block);
+      for (const moss::QuantizeKernel* kernel : moss::quantize_kernels()) {
+        if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+        const Quantized found = quantize(*kernel, x, 3, columns, block);
+        if (found.codes == expected.codes && found.scales == expected.scales && found.sums == expected.sums) continue;
+        std::printf("FAILED %s: K %d B %d\n", kernel->name, static_cast<int>(columns), static_cast<int>(block));
+        passed = false;
+      }
     }
   }
   return passed;
@@ -170,7 +183,7 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
       }
     }
     for (const moss::LinearKernel* kernel : moss::linear_kernels(input, name)) {
-      if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+      if (!runs_here(*kernel)) continue;
       Shifted<float> y(unset<float>(M * N));
       // What a kernel is not to read is null.
       const bool f32 = input == LinearInput::f32;
@@ -188,7 +201,7 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
       char at[160];
       std::snprintf(at, sizeof(at), "%s M %d K %d N %d", kernel->name, static_cast<int>(M), static_cast<int>(K),
                     static_cast<int>(N));
-      passed = close(at, Floats(y.data(), y.data() + M * N), expected) && passed;
+      passed = close(at, y.own(), expected) && passed;
     }
   }
   return passed;
@@ -215,6 +228,7 @@ bool test_refusal() {
 
 bool test_linear() {
   bool passed = test_quantize();
+  passed = test_quantize_forms() && passed;
   passed = test_refusal() && passed;
   for (const WeightName name : {WeightName::int8, WeightName::int8_g32, WeightName::int4_g32, WeightName::int4_g128}) {
     for (std::int64_t M : {0, 1, 3}) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The pass goes through the model a piece of the tokens at a time, of at most kPieceRows rows (sequences and steps
-// together), so that memory does not grow with the prompt. A piece goes from one region of work to the next; within one,
-// threads share units that no two of them write.
+// together), so that memory does not grow with the prompt. A piece goes from one region of work to the next; within
+// one, threads share units that no two of them write.
 //
 //     normed, quantized -> in_proj -> convolution -> quantized -> x_proj of the chosen experts -> gated deltas,
 //     quantized -> dt_proj of the experts, summed -> scan with its gate -> quantized -> out_proj

@@ -70,7 +70,7 @@ struct Ssm {
   std::vector<Matrix> x_proj;       // [R + 2 N, E]
   std::vector<Matrix> dt_proj;      // [E, R]
   std::vector<const float*> dt_bias;  // [E]
-  const float* rate;                // [N, E]
+  const float* rate;                // [strips, N, kMaxLanes]
   const float* D;                   // [E]
   Matrix out_proj;                  // [D, E]
   std::int64_t chosen;

@@ -157,7 +157,7 @@ int64_t moss_state_size(const moss_model* model, int64_t array) {
 
 int32_t moss_state_read(const moss_state* state, int64_t array, float* values) {
   return guarded<int32_t>(MOSS_ERROR, [&] {
-    check(state && (values || state->state.size(array) == 0), "a null pointer was given");
+    check(state && values, "a null pointer was given");
     check(array >= 0 && array < state->state.arrays(), "the state has no such array");
     state->state.read(array, values);
     return MOSS_OK;
@@ -166,7 +166,7 @@ int32_t moss_state_read(const moss_state* state, int64_t array, float* values) {
 
 int32_t moss_state_write(moss_state* state, int64_t array, const float* values) {
   return guarded<int32_t>(MOSS_ERROR, [&] {
-    check(state && (values || state->state.size(array) == 0), "a null pointer was given");
+    check(state && values, "a null pointer was given");
     check(array >= 0 && array < state->state.arrays(), "the state has no such array");
     state->state.write(array, values);
     return MOSS_OK;

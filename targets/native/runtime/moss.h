@@ -6,10 +6,10 @@
  *     moss_state* state = moss_state_create(model, 1);
  *     moss_forward(model, state, tokens, count, MOSS_LAST, logits);
  *
- * Plain C, from any language. A function that can fail says so by its result (MOSS_ERROR, or NULL in place of a handle),
- * and moss_last_error() then gives one line. Nothing is written to the standard streams, no signal is raised, no exception
- * leaves. Handles are opaque. A model may be shared by threads as long as they call it one after the other; a state
- * belongs to its model, which must outlive it.
+ * Plain C, from any language. A function that can fail says so by its result (MOSS_ERROR, or NULL in place of a
+ * handle), and moss_last_error() then gives one line. Nothing is written to the standard streams, no signal is raised,
+ * no exception leaves. Handles are opaque. A model may be shared by threads as long as they call it one after the
+ * other; a state belongs to its model, which must outlive it.
  */
 
 #ifndef MOSS_H_
@@ -86,8 +86,8 @@ MOSS_API int32_t moss_state_write(moss_state* state, int64_t array, const float*
 MOSS_API int32_t moss_forward(moss_model* model, moss_state* state, const int64_t* tokens, int64_t time, int32_t which,
                               float* logits);
 
-/* The same; of the last position the `count` largest logits and their tokens [batch, count], largest first, of equals the
- * lower token first. Logits of the whole vocabulary are never stored. */
+/* The same; of the last position the `count` largest logits and their tokens [batch, count], largest first, of equals
+ * the lower token first. Logits of the whole vocabulary are never stored. */
 MOSS_API int32_t moss_forward_top(moss_model* model, moss_state* state, const int64_t* tokens, int64_t time,
                                   int64_t count, int64_t* top_tokens, float* top_logits);
 
