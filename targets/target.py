@@ -100,6 +100,10 @@ class Target:
         """Import the runtime, and do what only a first opening in this process does: what is timed comes after."""
         self._module("open").open_to_run(located.path)
 
+    def profiled(self, runner: Runner, work: Callable[[], None]) -> dict[str, float] | None:
+        """Seconds of each part of the model in what work() runs on a Runner of this target; None: nobody can tell."""
+        return None
+
     def info(self, located: Located) -> InfoReport:
         """Say what is there, running nothing. Raises `InputError`: it is damaged, or not what its manifest says."""
         report: InfoReport = self._module("info").info(located)

@@ -191,6 +191,9 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, max=options.MOST_TOKENS, help="tokens of the prefill")] = 512,
     decode: Annotated[int, typer.Option(min=1, max=options.MOST_TOKENS, help="steps of the decode")] = 64,
     repeats: Annotated[int, typer.Option(min=1, max=10_000, help="turns that count")] = 5,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="also where the time goes, for runtimes that say it")
+    ] = False,
     json: options.Json = None,
 ) -> None:
     """Time models and artifacts in turn: prefill and decode tokens a second, load time, memory.
@@ -198,12 +201,14 @@ def bench(
     Example: mossquant bench tiny tiny-int4-onnx
     """
     from mossquant.eval.bench import bench as run
-    from mossquant.eval.report.tables import bench_table
+    from mossquant.eval.report.tables import bench_table, profile_tables
 
     options.check_json(json, *paths)
     with terminal.bar("timing") as shown:
-        report = run(paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, progress=shown)
-    options.finish(json, report, bench_table(report))
+        report = run(
+            paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, profile=profile, progress=shown
+        )
+    options.finish(json, report, bench_table(report), *(profile_tables(report) if profile else ()))
 
 
 def _percent(text: str) -> float:

@@ -7,6 +7,7 @@ links, called through the header that it includes.
 
 import ctypes
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "moss_state_size": (_Int64, [_Handle, _Int64]),
     "moss_state_read": (_Int32, [_Handle, _Int64, _Written]),
     "moss_state_write": (_Int32, [_Handle, _Int64, _Floats]),
+    "moss_profile": (_Int32, [_Handle, _Int32]),
+    "moss_profile_parts": (_Int64, []),
+    "moss_profile_name": (_Text, [_Int64]),
+    "moss_profile_seconds": (ctypes.c_double, [_Handle, _Int64]),
     "moss_forward": (_Int32, [_Handle, _Handle, _Tokens, _Int64, _Int32, _Written]),
 }
 """Name → result, arguments."""
@@ -139,6 +144,15 @@ class Model:
         """Values of each array of a state, of one sequence."""
         count = self.library.moss_state_arrays(self.handle)
         return [self.library.moss_state_size(self.handle, array) for array in range(count)]
+
+    def profiled(self, work: Callable[[], None]) -> dict[str, float]:
+        """Seconds of each part of the model in what work() runs."""
+        library = self.library
+        _checked(library.moss_profile(self.handle, 1) == 0)
+        work()
+        _checked(library.moss_profile(self.handle, 0) == 0)
+        parts = range(library.moss_profile_parts())
+        return {_text(library.moss_profile_name(i)): library.moss_profile_seconds(self.handle, i) for i in parts}
 
     def state(self, batch: int) -> "ModelState":
         """The state of some sequences before their first token. Raises `MossError`: too many, or too little memory."""

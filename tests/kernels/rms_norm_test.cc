@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Every RMSNorm kernel in the list that this machine can run, against the scalar form in float64, into another array
-// and in place, aligned to nothing beyond the type. Meant for the sanitizers; the mathematics is checked in test_rms_norm.py.
+// and in place, aligned to nothing beyond the type. Meant for the sanitizers; the mathematics is checked in
+// test_rms_norm.py.
 
 #include "rms_norm/rms_norm.h"
 

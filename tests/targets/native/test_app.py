@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """libmoss as an app has it: a C program that uses only what `native_path` holds; and on other processors than this."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ PROMPT, COUNT = (5, 6, 7), 64
 LARGEST = 1_000_000
 """Bytes of the stripped library."""
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+QEMU_X86 = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
 CROSS = shutil.which("aarch64-linux-gnu-g++")
 NEEDED = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2"}
 
@@ -142,3 +144,14 @@ def test_an_emulated_arm_says_the_same(tmp_path: Path) -> None:
         for processor in ("max", "neoverse-n1", "cortex-a53"):
             emulated = (str(QEMU), "-cpu", processor, "-L", "/usr/aarch64-linux-gnu")
             assert said(own / "moss-example", program, *emulated) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not QEMU_X86 or platform.machine() != "x86_64", reason="needs qemu-user-static, to emulate x86-64")
+@pytest.mark.parametrize("processor", ["max", "qemu64"])
+def test_an_older_x86_says_the_same(processor: str, lowered: Lowered, tmp_path: Path) -> None:
+    """With AVX2 and without AVX-512; with neither."""
+    own = build(tmp_path / "build")
+    found = said(own / "moss-example", lowered.program, str(QEMU_X86), "-cpu", processor)
+    assert found == greedy(NativeRunner(lowered.artifact, threads=1, isa="avx2" if processor == "max" else "baseline"))
+    assert found == greedy(lowered.runner)
