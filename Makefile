@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo       set up, then quantize and lower the bundled model and measure what comes out
 # make test       set up, then ruff, mypy, the C++ tests and pytest
-# make test-all   make test, and the slow tier: sanitizers, other runtime versions, long runs
+# make test-all   make test, and the slow tier: sanitizers, Arm's kernels, other runtime versions, long runs
+# make arm        the C++ tests on emulated Arm processors
 # make clean      remove what the above made
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # The installed package is what is tested: without this, the folder that make runs in would be imported instead.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-all lint cpp-test sanitized clean check-tools
+.PHONY: demo test test-all lint cpp-test sanitized arm clean check-tools
 
 demo: $(VENV)/.installed
 	$(BIN)/mossquant demo -o demo
@@ -28,13 +29,30 @@ test:
 	$(PYTEST) -m "not slow"
 
 test-all:
-	$(MAKE) -j 2 lint cpp-test sanitized
+	$(MAKE) -j 2 lint cpp-test sanitized $(ARM)
 	$(PYTEST)
+	@$(if $(ARM),,echo "$(ARM_MISSING)")
 
 sanitized: $(VENV)/.tools
 	$(BIN)/cmake -G Ninja -S kernels -B build/sanitized -DMOSS_PYTHON=OFF -DMOSS_TESTS=ON -DMOSS_SANITIZE=ON >/dev/null
 	$(BIN)/cmake --build build/sanitized
 	build/sanitized/kernels_tests
+
+# Empty where what it takes is missing: then `make arm` fails, and `make test-all` ends with the line that says so.
+QEMU := $(shell command -v qemu-aarch64-static || command -v qemu-aarch64)
+ARM := $(if $(QEMU),$(if $(shell command -v aarch64-linux-gnu-g++),arm))
+ARM_MISSING := the kernels for Arm were NOT tested: that takes a cross compiler and an emulator; \
+  install them (Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static) and run make arm
+
+# On a processor with all instructions, without i8mm, and without dotprod too; kernels of just these sets must run there.
+arm: $(VENV)/.tools
+	@$(if $(ARM),,echo "$(ARM_MISSING)" >&2; exit 2)
+	$(BIN)/cmake -G Ninja -S kernels -B build/arm -DMOSS_PYTHON=OFF -DMOSS_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static >/dev/null
+	$(BIN)/cmake --build build/arm
+	$(QEMU) -cpu max build/arm/kernels_tests i8mm dotprod portable scalar
+	$(QEMU) -cpu neoverse-n1 build/arm/kernels_tests dotprod portable scalar
+	$(QEMU) -cpu cortex-a53 build/arm/kernels_tests portable scalar
 
 lint: $(VENV)/.installed $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ from torchao.quantization.quantize_.workflows.intx.intx_choose_qparams_algorithm
 
 import mossquant.calibration.recover as recovery
 from mossquant.calibration.meter import Meter
+from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.recover import Rates, recover
 from mossquant.calibration.statistics import Input, inputs_of
 from mossquant.calibration.text import CalibrationText
@@ -52,6 +53,8 @@ from mossquant.checkpoint.weights import View, Weights, value
 from mossquant.formats import NumberFormat
 from mossquant.model.forward import Forward
 from mossquant.model.tensors import TensorSpec, Use
+from mossquant.plan.plan import make_plan
+from mossquant.plan.recipe import load_recipe
 
 GROUP = 32
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
@@ -165,6 +168,8 @@ def qat(
         said: called with a line about each rate.
     """
     meter = Meter(weights, judged)
+    # The student is another, so that nothing of a plan is used; a run is told from others by it.
+    plan = make_plan(weights.config, dtypes_of(weights), load_recipe("int4-uniform"))
 
     def kl(values: Values) -> float:
         return float(meter.kl({weights.specs[name]: tensor for name, tensor in values.items()}).mean())
@@ -172,8 +177,7 @@ def qat(
     def trained(rate: float, count: int) -> Values:
         with mock.patch.object(recovery, "Student", FakeQuantized):
             rates = Rates(codes=rate, small=rate, scales=rate, kept=rate)
-            # Neither a plan nor what was solved is asked for: the student is another.
-            made = recover(weights, None, {}, text, tokens=count, rates=rates)  # type: ignore[arg-type]
+            made = recover(weights, plan, {}, text, tokens=count, rates=rates)
         return {name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)}
 
     found, best = dict[float, float](), 0.0

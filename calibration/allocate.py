@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing one format for each group, so that the predicted loss is least within a number of bytes.
+"""Choosing one format for each group, so that the predicted loss is least at some cost.
 
-    minimize Σ_g loss[g, c_g]   subject to   Σ_g bytes[g, c_g] ≤ B        (multiple-choice knapsack)
+    minimize Σ_g loss[g, c_g]   subject to   Σ_g cost[g, c_g] ≤ B        (multiple-choice knapsack)
 
-The frontier is the one of the Lagrangian, loss + λ · bytes for every λ: the lower convex hulls of all groups, their
-steps taken by falling gain a byte (Shoham & Gersho 1988). Near a budget the choice is exact, by branch and cut (HiGHS).
+The frontier is the one of the Lagrangian, loss + λ · cost for every λ: the lower convex hulls of all groups, their
+steps taken by falling gain for their cost (Shoham & Gersho 1988). Near a budget the choice is exact, by branch and cut
+(HiGHS).
 """
 
 import ctypes
@@ -27,10 +28,16 @@ _SCALE = 1e4
 
 @dataclass(frozen=True)
 class Option:
-    """One format for one group: its name, bytes, and predicted loss (not negative; in nats a token, or in any unit)."""
+    """One format for one group.
+
+    Attributes:
+        storage: its name.
+        cost: bytes, or nanoseconds of a token.
+        loss: predicted; not negative, in nats a token or in any unit.
+    """
 
     storage: str
-    bytes: int
+    cost: int
     loss: float
 
 
@@ -40,26 +47,26 @@ class Choice:
 
     Attributes:
         picks: index of each group's option.
-        bytes: of all groups.
+        cost: of all groups.
         loss: Σ of the options' losses.
         gap: the loss is at most this share above the least one that is possible; 0 where it is proved to be the least.
     """
 
     picks: tuple[int, ...]
-    bytes: int
+    cost: int
     loss: float
     gap: float = 0.0
 
 
 def frontier(groups: Sequence[Sequence[Option]]) -> list[Choice]:
-    """The choices that some λ makes best, from fewest bytes to least loss: bytes rise, losses fall, strictly."""
+    """The choices that some λ makes best, from least cost to least loss: costs rise, losses fall, strictly."""
     hulls = [_hull(options) for options in groups]
     picks = [hull[0] for hull in hulls]
     steps = []
     for group, hull in enumerate(hulls):
         for low, high in pairwise(hull):
             before, after = groups[group][low], groups[group][high]
-            gain = (before.loss - after.loss) / (after.bytes - before.bytes)
+            gain = (before.loss - after.loss) / (after.cost - before.cost)
             steps.append((-gain, group, high))
     choices = [_choice(groups, picks)]
     # A hull's own steps have falling gains, so that sorting keeps their order.
@@ -70,30 +77,30 @@ def frontier(groups: Sequence[Sequence[Option]]) -> list[Choice]:
 
 
 def choose(
-    groups: Sequence[Sequence[Option]], *, bytes_at_most: float, loss_at_most: float | None = None
+    groups: Sequence[Sequence[Option]], *, cost_at_most: float, loss_at_most: float | None = None
 ) -> Choice | None:
-    """The choice of least loss within so many bytes; with `loss_at_most`, the smallest one that keeps it.
+    """The choice of least loss at that cost; with `loss_at_most`, the cheapest one that keeps it.
 
     Returns None where no choice does.
     """
     spare = frontier(groups)
     if loss_at_most is None:
-        kept = [choice for choice in spare if choice.bytes <= bytes_at_most]
-        best, bound = kept[-1:], bytes_at_most
+        kept = [choice for choice in spare if choice.cost <= cost_at_most]
+        best, bound = kept[-1:], cost_at_most
     else:
-        kept = [choice for choice in spare if choice.loss <= loss_at_most and choice.bytes <= bytes_at_most]
+        kept = [choice for choice in spare if choice.loss <= loss_at_most and choice.cost <= cost_at_most]
         best, bound = kept[:1], loss_at_most
     if not best:
         return None
     # (what is to be small, what is bounded) of every option. One that is no part of a better choice than the frontier's
     # is left out: what remains lies near in size, and the solver's tolerances are absolute.
     pairs = [
-        (option.loss, option.bytes) if loss_at_most is None else (option.bytes, option.loss)
+        (option.loss, option.cost) if loss_at_most is None else (option.cost, option.loss)
         for own in groups
         for option in own
     ]
     owner = [group for group, options in enumerate(groups) for _ in options]
-    known = best[0].loss if loss_at_most is None else float(best[0].bytes)
+    known = best[0].loss if loss_at_most is None else float(best[0].cost)
     left = [index for index, (cost, use) in enumerate(pairs) if cost <= known and use <= bound]
     costs = np.array([pairs[index][0] for index in left]) / (known or 1.0)
     uses = np.array([pairs[index][1] for index in left], np.float64) / (bound if np.isfinite(bound) and bound else 1.0)
@@ -116,11 +123,11 @@ def choose(
     first = np.cumsum([0, *map(len, groups)])
     found = _choice(groups, [taken[group] - int(first[group]) for group in range(len(groups))])
     gap = 0.0 if solved.status == 0 else float(solved.mip_gap)
-    cost, own = (found.loss, best[0].loss) if loss_at_most is None else (found.bytes, best[0].bytes)
+    cost, own = (found.loss, best[0].loss) if loss_at_most is None else (found.cost, best[0].cost)
     if cost >= own:
         return replace(best[0], gap=gap)
     # The solver keeps a bound within its tolerance only, and a budget is kept exactly.
-    if found.bytes > bytes_at_most or (loss_at_most is not None and found.loss > loss_at_most):
+    if found.cost > cost_at_most or (loss_at_most is not None and found.loss > loss_at_most):
         return replace(best[0], gap=own / cost - 1)
     return replace(found, gap=gap)
 
@@ -147,8 +154,8 @@ def _nothing_on_stdout() -> Iterator[None]:
 
 
 def _hull(options: Sequence[Option]) -> list[int]:
-    """Indices of the options on the lower convex hull of loss over bytes, from fewest bytes to least loss."""
-    order = sorted(range(len(options)), key=lambda index: (options[index].bytes, options[index].loss))
+    """Indices of the options on the lower convex hull of loss over cost, from least cost to least loss."""
+    order = sorted(range(len(options)), key=lambda index: (options[index].cost, options[index].loss))
     hull: list[int] = []
     for index in order:
         option = options[index]
@@ -156,7 +163,7 @@ def _hull(options: Sequence[Option]) -> list[int]:
             continue
         while len(hull) > 1 and _above(options[hull[-2]], options[hull[-1]], option):
             hull.pop()
-        if hull and options[hull[-1]].bytes == option.bytes:
+        if hull and options[hull[-1]].cost == option.cost:
             hull.pop()
         hull.append(index)
     return hull
@@ -164,11 +171,11 @@ def _hull(options: Sequence[Option]) -> list[int]:
 
 def _above(before: Option, middle: Option, after: Option) -> bool:
     """Whether the one in the middle lies on or above the line between the others."""
-    return (before.loss - middle.loss) * (after.bytes - before.bytes) <= (before.loss - after.loss) * (
-        middle.bytes - before.bytes
+    return (before.loss - middle.loss) * (after.cost - before.cost) <= (before.loss - after.loss) * (
+        middle.cost - before.cost
     )
 
 
 def _choice(groups: Sequence[Sequence[Option]], picks: Sequence[int]) -> Choice:
     picked = [options[pick] for options, pick in zip(groups, picks, strict=True)]
-    return Choice(tuple(picks), sum(option.bytes for option in picked), sum(option.loss for option in picked))
+    return Choice(tuple(picks), sum(option.cost for option in picked), sum(option.loss for option in picked))

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mossquant.calibration.allocate import Choice, Option, choose, frontier
+from mossquant.calibration.costs import Costs
 from mossquant.calibration.options import OpenGroup, dtypes_of, open_groups, relative_error
 from mossquant.calibration.sensitivity import Sensitivities
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.plan.groups import groups_of
 from mossquant.plan.plan import FrontierPoint, make_plan
-from mossquant.plan.recipe import Budget, Recipe, first_match, rewritten
+from mossquant.plan.recipe import STORED, Budget, Recipe, first_match, rewritten
 
 _BY = {
     None: "by what roles are known to lose",
@@ -34,6 +35,7 @@ class Chosen:
         recipe: an ordinary recipe, every format named.
         budget: what it was, as a user would write it.
         predicted_kl: nats a token, after rounding by `nearest-mse`; None where nothing was measured on text.
+        predicted_ms: of one decoded token; None where no costs were given.
         gap: the predicted loss is at most this share above the least that is possible; 0 where that is proved.
         frontier: (bytes, predicted KL) from the smallest model to the most exact; empty where nothing was measured.
         notes: what the user should know, a sentence each.
@@ -42,6 +44,7 @@ class Chosen:
     recipe: Recipe
     budget: str
     predicted_kl: float | None
+    predicted_ms: float | None
     gap: float
     frontier: tuple[FrontierPoint, ...]
     notes: tuple[str, ...]
@@ -54,6 +57,7 @@ def spend(
     budget: str | None = None,
     targets: Sequence[str] | None = None,
     sensitivities: Sensitivities | None = None,
+    costs: Costs | None = None,
 ) -> Chosen:
     """Choose formats.
 
@@ -63,32 +67,35 @@ def spend(
         budget: in place of the recipe's own.
         targets: where it must run, in place of the recipe's own.
         sensitivities: what groups lose, measured on text.
+        costs: what a token takes, for a budget of time.
 
     Raises:
-        InputError: no budget, one that no choice keeps, a KL to keep where nothing was measured, sensitivities that
-            lack a group or format; a recipe that leaves nothing open.
+        InputError: no budget, one of time without costs or with those of another shape, one that no choice keeps, a KL
+            to keep where nothing was measured, sensitivities that lack a group or format; a recipe that leaves nothing
+            open.
     """
-    wanted, held, groups, fixed = _opened(weights, recipe, budget, targets)
+    opened = _opened(weights, recipe, budget, targets, costs)
+    wanted, held, groups, fixed = opened.budget, opened.targets, opened.groups, opened.fixed_bytes
     if wanted.kind == "kl" and sensitivities is None:
         raise InputError(
             f"a budget of {wanted} needs losses that were measured; give text (and no --dry-run) or sensitivities"
         )
     losses = _known(weights, recipe, groups) if sensitivities is None else _measured(groups, sensitivities)
     options = [
-        [Option(storage, size, loss) for (storage, size), loss in zip(group.bytes.items(), own, strict=True)]
-        for group, own in zip(groups, losses, strict=True)
+        [Option(storage, cost, loss) for (storage, cost), loss in zip(costing.items(), own, strict=True)]
+        for costing, own in zip(opened.costs, losses, strict=True)
     ]
-    at_most = wanted.bytes_at_most(weights.origin.parameters) - fixed
     keep = sensitivities.within(wanted.value) if sensitivities is not None and wanted.kind == "kl" else None
-    choice = choose(options, bytes_at_most=at_most, loss_at_most=keep)
+    choice = choose(options, cost_at_most=opened.at_most(weights), loss_at_most=keep)
     notes: tuple[str, ...] = ()
     if choice is None and wanted.kind == "kl":
         raise InputError(f"no choice of formats keeps {wanted}; allow more formats under choose, or a larger KL")
     if choice is None:
-        least = sum(own[0].bytes for own in options)
-        choice = Choice((0,) * len(options), least, sum(own[0].loss for own in options))
-        bits = _bits(weights, fixed + least)
-        notes = (f"the smallest choice takes {bits}, more than the recipe's {wanted}; it is taken",)
+        cheapest = tuple(min(range(len(own)), key=[option.cost for option in own].__getitem__) for own in options)
+        picked = [own[pick] for own, pick in zip(options, cheapest, strict=True)]
+        choice = Choice(cheapest, sum(option.cost for option in picked), sum(option.loss for option in picked))
+        takes = opened.said(weights, choice.cost)
+        notes = (f"the smallest choice takes {takes}, more than the recipe's {wanted}; it is taken",)
     if choice.gap > 0:
         notes += (f"the choice is not proved to be the best: another may lose up to {choice.gap:.1%} less",)
     picks = {group.group: own[pick].storage for group, own, pick in zip(groups, options, choice.picks, strict=True)}
@@ -98,11 +105,20 @@ def spend(
         targets=held,
         why=f"chosen for {wanted} {_BY[None if sensitivities is None else sensitivities.method]}",
     )
+    took = None
+    if costs is not None:
+        took = (opened.fixed_ns + sum(own[picks[g.group]] for own, g in zip(opened.times, groups, strict=True))) / 1e6
+        threads = f"{costs.threads} thread{'s' if costs.threads > 1 else ''}"
+        notes += (f"one decoded token should take {took:.2f} ms with {threads} of {costs.machine}",)
     if sensitivities is None:
-        return Chosen(chosen, str(wanted), None, choice.gap, (), notes)
+        return Chosen(chosen, str(wanted), None, took, choice.gap, (), notes)
     promised = sensitivities.promised
-    points = tuple(FrontierPoint(fixed + point.bytes, promised(point.loss)) for point in frontier(options))
-    return Chosen(chosen, str(wanted), promised(choice.loss), choice.gap, points, notes)
+
+    def size(point: Choice) -> int:
+        return fixed + sum(list(group.bytes.values())[pick] for group, pick in zip(groups, point.picks, strict=True))
+
+    points = tuple(FrontierPoint(size(point), promised(point.loss)) for point in frontier(options))
+    return Chosen(chosen, str(wanted), promised(choice.loss), took, choice.gap, points, notes)
 
 
 def _known(weights: Weights, recipe: Recipe, groups: Sequence[OpenGroup]) -> list[list[float]]:
@@ -139,31 +155,79 @@ def _measured(groups: Sequence[OpenGroup], sensitivities: Sensitivities) -> list
 
 
 def smallest(
-    weights: Weights, recipe: Recipe, *, budget: str | None = None, targets: Sequence[str] | None = None
+    weights: Weights,
+    recipe: Recipe,
+    *,
+    budget: str | None = None,
+    targets: Sequence[str] | None = None,
+    costs: Costs | None = None,
 ) -> Recipe:
     """The recipe with every open group in its smallest format: what can be refused without measuring anything.
 
     Raises:
         InputError: as `spend`, but for what sensitivities decide.
     """
-    wanted, held, groups, fixed = _opened(weights, recipe, budget, targets)
-    least = fixed + sum(min(group.bytes.values()) for group in groups)
-    if budget is not None and least > wanted.bytes_at_most(weights.origin.parameters):
-        bits = _bits(weights, least)
-        raise InputError(f"the smallest choice takes {bits}, more than the budget of {wanted}; give a larger one")
-    return _smallest(recipe, groups, held)
+    opened = _opened(weights, recipe, budget, targets, costs)
+    least = sum(min(costing.values()) for costing in opened.costs)
+    if budget is not None and least > opened.at_most(weights):
+        takes = opened.said(weights, least)
+        raise InputError(
+            f"the smallest choice takes {takes}, more than the budget of {opened.budget}; give a larger one"
+        )
+    return _smallest(recipe, opened.groups, opened.targets)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a budget is spent on.
+
+    Attributes:
+        budget: the budget.
+        targets: the targets.
+        groups: the groups that are open.
+        fixed_bytes: of all that is not open.
+        times: of each group, storage → nanoseconds of a token; empty without costs.
+        fixed_ns: nanoseconds of a token beside those.
+    """
+
+    budget: Budget
+    targets: tuple[str, ...]
+    groups: list[OpenGroup]
+    fixed_bytes: int
+    times: list[dict[str, int]]
+    fixed_ns: int
+
+    @property
+    def costs(self) -> list[dict[str, int]]:
+        """Of each group, storage → what the budget counts."""
+        return self.times if self.budget.kind == "ms" else [group.bytes for group in self.groups]
+
+    def at_most(self, weights: Weights) -> float:
+        """What is left of the budget for the groups."""
+        if self.budget.kind == "ms":
+            return self.budget.value * 1e6 - self.fixed_ns
+        return self.budget.bytes_at_most(weights.origin.parameters) - self.fixed_bytes
+
+    def said(self, weights: Weights, cost: int) -> str:
+        """What the groups and all else cost, as a user reads it."""
+        if self.budget.kind == "ms":
+            return f"{(self.fixed_ns + cost) / 1e6:.2f} ms a token"
+        return _bits(weights, self.fixed_bytes + cost)
 
 
 def _opened(
-    weights: Weights, recipe: Recipe, budget: str | None, targets: Sequence[str] | None
-) -> tuple[Budget, tuple[str, ...], list[OpenGroup], int]:
-    """(the budget, the targets, the groups that are open, bytes of all that is not)."""
+    weights: Weights, recipe: Recipe, budget: str | None, targets: Sequence[str] | None, costs: Costs | None
+) -> _Opened:
     if not recipe.chooses:
         raise InputError(f"{recipe.where} names every format, so there is nothing to spend a budget on; add choose")
     asked = budget or recipe.budget
     if asked is None:
         raise InputError(f"{recipe.where} leaves formats open and has no budget; give one with --budget, e.g. 4.75bpw")
     wanted, held = Budget.parse(asked), tuple(targets or recipe.targets)
+    if wanted.kind == "ms" and costs is None:
+        raise InputError(
+            f"a budget of {wanted} needs to know what a token costs; give --costs, which moss-costs writes"
+        )
     groups = open_groups(weights, recipe, held)
     grouped = {spec.name for group in groups_of(weights.config) for spec in group.specs}
     fixed: dict[int, dict[str, None]] = {}  # rule → roles of tensors that are in no group, and so are not chosen for
@@ -178,7 +242,18 @@ def _opened(
         ]
         raise InputError(f"{recipe.where}, {'; '.join(rules)}; keep them by a rule before this one")
     plan = make_plan(weights.config, dtypes_of(weights), _smallest(recipe, groups, held))
-    return wanted, held, groups, plan.predicted_bytes - sum(min(group.bytes.values()) for group in groups)
+    fixed_bytes = plan.predicted_bytes - sum(min(group.bytes.values()) for group in groups)
+    if costs is None:
+        return _Opened(wanted, held, groups, fixed_bytes, [], 0)
+    times = [
+        {storage: round(costs.tensors_ns(weights, group.group.specs, storage)) for storage in group.bytes}
+        for group in groups
+    ]
+    free = {name for group in groups for name in group.group.tensors}
+    rest = [spec for spec in weights.specs.values() if spec.name not in free]
+    named = {spec.name: plan.by_name[spec.name].format or STORED for spec in rest}
+    fixed_ns = costs.fixed_ns + sum(costs.tensors_ns(weights, [spec], named[spec.name]) for spec in rest)
+    return _Opened(wanted, held, groups, fixed_bytes, times, round(fixed_ns))
 
 
 def _smallest(recipe: Recipe, groups: Sequence[OpenGroup], targets: Sequence[str]) -> Recipe:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.calibration.budget import Chosen, smallest, spend
+from mossquant.calibration.costs import Costs
 from mossquant.calibration.decays import decay_errors, steps_seen
 from mossquant.calibration.effort import (
+    LIBRARIES,
     PASSES,
-    PASSING,
     Effort,
     Pace,
     choosing,
@@ -31,12 +32,12 @@ from mossquant.calibration.effort import (
     judging,
     solving,
 )
-from mossquant.calibration.meter import WINDOW, Meter, interval
+from mossquant.calibration.meter import WINDOW, Meter, interval, metering_bytes, pass_windows
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of, open_groups
-from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
+from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot, recovery_bytes
 from mossquant.calibration.recover import recover as recovered
-from mossquant.calibration.registry import needs_walk, planned_solvers
+from mossquant.calibration.registry import check_solvers, needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import (
     LEVELS,
     LOOKED_AT,
@@ -59,7 +60,7 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
 from mossquant.device import check_device
 from mossquant.errors import InputError
-from mossquant.files.outputs import check_apart, check_free, check_outside, new_folder
+from mossquant.files.outputs import check_free, check_outside, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
@@ -82,12 +83,12 @@ JUDGED_TOKENS = 16384
 """Tokens at the end of a calibration text that nothing is learned from, and on which what was learned is judged."""
 _WORK_TO_CHOOSE = 2.5e12
 """Changes · tokens · parameters that are measured here, about a minute's; beyond that losses are estimated."""
-_JUDGING, _DISTILLING = 10, 28
-"""Bytes a parameter that is held then: fp32 weights and what was made, and what distilling trains."""
+_JUDGING = 10
+"""Bytes a parameter that is held then: the model and what was made of it in fp32, and that as it is stored."""
 _SNAPSHOT = 26
 """Bytes a parameter of recovery's snapshots, the new beside the last: a value and two moments in fp32, scales' too."""
-_STEPS_WINDOWS, _STEPS_BATCH = 32, 8
-"""Windows of the text on which the time steps of decays are looked at, at most, and of a pass."""
+_STEPS_WINDOWS = 32
+"""Windows of the text on which the time steps of decays are looked at, at most."""
 
 Piece = PackedTensor | Tensor
 """A tensor as it is stored: quantized, or kept."""
@@ -104,6 +105,7 @@ def quantize(
     targets: Sequence[str] | None = None,
     text: Sequence[str | Path | Text] = (),
     sensitivities: str | Path | Sensitivities | None = None,
+    costs: str | Path | Costs | None = None,
     recover: int | None = None,
     recover_activations: RecoveryActivations | None = None,
     measured: Measured | None = None,
@@ -120,11 +122,12 @@ def quantize(
         model: a checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
         output: folder to write; nothing may be there, unless `force`.
         recipe: a recipe's name or a YAML file (`mossquant.plan.recipe`).
-        budget: "4.75bpw", "40MB" or "kl=0.01", in place of the recipe's own.
+        budget: "4.75bpw", "40MB", "8ms" (of one decoded token) or "kl=0.01", in place of the recipe's own.
         targets: where it must run, in place of the recipe's own.
         text: files to calibrate on; none: no text, or for a recipe that needs some the bundled text of the bundled
             model. With text, formats that a recipe leaves open are chosen by what they lose on it.
         sensitivities: what groups lose, from `sensitivity`, or its file.
+        costs: what a decoded token costs, a file that `moss-costs` wrote; for a budget of time.
         recover: tokens of the text to distil over after rounding, in place of the recipe's own.
         recover_activations: what enters the linears while it trains, in place of the recipe's own: "fp32", or "planned"
             for how the plan rounds it.
@@ -162,7 +165,8 @@ def quantize(
         force=force,
         dry_run=dry_run,
     )
-    decided = _decided(request, budget, say, progress)
+    priced = Costs.read(Path(costs)) if isinstance(costs, str | Path) else costs
+    decided = _decided(request, budget, priced, say, progress)
     for line in () if decided.chosen is None else decided.chosen.notes:
         say(line)
     if dry_run:
@@ -251,6 +255,7 @@ def _request(
     dry_run: bool,
 ) -> _Request:
     """What is asked, opened and checked; `files` are those of the recipe. Raises `InputError` as `quantize`."""
+    check_solvers(recipe)
     inputs = [*files, *(Path(item) for item in text if not isinstance(item, Text))]
     inputs += [Path(sensitivities)] if isinstance(sensitivities, str | Path) else []
     inputs += [] if stats is None else [Path(stats)]
@@ -279,7 +284,7 @@ def _request(
     snapshot = destination.parent / f"{destination.name}.recovering.safetensors"
     if tokens and not dry_run:
         check_outside(snapshot)
-        check_apart(snapshot, inputs)
+        check_free(snapshot, force=True, as_file=True, inputs=inputs)
         check_snapshot(snapshot)
     needs_text = bool(text) or bool(tokens) or recipe.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None
@@ -326,7 +331,13 @@ class _Decided:
     losses: Sensitivities | None
 
 
-def _decided(request: _Request, budget: str | None, say: Callable[[str], None], progress: Progress | None) -> _Decided:
+def _decided(
+    request: _Request,
+    budget: str | None,
+    costs: Costs | None,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> _Decided:
     """Formats for all that is open. Raises `InputError` as `quantize`, before anything is measured if it can be."""
     recipe, weights, targets = request.recipe, request.weights, request.targets
     if not recipe.chooses:
@@ -342,7 +353,9 @@ def _decided(request: _Request, budget: str | None, say: Callable[[str], None], 
             _foretell(request, decided, None, say)
         return decided
     # The smallest plan: what can be refused, room included, is refused before anything is measured.
-    least = _planned(request, smallest(weights, recipe, budget=budget, targets=targets), None, request.losses)
+    least = _planned(
+        request, smallest(weights, recipe, budget=budget, targets=targets, costs=costs), None, request.losses
+    )
     losses = request.losses
     if request.learned is not None:
         _foretell(request, least, recipe if losses is None else None, say)
@@ -355,7 +368,7 @@ def _decided(request: _Request, budget: str | None, say: Callable[[str], None], 
             device=request.device,
             progress=progress,
         )
-    chosen = spend(weights, recipe, budget=budget, targets=targets, sensitivities=losses)
+    chosen = spend(weights, recipe, budget=budget, targets=targets, sensitivities=losses, costs=costs)
     if request.dry_run and request.text and losses is None:
         say("formats as roles are known to lose; without --dry-run they are chosen by what is lost on the text")
     return _planned(request, chosen.recipe, chosen, losses)
@@ -398,7 +411,7 @@ def _effort(request: _Request, decided: _Decided, choose: Recipe | None) -> Effo
         estimated = is_estimated(weights, len(jobs), looked_at, _WORK_TO_CHOOSE)
         of_gradients = windows if estimated else None
         parts["choosing"] = choosing(pace, jobs, looked_at.numel(), windows=of_gradients, levels=LEVELS)
-        most = choosing_bytes(weights, jobs, estimated=estimated)
+        most = choosing_bytes(weights, jobs, looked_at.numel(), windows=of_gradients)
     trained = 0 if walk is None else walk.trained_tokens
     walked = 0 if walk is None else walk.windows.numel()
     parts["rounding"] = solving(pace, weights, plan, decided.solvers, walked=walked, trained=trained)
@@ -417,14 +430,16 @@ def _disk(request: _Request, plan: Plan) -> int:
 
 def _memory(request: _Request, decided: _Decided) -> int:
     """Anonymous memory, at most: of the parts that come one after the other, the one that holds most."""
-    parameters, plan, walk = request.weights.origin.parameters, decided.plan, decided.walk
+    weights, plan, walk = request.weights, decided.plan, decided.walk
+    parameters = weights.origin.parameters
     rounding = memory_bytes(plan)
     rounding += 0 if request.statistics is None else request.statistics.memory_bytes
     rounding += 0 if walk is None else walk.memory_bytes + parameters + plan.predicted_bytes
-    running = 0
-    if request.text:
-        running = (_DISTILLING if request.tokens else _JUDGING) * parameters + PASSING
-    return max(rounding, running)
+    if not request.text:
+        return rounding
+    judged = JUDGED_TOKENS if request.judged is None else len(request.judged)
+    running = LIBRARIES + metering_bytes(weights, judged, from_start=True)
+    return max(rounding, running + max(_JUDGING * parameters, recovery_bytes(weights) if request.tokens else 0))
 
 
 def _solved(
@@ -473,8 +488,8 @@ def _judged(
     windows = judged.windows(max(1, len(judged) // WINDOW), WINDOW)
     meter = Meter(weights, windows, device=request.device, from_start=True)
     kl = meter.kl(_values(weights, plan, pieces))
-    batches = torch.split(learned.windows(_STEPS_WINDOWS, WINDOW).to(request.device), _STEPS_BATCH)
-    steps = steps_seen(meter.model, batches)
+    looked_at = learned.windows(_STEPS_WINDOWS, WINDOW).to(request.device)
+    steps = steps_seen(meter.model, torch.split(looked_at, pass_windows(weights, looked_at)))
 
     def found(pieces: Sequence[Made], after: NDArray[np.float64], recovered: int) -> _Judged:
         stored = {name: _quantized(plan, name, piece) for name, piece, _, _ in pieces if name in steps}

@@ -10,7 +10,7 @@ is thrown away. Prefill: one call with `prompt` tokens from the initial state, l
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Timing:
 
     Attributes:
         path: as given.
-        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
+        kind: "checkpoint", "quantized checkpoint", or the target of a program.
         weights: recipe name or stored type.
         activations: activation format that it ran with.
         decode_tok_s: single steps a second.
@@ -53,6 +53,8 @@ class Timing:
         idle_rss_mb: the same before anything was loaded.
         bytes_per_token: weight bytes that a decode step reads: all of them, times the share of the parameters that
             one token uses (only the chosen experts).
+        prefill_us: part of the model → microseconds a token of the prefill, where the runtime says so and was asked.
+        decode_us: the same of a decode step.
     """
 
     path: str
@@ -65,6 +67,8 @@ class Timing:
     peak_rss_mb: float
     idle_rss_mb: float
     bytes_per_token: int
+    prefill_us: Mapping[str, float] = field(default_factory=dict)
+    decode_us: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def bench(
     prompt: int = 512,
     decode: int = 64,
     repeats: int = 5,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Time artifacts against one another.
@@ -120,6 +125,7 @@ def bench(
         prompt: tokens of the prefill.
         decode: steps of the decode.
         repeats: turns that count; the first, to warm up, does not.
+        profile: one turn more, in which runtimes that can say where their time goes.
         progress: told how many models are loaded, then how many turns are done.
 
     Raises:
@@ -159,6 +165,12 @@ def bench(
                     steps[i].append(decode / seconds["decode"])
                 tell("turns", turn * len(workers) + i + 1, (repeats + 1) * len(workers))
         memory = [_answer(worker, {"do": "memory"}) for worker in workers]
+        profiles: list[dict[str, Any]] = [{} for _ in paths]
+        if profile:
+            order = {"do": "profile", "prompt": prompt, "decode": decode}
+            profiles = [
+                _answer(worker, order | {"path": str(path)}) for worker, path in zip(workers, paths, strict=True)
+            ]
     return BenchReport(
         machine=machine(),
         threads=used,
@@ -167,7 +179,11 @@ def bench(
         decode=decode,
         repeats=repeats,
         artifacts=tuple(
-            Timing(**loaded[i], **memory[i], prefill_tok_s=Speed.of(prefill[i]), decode_tok_s=Speed.of(steps[i]))
+            Timing(
+                **(loaded[i] | memory[i] | profiles[i]),
+                prefill_tok_s=Speed.of(prefill[i]),
+                decode_tok_s=Speed.of(steps[i]),
+            )
             for i in range(len(paths))
         ),
     )

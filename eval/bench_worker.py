@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process in which `mossquant.eval.bench` runs one artifact.
 
-It answers orders (`mossquant.targets.child`): "open" loads, "turn" times a prefill and a decode, "memory" says how much
-was used.
+It answers orders (`mossquant.targets.child`): "open" loads, "turn" times a prefill and a decode, "profile" says where
+the time of both goes, "memory" how much was used.
 """
 
 import time
@@ -35,6 +35,8 @@ def main() -> None:
             return opened
         if order["do"] == "turn":
             return _turn(runners[0], prompt=order["prompt"], decode=order["decode"])
+        if order["do"] == "profile":
+            return _profile(runners[0], locate(order["path"]), prompt=order["prompt"], decode=order["decode"])
         return {"peak_rss_mb": peak_rss_mb()}
 
     serve(answer)
@@ -82,6 +84,28 @@ def _turn(runner: Runner, *, prompt: int, decode: int) -> dict[str, Any]:
         token = np.array([[int(np.argmax(logits[0, -1]))]], np.int64)
         logits, state = runner(token, state, logits="last")
     return {"prefill": prefill_seconds, "decode": time.perf_counter() - start}
+
+
+def _profile(runner: Runner, located: Located, *, prompt: int, decode: int) -> dict[str, Any]:
+    """Microseconds a token of each part, of the prefill and of the decode; empty where the runtime does not say."""
+    target = target_of(located)
+    tokens = np.random.default_rng(_SEED).integers(0, runner.info.vocab_size, (1, prompt), np.int64)
+    state = runner.initial_state(1)
+
+    def prefill() -> None:
+        nonlocal state
+        _, state = advance(runner, tokens, state)
+
+    def steps() -> None:
+        nonlocal state
+        for step in range(decode):
+            _, state = runner(tokens[:, step % prompt][:, None], state, logits="last")
+
+    found = {}
+    for name, work, count in (("prefill_us", prefill, prompt), ("decode_us", steps, decode)):
+        seconds = target.profiled(runner, work) or {}
+        found[name] = {part: 1e6 * value / count for part, value in seconds.items() if value > 0}
+    return found
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Candidate:
 
     Attributes:
         path: as given.
-        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
+        kind: "checkpoint", "quantized checkpoint", or the target of a program.
         weights: recipe name or stored type.
         activations: activation format that it ran with.
         perplexity: on the same tokens.

@@ -6,7 +6,6 @@ import platform
 import resource
 import sys
 import timeit
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def machine() -> dict[str, Any]:
         "usable_cores": cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in runtimes()},
+        **runtimes(),
     }
 
 
@@ -78,10 +77,3 @@ def _line_of(path: str, name: str) -> str:
     """What the first line `name: …` of a file of the system says; nothing where there is none."""
     lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

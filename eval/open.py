@@ -77,7 +77,7 @@ def open_runner(path: str | Path | Weights, *, activations: str | None = None, t
     """Open anything that runs.
 
     Args:
-        path: a checkpoint folder, a quantized checkpoint folder, a program (.onnx, .pte), an artifact folder, or
+        path: a checkpoint folder, a quantized checkpoint folder, a program (.onnx, .pte, .moss), an artifact folder, or
             `tiny`; or weights.
         activations: "fp32" (None), "planned", or an activation format, for quantized weights, which are run in
             PyTorch. Of anything else it can only confirm what is there.

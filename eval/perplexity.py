@@ -27,7 +27,7 @@ class PerplexityReport:
 
     Attributes:
         path: what was measured, as given.
-        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
+        kind: "checkpoint", "quantized checkpoint", or the target of a program.
         activations: activation format that it ran with.
         text: name of the text.
         text_sha256: of the whole text.

@@ -13,7 +13,7 @@ __all__ = ["available", "cpu_flags", "selected"]
 
 
 def cpu_flags() -> tuple[str, ...]:
-    """What this machine can do, as far as the kernels ask: some of "avx2", "avx512"."""
+    """What this machine can do, as far as the kernels ask: some of avx2, avx512, avx512vnni, dotprod, i8mm."""
     return tuple(_native.cpu_flags())
 
 

@@ -132,3 +132,8 @@ def linear_int8_block(
     kernel: str | None,
 ) -> None:
     """The same on an input as `quantize_int8_block` leaves it, in the blocks of the weight format."""
+
+def quantized_linear(
+    weight_format: str, x: _Array, packed: _Array, bias: _Array | None, y: _Array, *, threads: int
+) -> None:
+    """`quantize_int8_block` of x float32 [M, K], then `linear_int8_block`, by the best kernels."""

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Times every kernel that this machine can run, on one thread, the best of several runs in ms. Those over time: forward
-// and backward, and in ns per channel and step (and state, for the scan). Those on one token of each sequence, E inputs
-// to E outputs: in ns per input, or per weight of the linear.
+// and backward, and in ns per channel and step (and state, for the scan). Those on one token of each sequence, with E
+// inputs: in ns per input. The linears of a Mamba of width 768 (the one of 130M parameters), on one row and on 512: in
+// ns per product, in GB of packed weights a second, to be compared with what the machine reads, and in 10^9 products a
+// second. Weights of one row come from beyond the last cache: each run takes the next ones of a buffer that is larger.
 //
 //     kernels_bench [B T E N]
 
@@ -12,10 +14,17 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <ctime>
 #include <iterator>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
+
+#if defined(MOSS_X86_KERNELS)
+#include <immintrin.h>
+#endif
 
 #include "conv/conv.h"
 #include "cpu.h"
@@ -157,8 +166,99 @@ void bench_quantize(std::int64_t M, std::int64_t K) {
   }
 }
 
-// Codes and scales are zeros: no kernel's time depends on them.
-void bench_linear(std::int64_t M, std::int64_t K, std::int64_t N) {
+// The exclusive or of all words, with the widest loads that there are, as many vectors as loads may be under way.
+#if defined(MOSS_X86_KERNELS)
+__attribute__((target("avx512f"))) std::uint8_t read_avx512(const std::uint8_t* bytes, std::int64_t count) {
+  __m512i all[8] = {};
+  for (std::int64_t i = 0; i + 512 <= count; i += 512) {
+    for (int j = 0; j < 8; ++j) all[j] = _mm512_xor_si512(all[j], _mm512_loadu_si512(bytes + i + 64 * j));
+  }
+  for (int j = 1; j < 8; ++j) all[0] = _mm512_xor_si512(all[0], all[j]);
+  std::uint8_t first[64];
+  _mm512_storeu_si512(first, all[0]);
+  return first[0];
+}
+
+__attribute__((target("avx2"))) std::uint8_t read_avx2(const std::uint8_t* bytes, std::int64_t count) {
+  __m256i all[8] = {};
+  for (std::int64_t i = 0; i + 256 <= count; i += 256) {
+    for (int j = 0; j < 8; ++j) {
+      all[j] = _mm256_xor_si256(all[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i + 32 * j)));
+    }
+  }
+  for (int j = 1; j < 8; ++j) all[0] = _mm256_xor_si256(all[0], all[j]);
+  return static_cast<std::uint8_t>(_mm256_extract_epi8(all[0], 0));
+}
+#endif
+
+std::uint8_t read_baseline(const std::uint8_t* bytes, std::int64_t count) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(16)));
+  Bytes all[8] = {};
+  for (std::int64_t i = 0; i + 128 <= count; i += 128) {
+    for (int j = 0; j < 8; ++j) {
+      Bytes own;
+      std::memcpy(&own, bytes + i + 16 * j, sizeof(own));
+      all[j] ^= own;
+    }
+  }
+  for (int j = 1; j < 8; ++j) all[0] ^= all[j];
+  return all[0][0];
+}
+
+std::uint8_t read_all(const std::uint8_t* bytes, std::int64_t count) {
+#if defined(MOSS_X86_KERNELS)
+  if (detect_cpu_flags() & kAvx512) return read_avx512(bytes, count);
+  if (detect_cpu_flags() & kAvx2) return read_avx2(bytes, count);
+#endif
+  return read_baseline(bytes, count);
+}
+
+// Memory larger than the last cache, of which runs take one piece after the other.
+class Memory {
+ public:
+  Memory() : bytes_(kBytes, 0x3c) {}  // no kernel's time depends on codes, nor on scales that are ordinary numbers
+
+  const std::uint8_t* next(std::int64_t count) {
+    if (at_ + count > kBytes) at_ = 0;
+    at_ += count;
+    return bytes_.data() + at_ - count;
+  }
+
+  // The best run(piece) on pieces of `count` bytes, of all there are or as many as kSeconds allow. In processor time:
+  // some runs are longer than a process has the processor to itself.
+  template <typename Run>
+  double best_seconds(std::int64_t count, const Run& run) {
+    double best = 1e30, spent = 0;
+    for (std::int64_t i = 0; i < kBytes / count && (i == 0 || spent < kSeconds); ++i) {
+      const std::uint8_t* const piece = next(count);
+      const std::clock_t begin = std::clock();
+      run(piece);
+      const double seconds = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+      best = std::min(best, seconds);
+      spent += seconds;
+    }
+    return best;
+  }
+
+ private:
+  static constexpr std::int64_t kBytes = std::int64_t{512} << 20;
+  static constexpr double kSeconds = 0.5;
+  std::vector<std::uint8_t> bytes_;
+  std::int64_t at_ = 0;
+};
+
+constexpr std::int64_t kPieceBytes = std::int64_t{16} << 20;  // far beyond the second cache, some ms
+
+void bench_read(Memory& memory) {
+  volatile std::uint8_t read = 0;
+  const double seconds = memory.best_seconds(kPieceBytes, [&](const std::uint8_t* piece) {
+    read = read ^ read_all(piece, kPieceBytes);
+  });
+  std::printf("%-48s %37.1f GB/s\n", "memory read", 1e-9 * static_cast<double>(kPieceBytes) / seconds);
+}
+
+void bench_linear(Memory& memory, std::int64_t M, std::int64_t K, std::int64_t N) {
+  std::printf("linear, M %d, K %d, N %d\n", static_cast<int>(M), static_cast<int>(K), static_cast<int>(N));
   for (int i = 0; i < static_cast<int>(std::size(kWeightFormats)); ++i) {
     const WeightFormat& format = kWeightFormats[i];
     const std::int64_t blocks = block_count(format, K);
@@ -169,16 +269,34 @@ void bench_linear(std::int64_t M, std::int64_t K, std::int64_t N) {
     for (const LinearInput input : {LinearInput::int8_block, LinearInput::f32}) {
       for (const auto* kernel : linear_kernels(input, static_cast<WeightName>(i))) {
         if (!can_run(*kernel, detect_cpu_flags())) continue;
-        const auto packed = empty<std::uint8_t>(packed_bytes(*kernel->layout, format, N, K));
-        const LinearArgs args = {{M, K, N},     x.data(),      x_codes.data(), x_scales.data(),
-                                 x_sums.data(), packed.data(), nullptr,        y.data()};
-        const auto run = [&](std::int64_t, std::int64_t tile) {
-          kernel->run(args, tile_begin(tile), tile_end(tile, N));
-        };
-        print(kernel->name, best_seconds(1, N, run), static_cast<double>(M * K * N));
+        // The scalar form does on many rows what it does on one.
+        if (M > 1 && kernel->layout == &kRowsLayout) continue;
+        const std::int64_t bytes = packed_bytes(*kernel->layout, format, N, K);
+        const std::int64_t copies = M == 1 ? std::max(kPieceBytes / bytes, std::int64_t{1}) : 1;
+        const double seconds = memory.best_seconds(copies * bytes, [&](const std::uint8_t* piece) {
+          for (std::int64_t copy = 0; copy < copies; ++copy) {
+            kernel->run({{M, K, N}, x.data(), x_codes.data(), x_scales.data(), x_sums.data(), piece + copy * bytes,
+                         nullptr, y.data()}, 0, N);
+          }
+        }) / static_cast<double>(copies);
+        const auto products = static_cast<double>(M * K * N);
+        std::printf("%-48s %9.3f ms %8.4f ns per product %6.1f GB/s %7.1f GMAC/s\n", kernel->name, 1e3 * seconds,
+                    1e9 * seconds / products, 1e-9 * static_cast<double>(bytes) / seconds, 1e-9 * products / seconds);
       }
     }
   }
+}
+
+void bench_linears() {
+  Memory memory;
+  for (const std::int64_t M : {1, 512}) {
+    bench_read(memory);
+    for (const auto& [K, N] : {std::pair<std::int64_t, std::int64_t>{768, 3072}, {1536, 80}, {48, 1536}, {1536, 768},
+                               {768, 50280}}) {
+      bench_linear(memory, M, K, N);
+    }
+  }
+  bench_read(memory);
 }
 
 }  // namespace
@@ -201,5 +319,5 @@ int main(int argc, char** argv) {
   moss::bench_rms_norm<float>(B, E);
   moss::bench_rms_norm<double>(B, E);
   moss::bench_quantize(B, E);
-  moss::bench_linear(B, E, E);
+  moss::bench_linears();
 }

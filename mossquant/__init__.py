@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mossquant.state_file import save_state as save_state
     from mossquant.targets.export import export as export
     from mossquant.targets.export import export_needs as export_needs
+    from mossquant.targets.native.library import native_path as native_path
     from mossquant.text.text import Text as Text
     from mossquant.text.text import Tokenizer as Tokenizer
     from mossquant.training.train import train as train
@@ -53,6 +54,7 @@ _WHERE = {
     "mossquant.plan.recipe": ["recipes"],
     "mossquant.state_file": ["SavedState", "load_state", "save_state"],
     "mossquant.targets.export": ["export", "export_needs"],
+    "mossquant.targets.native.library": ["native_path"],
     "mossquant.text.text": ["Text", "Tokenizer"],
     "mossquant.training.train": ["train"],
     "mossquant.training.trainer": ["Schedule"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one interface of everything that can be run: the PyTorch model, an .onnx, a .pte, later an NPU program.
+"""The one interface of everything that can be run: the PyTorch model, an .onnx, a .pte, a .moss, later an NPU program.
 
     state = runner.initial_state(batch)
     logits, state = runner(tokens, state, logits="last")
@@ -32,7 +32,7 @@ class RunnerInfo:
 
     Attributes:
         path: what was opened, as the user gave it.
-        kind: "checkpoint", "quantized checkpoint", "onnx" or "executorch".
+        kind: "checkpoint", "quantized checkpoint", or the target of a program.
         vocab_size: V; tokens must lie in 0..V-1.
         activations: activation format of the linear inputs: "fp32", "int8_block", "int8_row_asym", or "planned".
         state_format: format in which the state is carried; where arrays have several, all of them.

@@ -54,10 +54,11 @@ def export_needs(
     target: str | Sequence[str] = "onnx",
     activations: Activations | None = None,
     scales: str | None = None,
+    isa: str | None = None,
 ) -> Needs:
     """What `export` would need; arguments and errors are those of `export`. Writes nothing."""
     names = _named(target)
-    options = _checked_options(names, scales=scales)
+    options = _checked_options(names, scales=scales, isa=isa)
     weights = open_weights(model, verb="export", check_codes=True)
     return _needs(weights, _prepare(weights, names, activations, None, options))
 
@@ -69,6 +70,7 @@ def export(
     target: str | Sequence[str] = "onnx",
     activations: Activations | None = None,
     scales: str | None = None,
+    isa: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -81,12 +83,14 @@ def export(
         model: a quantized checkpoint folder; or a full-precision one, or "tiny": its artifact is the full-precision
             program to compare with; or weights.
         output: folder to write; nothing may be there, unless `force`.
-        target: what to lower to: "onnx", "executorch", or several of them.
+        target: what to lower to: "onnx", "executorch", "native", or several of them.
         activations: format of the inputs of quantized linears: "int8", as the target rounds them at run time, or
             "fp32"; None takes what the plan of the quantized checkpoint says, or the target's own int8 where the plan
             says one that it does not have.
         scales: of onnx: "folded", which None is too: in their own type, made fp32 when onnxruntime folds constants; or
             "initializers": larger, as fast without folding (docs/onnx.md).
+        isa: of native: what matrices are packed for: "host", which None is too, the machine that exports; "x86", "arm",
+            or "rows", for none in particular. Any of them runs on any machine, which packs anew if it wants another.
         force: replace what is at `output`.
         progress: called after each tensor, or stage.
 
@@ -99,7 +103,7 @@ def export(
             work.
     """
     names, destination = _named(target), Path(output)
-    options = _checked_options(names, scales=scales)
+    options = _checked_options(names, scales=scales, isa=isa)
     inputs = [locate(model).path] if isinstance(model, str | Path) else []
     check_free(destination, force=force, inputs=inputs)
     weights = open_weights(model, verb="export", check_codes=True)

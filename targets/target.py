@@ -8,11 +8,13 @@ needs no onnxruntime. Which there are stands in `mossquant.plan.capabilities`.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
-from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.locate import STATISTICS, Located
 from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import experts_of, parameter_count, tensor_specs
 from mossquant.model.tensors import Use, outside_blocks
@@ -54,7 +56,7 @@ class Target:
 
     Args:
         name: of its folder, and in the capabilities.
-        runtime: the package that runs what it lowers to.
+        runtime: the package, or the library, that runs what it lowers to.
         computes_all: kinds of block ("ssm", "mlp") of which it computes every expert at every token.
         options: its own options of `export`, and the values of each, the default first.
     """
@@ -98,6 +100,10 @@ class Target:
         """Import the runtime, and do what only a first opening in this process does: what is timed comes after."""
         self._module("open").open_to_run(located.path)
 
+    def profiled(self, runner: Runner, work: Callable[[], None]) -> dict[str, float] | None:
+        """Seconds of each part of the model in what work() runs on a Runner of this target; None: nobody can tell."""
+        return None
+
     def info(self, located: Located) -> InfoReport:
         """Say what is there, running nothing. Raises `InputError`: it is damaged, or not what its manifest says."""
         report: InfoReport = self._module("info").info(located)
@@ -117,6 +123,14 @@ class Target:
         """Share of the parameters that a decode step reads."""
         return active_share(config, computes_all=self._computes_all)
 
+    @property
+    def runtime_version(self) -> str | None:
+        """The release of its runtime that is installed; None: none."""
+        try:
+            return version(self.runtime)
+        except PackageNotFoundError:
+            return None
+
     def _module(self, name: str) -> ModuleType:
         return import_module(f"mossquant.targets.{self.name}.{name}")
 
@@ -128,7 +142,9 @@ def get_target(name: str) -> Target:
 
 
 def target_of(located: Located) -> Target:
-    """The target that runs what a PATH argument points at: PyTorch for checkpoints."""
+    """The target that runs what a PATH argument points at: PyTorch for checkpoints. Raises `InputError`: none does."""
+    if located.kind == STATISTICS:
+        raise InputError(f"{located.given} holds statistics and no model; give a checkpoint or an artifact")
     return get_target(located.kind if located.kind in CAPABILITIES else "torch")
 
 
@@ -137,9 +153,10 @@ def program_targets() -> tuple[str, ...]:
     return tuple(name for name, known in CAPABILITIES.items() if known.suffix is not None)
 
 
-def runtimes() -> tuple[str, ...]:
-    """The packages that run what targets lower to, PyTorch first."""
-    return tuple(get_target(name).runtime for name in CAPABILITIES)
+def runtimes() -> dict[str, str | None]:
+    """What runs what targets lower to, PyTorch first → the release that is installed, None where it is not."""
+    targets = map(get_target, CAPABILITIES)
+    return {target.runtime: target.runtime_version for target in targets}
 
 
 def active_share(config: MossNetConfig, *, computes_all: Collection[str] = ()) -> float:

@@ -46,6 +46,16 @@ ONNX_INT8_MEDIAN = 2e-6
 ONNX_CUT = 1e-6
 """Relative: one text read by an .onnx in other pieces or batches; its kernels may sum in another order."""
 
+NATIVE_FP32 = 1e-5
+"""Relative to the largest logit: libmoss in fp32 against our model in float64 (a router's tie would show here)."""
+
+NATIVE_INT8_MEDIAN = 1e-6
+"""Relative, the median over single steps: int8 activations on the same codes, some sixteen roundings of fp32 on top; a
+rounding tie may upset single ones."""
+
+NATIVE_CUT = 1e-6
+"""Relative: one text read by libmoss in other pieces or batches; kernels for more rows may sum in another order."""
+
 FORGOTTEN = 0.25
 """Of what forgetting the state does to the logits: the most that a state carried between two arithmetics may do."""
 OPEN_BYTES = 1 << 24
@@ -92,6 +102,12 @@ STRAIGHT_THROUGH = 1e-5
 
 STATISTICS_FLOAT32 = 2e-5
 """Relative to the largest second moment: a model in fp32, and products of one pass in fp32, against float64."""
+
+KL_OF_PASSES = 1e-4
+"""Relative: logits within ±10 are rounded by 1e-6 in fp32, they differ by 0.1 and more, and KL goes by the square."""
+
+MEMORY_SAID = 1.5
+"""Measured over said, or said over measured: what is counted are tensors; the heap keeps holes between them."""
 
 PROCESSES_FLOAT64 = 1e-12
 """Relative: sums of the same passes over one process and over two, in float64."""

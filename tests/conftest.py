@@ -75,6 +75,13 @@ def pte_folder(quantized_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def moss_folder(quantized_folder: Path) -> Path:
+    """The .moss of that. Not to be changed."""
+    folder = quantized_folder.with_name("tiny-int4-native")
+    return once(folder, lambda made: export(quantized_folder, made, target="native"))
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4,320 bytes of text, with characters of several bytes."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

@@ -103,10 +103,17 @@ activations:
 state:
   - {{role: "*", format: fp32}}
 """
-RECIPES = {"int4": "int4-uniform", "int8": "int8-uniform", "g128": _G128, "mixed": _MIXED, "by expert": _BY_EXPERT}
-"""Name → recipe; "mixed" and "by expert" have another format for every other expert, as .onnx and .pte hold them."""
+_ONE_INPUT = _MIXED.replace("  - {match: layers.1.mixer.out_proj.input, format: fp32}\n", "").replace(
+    "mixed", "one-input"
+)
+RECIPES = {
+    **{"int4": "int4-uniform", "int8": "int8-uniform", "g128": _G128},
+    **{"mixed": _MIXED, "by expert": _BY_EXPERT, "one input": _ONE_INPUT},
+}
+"""Name → recipe; "mixed", "by expert" and "one input" have another format for every other expert, as .onnx, .pte and
+.moss hold them."""
 
-SUFFIXES = {"onnx": "onnx", "executorch": "pte"}
+SUFFIXES = {"onnx": "onnx", "executorch": "pte", "native": "moss"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made: dict[tuple[str, str | None, Activations | None, str, str | None], Lowered] = {}
+        self._made: dict[tuple[str, str | None, Activations | None, str, str | None, str | None], Lowered] = {}
 
     def __call__(
         self,
@@ -158,14 +165,17 @@ class Workshop:
         *,
         target: str = "onnx",
         scales: str | None = None,
+        isa: str | None = None,
     ) -> Lowered:
         """The model lowered; without a recipe in full precision (its checkpoint is stored in bf16)."""
-        key = (model, recipe, activations, target, scales)
+        key = (model, recipe, activations, target, scales, isa)
         if key not in self._made:
             checkpoint = self.checkpoint(model, recipe)
             artifact = once(
-                checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}-{scales}"),
-                lambda folder: export(checkpoint, folder, target=target, activations=activations, scales=scales),
+                checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}-{scales}-{isa}"),
+                lambda folder: export(
+                    checkpoint, folder, target=target, activations=activations, scales=scales, isa=isa
+                ),
             )
             self._made[key] = Lowered(MODELS[model], checkpoint, artifact, target)
         return self._made[key]

@@ -113,6 +113,14 @@ def test_exporting_takes_what_was_said(
     assert peak <= said.memory_bytes < 2 * 17e6 * 4 / 2, "about half of the model in fp32"
 
 
+def test_exporting_to_native_takes_what_was_said(many: Path, tmp_path: Path) -> None:
+    quantize(many, tmp_path / "quantized", recipe="int4-uniform")
+    said = export_needs(tmp_path / "quantized", target="native")
+    peak = grown(lambda: export(tmp_path / "quantized", tmp_path / "out", target="native"))
+    assert peak <= said.memory_bytes < 2 * 17e6 * 4 / 2, "about half of the model in fp32"
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= said.disk_bytes
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_large_tensor_is_looked_at_in_pieces(
     wide: Path, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +133,10 @@ def test_a_large_tensor_is_looked_at_in_pieces(
     codes = WIDE.vocab_size * WIDE.hidden_size
     assert grown(lambda: export(quantized, artifact)) <= bounds.EXPORT_CODES * codes + bounds.OPEN_BYTES
     assert grown(lambda: verify(quantized, artifact)) <= bounds.VERIFY_CODES * codes + bounds.OPEN_BYTES
+    native = tmp_path / "native"
+    room = bounds.EXPORT_CODES * codes + bounds.OPEN_BYTES
+    assert grown(lambda: export(quantized, native, target="native")) <= room
+    assert grown(lambda: verify(quantized, native)) <= room
 
 
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:

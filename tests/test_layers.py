@@ -31,7 +31,7 @@ INSTALLED_INSIDE = set(ALLOWED) - {"mossquant"}
 
 # Whatever runs code out of a file.
 UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-SOURCES = {".py", ".cc", ".h", ".inc"}
+SOURCES = {".py", ".c", ".cc", ".h", ".inc"}
 
 
 def files(*suffixes: str) -> list[Path]:
@@ -147,7 +147,7 @@ def test_every_file_opens_with_its_licence() -> None:
     without = []
     for path in files(*SOURCES):
         lines = path.read_text("utf-8").splitlines()[:2]
-        if lines and not any(re.fullmatch(r"(#|//) SPDX-License-Identifier: Apache-2\.0", line) for line in lines):
+        if lines and not any(re.fullmatch(r"(#|//|/\*) SPDX-License-Identifier: Apache-2\.0", line) for line in lines):
             without.append(path.relative_to(ROOT).as_posix())
     assert without == []
 

@@ -35,7 +35,7 @@ from mossquant.text.text import Tokenizer, bundled_text
 
 RECIPES = {"int8": 0, "int4-best": 60_000}
 """What the bundled model is quantized by, and over how many tokens each is distilled: fewer than by the recipe."""
-TARGETS = ("onnx", "executorch")
+TARGETS = ("onnx", "executorch", "native")
 """What the quantized models are lowered to; the original, to compare with, to the first alone."""
 TOKENS = 32_768
 _PROMPT = "import os\n\ndef read_lines(path):\n"
@@ -56,7 +56,7 @@ def demo(
     said: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> DemoReport:
-    """Quantize the bundled model by every one of `RECIPES`, lower it to .onnx and .pte, and measure all of them.
+    """Quantize the bundled model by every one of `RECIPES`, lower it to .onnx, .pte and .moss, and measure all of them.
 
     Args:
         output: folder for the checkpoints and artifacts; may be there from an earlier run.

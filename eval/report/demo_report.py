@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo found: the original, and what recipes made of it, as PyTorch runs the checkpoint, as .onnx and .pte."""
+"""What the demo found: the original, and what recipes made of it, as a checkpoint in PyTorch, .onnx, .pte and .moss."""
 
 import shutil
 import sys
@@ -24,7 +24,7 @@ class DemoRow:
 
     Attributes:
         model: "original, bf16", or the recipe; empty where it is the one of the line above.
-        form: what was run: "checkpoint" (in PyTorch), ".onnx" or ".pte".
+        form: what was run: "checkpoint" (in PyTorch), ".onnx", ".pte" or ".moss".
         perplexity: on the held-out tokens.
         candidate: how it compares with the original; None for the original itself.
         file_bytes: on disk, without the tokenizer.
@@ -115,7 +115,7 @@ class DemoReport:
 
 
 def demo_table(report: DemoReport) -> Table:
-    """What the demo ends with: the original and what each recipe made of it, as checkpoint, .onnx and .pte."""
+    """What the demo ends with: the original and what each recipe made of it, as checkpoint, .onnx, .pte and .moss."""
     rows = [
         (
             row.model,

@@ -136,6 +136,22 @@ def bench_table(report: BenchReport) -> Table:
     return grid([*left(""), *columns], rows, caption=caption)
 
 
+def profile_tables(report: BenchReport) -> list[Table | str]:
+    """Where the time of each artifact goes, by part of the model; a line for those that do not say."""
+    results: list[Table | str] = []
+    for timing in report.artifacts:
+        if not timing.decode_us:
+            results.append(f"{timing.path}: {timing.kind} does not say where its time goes")
+            continue
+        totals = [sum(of.values()) for of in (timing.prefill_us, timing.decode_us)]
+        parts = dict.fromkeys((*timing.prefill_us, *timing.decode_us))
+        rows = [(part, *(f"{of.get(part, 0):.1f}" for of in (timing.prefill_us, timing.decode_us))) for part in parts]
+        rows.append(("in all", *(f"{total:.1f}" for total in totals)))
+        columns = right("prefill\nµs a token", "decode\nµs a token")
+        results.append(grid([*left(timing.path), *columns], rows))
+    return results
+
+
 def info_tables(report: InfoReport) -> list[Table | str]:
     """What is at a path: facts, weights by role, sections of a program, files."""
     config, whole = report.config, report.program_bytes

@@ -13,6 +13,7 @@
 #include <iterator>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../linear/linear.h"
 #include "../quantize/quantize.h"
@@ -203,6 +204,27 @@ void linear_int8_block(const std::string& format_name, const Input& x_codes, con
   run_linear(args, LinearInput::int8_block, weight, packed, bias, y, threads, kernel_name);
 }
 
+// Quantizes x into memory of its own, and goes on as linear_int8_block.
+void quantized_linear(const std::string& format_name, const Input& x, const Input& packed, const MaybeInput& bias,
+                      const Output& y, std::int64_t threads) {
+  const WeightName weight = weight_named(format_name);
+  const WeightFormat& format = weight_format(weight);
+  const Shape shape = matrix_shape(x, "x", "[M, K]");
+  const std::int64_t M = shape[0], K = shape[1], blocks = block_count(format, K);
+  std::vector<std::int8_t> codes(static_cast<std::size_t>(M * blocks * format.block));
+  std::vector<float> scales(static_cast<std::size_t>(M * blocks));
+  std::vector<std::int32_t> sums(scales.size());
+  const QuantizeArgs quantize = {M,           K, format.block, checked<float>(x, "x", shape), codes.data(),
+                                 scales.data(), sums.data()};
+  select(quantize_kernels(), detect_cpu_flags()).run(quantize);
+  LinearArgs args = {};
+  args.shape = {M, K, 0};
+  args.x_codes = codes.data();
+  args.x_scales = scales.data();
+  args.x_sums = sums.data();
+  run_linear(args, LinearInput::int8_block, weight, packed, bias, y, threads, std::nullopt);
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& module) {
@@ -217,6 +239,8 @@ void bind_linear(nb::module_& module) {
   module.def("linear_layout", &linear_layout, "lhs"_a, "weight_format"_a, "kernel"_a.none());
   module.def("linear_f32", &linear_f32, "weight_format"_a, "x"_a, "packed"_a, "bias"_a.none(), "y"_a, nb::kw_only(),
              "threads"_a, "kernel"_a.none());
+  module.def("quantized_linear", &quantized_linear, "weight_format"_a, "x"_a, "packed"_a, "bias"_a.none(), "y"_a,
+             nb::kw_only(), "threads"_a);
   module.def("linear_int8_block", &linear_int8_block, "weight_format"_a, "x_codes"_a, "x_scales"_a, "x_sums"_a,
              "packed"_a, "bias"_a.none(), "y"_a, nb::kw_only(), "threads"_a, "kernel"_a.none());
 }

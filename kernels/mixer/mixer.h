@@ -8,9 +8,11 @@
 //            y_t[e]     = (sum_n h_t[n,e] Cm_t[n] + D[e] x_t[e]) z_t[e] / (1 + exp(-z_t[e]))
 //
 // B sequences, T time, E channels (d_inner), N states (d_state), W conv width. They differ from conv/conv.h and
-// scan/scan.h, which models train with, in how weights and states lie: neighbouring channels are neighbours in memory, so
-// that a single step loads vectors and transposes nothing. `rate` is A log2(e), computed once. Rows of Bm and Cm have a
-// stride of their own, so that they may lie in a matrix with other columns.
+// scan/scan.h, which models train with, in how weights and states lie: neighbouring channels are neighbours in memory,
+// so that a single step loads vectors and transposes nothing. What has a value for each channel and state lies in
+// strips of kMaxLanes channels, [strips, N, kMaxLanes], so that a step reads it from one end to the other; the last
+// strip is filled up with zeros. `rate` is A log2(e), computed once. Rows of Bm and Cm have a stride of their own, so that they
+// may lie in a matrix with other columns.
 //
 // State and window are brought up to date in place. Sequences may be given in pieces of any length, down to single
 // steps: the same bits. The unit of work is one sequence and the channels begin .. end - 1, begin a multiple of
@@ -25,6 +27,12 @@
 #include "../tile.h"
 
 namespace moss {
+
+// Strips of so many channels, and where the value of channel e and state n lies among them.
+static constexpr std::int64_t strip_count(std::int64_t channels) { return (channels + kMaxLanes - 1) / kMaxLanes; }
+static constexpr std::int64_t in_strips(std::int64_t e, std::int64_t n, std::int64_t states) {
+  return (e / kMaxLanes * states + n) * kMaxLanes + e % kMaxLanes;
+}
 
 struct MixerConvArgs {
   std::int64_t time;      // T
@@ -44,12 +52,12 @@ struct MixerScanArgs {
   const float* x;          // [B, T, E]
   const float* dt;         // [B, T, E]
   const float* z;          // [B, T, E]
-  const float* rate;       // [N, E]
+  const float* rate;       // [strips, N, kMaxLanes]
   const float* Bm;         // [B, T] rows of N
   const float* Cm;         // [B, T] rows of N
   std::int64_t bc_stride;  // from one row of Bm, or Cm, to the next
   const float* D;          // [E]
-  float* h;                // [B, N, E]
+  float* h;                // [B, strips, N, kMaxLanes]
   float* y;                // [B, T, E]; may be x, dt or z
 };
 

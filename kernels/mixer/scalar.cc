@@ -37,8 +37,8 @@ void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::in
       const float delta = std::fmax(dt, 0.0f) + std::log1p(std::exp(-std::fabs(dt)));
       float y = args.D[e] * x;
       for (std::int64_t n = 0; n < N; ++n) {
-        float& h = args.h[(b * N + n) * E + e];
-        h = std::exp2(delta * args.rate[n * E + e]) * h + delta * x * Bm[n];
+        float& h = args.h[b * strip_count(E) * N * kMaxLanes + in_strips(e, n, N)];
+        h = std::exp2(delta * args.rate[in_strips(e, n, N)]) * h + delta * x * Bm[n];
         y += h * Cm[n];
       }
       args.y[row + e] = y * (z / (1 + std::exp(-z)));

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Convolution and scan on vectors of neighbouring channels, a template on the vector type. Formulas and shapes: mixer.h.
+// Convolution and scan on vectors of neighbouring channels, a template on the vector type. Formulas, shapes: mixer.h.
 //
 // One vector of channels goes through a chunk of steps at a time. Within it the states are taken a few at a time
-// (kStates), which stay in registers over the chunk's steps; what does not depend on the state is computed first, once a
-// step. The order of the sum over states is that of a single step, so that cutting time changes no bit.
+// (kStates), which stay in registers over the chunk's steps; what does not depend on the state is computed first, once
+// a step. The order of the sum over states is that of a single step, so that cutting time changes no bit.
 
 #ifndef MOSS_KERNELS_MIXER_VECTOR_H_
 #define MOSS_KERNELS_MIXER_VECTOR_H_
+
+#include <type_traits>
 
 #include "../vec/channels.h"
 #include "../vec/math.h"
@@ -39,19 +41,18 @@ void mixer_conv(const MixerConvArgs& args, std::int64_t b, std::int64_t begin, s
   }
 }
 
-// kStates states of one vector through the steps of a chunk. h: rows of E from state n on; delta, input (delta x), y:
-// [steps, lanes], y is added to.
+// kStates states of one vector through the steps of a chunk. rate, h: at state n of the vector's channels; Bm, Cm: at
+// state n of the first step; delta, input (delta x), y: [steps, lanes], y is added to.
 template <typename Vec, int kStates>
-inline void mixer_states(const MixerScanArgs& args, std::int64_t steps, Channels<Vec> vector, std::int64_t n,
-                         const float* Bm, const float* Cm, const float* delta, const float* input, float* h, float* y) {
-  const std::int64_t E = args.channels;
+inline void mixer_states(std::int64_t steps, std::int64_t bc_stride, const float* rates, const float* Bm,
+                         const float* Cm, const float* delta, const float* input, float* h, float* y) {
   Vec state[kStates], rate[kStates];
   for (int j = 0; j < kStates; ++j) {
-    state[j] = vector.load(h + j * E);
-    rate[j] = vector.load(args.rate + (n + j) * E);
+    state[j] = Vec::load(h + j * kMaxLanes);
+    rate[j] = Vec::load(rates + j * kMaxLanes);
   }
   for (std::int64_t s = 0; s < steps; ++s) {
-    const std::int64_t at = s * Vec::kLanes, row = s * args.bc_stride + n;
+    const std::int64_t at = s * Vec::kLanes, row = s * bc_stride;
     const Vec step_delta = Vec::load(delta + at), step_input = Vec::load(input + at);
     Vec sum = Vec::load(y + at);
     for (int j = 0; j < kStates; ++j) {
@@ -60,7 +61,7 @@ inline void mixer_states(const MixerScanArgs& args, std::int64_t steps, Channels
     }
     sum.store(y + at);
   }
-  for (int j = 0; j < kStates; ++j) vector.store(state[j], h + j * E);
+  for (int j = 0; j < kStates; ++j) state[j].store(h + j * kMaxLanes);
 }
 
 template <typename Vec>
@@ -68,7 +69,7 @@ void mixer_scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, s
   constexpr std::int64_t L = Vec::kLanes;
   const std::int64_t T = args.time, E = args.channels, N = args.states;
   alignas(kScratchAlignmentBytes) float delta[kChunk * kMaxLanes], input[kChunk * kMaxLanes], y[kChunk * kMaxLanes];
-  float* const h = args.h + b * N * E;
+  float* const h = args.h + b * strip_count(E) * N * kMaxLanes;
   for (std::int64_t t0 = 0; t0 < T; t0 += kChunk) {
     const std::int64_t steps = chunk_steps(t0, T), first = b * T + t0;
     const float* const Bm = args.Bm + first * args.bc_stride;
@@ -83,9 +84,14 @@ void mixer_scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, s
         (step * x).store(input + s * L);
         (D * x).store(y + s * L);
       }
+      const auto states = [&](auto count, std::int64_t n) {
+        const std::int64_t at = in_strips(e, n, N);
+        mixer_states<Vec, decltype(count)::value>(steps, args.bc_stride, args.rate + at, Bm + n, Cm + n, delta, input,
+                                                  h + at, y);
+      };
       std::int64_t n = 0;
-      for (; n + 4 <= N; n += 4) mixer_states<Vec, 4>(args, steps, vector, n, Bm, Cm, delta, input, h + n * E, y);
-      for (; n < N; ++n) mixer_states<Vec, 1>(args, steps, vector, n, Bm, Cm, delta, input, h + n * E, y);
+      for (; n + 4 <= N; n += 4) states(std::integral_constant<int, 4>(), n);
+      for (; n < N; ++n) states(std::integral_constant<int, 1>(), n);
       for (std::int64_t s = 0; s < steps; ++s) {
         const Vec z = vector.load(args.z + (first + s) * E);
         vector.store(Vec::load(y + s * L) * (z * logistic(z)), args.y + (first + s) * E);

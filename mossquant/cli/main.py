@@ -19,7 +19,7 @@ import typer
 from mossquant.cli.calibrate import calibrate, sensitivity
 from mossquant.cli.generate import generate
 from mossquant.cli.make import demo, export, import_, quantize, recipes, train
-from mossquant.cli.measure import bench, compare, info, perplexity, verify
+from mossquant.cli.measure import bench, compare, info, native_path, perplexity, verify
 from mossquant.cli.terminal import ReaderGone, drop_stdout, terminal
 from mossquant.errors import InputError
 from mossquant.release import release
@@ -30,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize MossNet and Mamba language models, lower them for phones, and measure what ships.",
-    epilog="PATH is a checkpoint folder, a quantized checkpoint folder, an .onnx or .pte file, an artifact folder, or "
-    "tiny (bundled). --quiet (no progress) and --debug (traceback of our own errors) may stand anywhere.",
+    epilog="PATH is a checkpoint folder, a quantized checkpoint folder, an .onnx, .pte or .moss file, an artifact "
+    "folder, or tiny (bundled). --quiet (no progress) and --debug (traceback of our own errors) may stand anywhere.",
 )
 
 _QUIET, _DEBUG = "--quiet", "--debug"
@@ -57,8 +57,8 @@ def options(
 
 
 _MAKING = (demo, info, train, import_, calibrate, sensitivity, quantize, recipes, export)
-for _verb in (*_MAKING, perplexity, compare, verify, generate, bench):
-    app.command(_verb.__name__.rstrip("_"))(_verb)
+for _verb in (*_MAKING, perplexity, compare, verify, generate, bench, native_path):
+    app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

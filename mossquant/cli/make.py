@@ -111,7 +111,13 @@ def quantize(
         Path | None, typer.Option(help="what `mossquant calibrate` wrote, for solvers that need it")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="bits a weight, bytes or KL: 4.75bpw, 40MB, kl=0.01; the recipe's if not given")
+        str | None,
+        typer.Option(
+            help="bits a weight, bytes, time of a token, or KL: 4.75bpw, 40MB, 8ms, kl=0.01; the recipe's if not given"
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="what a token costs on a machine, for a budget of time: moss-costs wrote it")
     ] = None,
     targets: Annotated[
         str | None, typer.Option(help="where it must run, with commas between; the recipe's if not given")
@@ -145,8 +151,10 @@ def quantize(
     from mossquant.eval.report.plan_tables import plan_tables
     from mossquant.plan.recipe import recipe_files
 
-    options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, output=output)
-    options.check_picture(picture, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, output=output)
+    options.check_json(json, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, costs, output=output)
+    options.check_picture(
+        picture, model, *recipe_files(recipe), *(text or ()), sensitivity, stats, costs, output=output
+    )
     if picture is not None and not (text or sensitivity or recipe.endswith("-best")):
         raise InputError(
             "--picture draws what other budgets lose on text; give --text, --sensitivity or a -best recipe"
@@ -160,6 +168,7 @@ def quantize(
             output or Path(),
             recipe=recipe,
             budget=budget,
+            costs=costs,
             targets=None if targets is None else [name.strip() for name in targets.split(",")],
             text=text or (),
             sensitivities=sensitivity,
@@ -193,13 +202,17 @@ def recipes() -> None:
 def export(
     model: Annotated[str, typer.Argument(metavar="PATH", help="a checkpoint, quantized or not, or tiny")],
     output: options.MaybeOutput = None,
-    target: Annotated[str, typer.Option(help="onnx, executorch, or both with a comma between")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, executorch, native, or several with commas between")] = "onnx",
     activations: Annotated[
         Literal["int8", "fp32"] | None, typer.Option(help="inputs of the linears; as planned if not given")
     ] = None,
     scales: Annotated[
         Literal["folded", "initializers"] | None,
         typer.Option(help="of onnx: folded at load (if not given), or larger initializers, as fast without folding"),
+    ] = None,
+    isa: Annotated[
+        Literal["host", "x86", "arm", "rows"] | None,
+        typer.Option(help="of native: packed for this machine (host, if not given), x86, arm, or none in particular"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
     force: options.Force = False,
@@ -217,13 +230,20 @@ def export(
 
     targets = [name.strip() for name in target.split(",")]
     if dry_run:
-        terminal.show(needs_table(export_needs(model, target=targets, activations=activations, scales=scales)))
+        terminal.show(needs_table(export_needs(model, target=targets, activations=activations, scales=scales, isa=isa)))
         return
     if output is None:
         raise InputError(options.NO_OUTPUT)
     with terminal.bar("lowering") as shown:
         artifact = run(
-            model, output, target=targets, activations=activations, scales=scales, force=force, progress=shown
+            model,
+            output,
+            target=targets,
+            activations=activations,
+            scales=scales,
+            isa=isa,
+            force=force,
+            progress=shown,
         )
     for note in artifact.notes:
         terminal.say(note)

@@ -17,16 +17,18 @@ _GATE_FAILED = 1
 def info(path: options.Model, picture: options.Picture = None, json: options.Json = None) -> None:
     """What a checkpoint, quantized checkpoint or artifact is: shapes, experts, bytes by format, ledger, hashes.
 
-    A file that `sensitivity` wrote is shown too.
+    What `calibrate` and `sensitivity` wrote is shown too.
 
     Example: mossquant info tiny
     """
     from mossquant.calibration.sensitivity import Sensitivities
-    from mossquant.checkpoint.locate import locate
+    from mossquant.calibration.statistics import Manifest
+    from mossquant.checkpoint.locate import STATISTICS, locate
     from mossquant.checkpoint.quantized import QuantizedCheckpoint
     from mossquant.eval.info import info as run
     from mossquant.eval.report.chart import frontier_chart, sensitivity_chart, write_chart
     from mossquant.eval.report.sensitivity_tables import sensitivity_tables
+    from mossquant.eval.report.statistics_tables import statistics_info
     from mossquant.eval.report.tables import info_tables
 
     options.check_json(json, path)
@@ -37,11 +39,27 @@ def info(path: options.Model, picture: options.Picture = None, json: options.Jso
         if picture is not None:
             write_chart(*sensitivity_chart(found), picture)
         return
+    located = locate(path)
+    if picture is not None:
+        located.require("quantized checkpoint", verb="a picture")
+    if located.kind == STATISTICS:
+        manifest = Manifest.read(located.path)
+        options.finish(json, manifest, *statistics_info(path, manifest))
+        return
     report = run(path)
     options.finish(json, report, *info_tables(report))
     if picture is not None:
-        folder = locate(path).require("quantized checkpoint", verb="a picture")
-        write_chart(*frontier_chart(QuantizedCheckpoint.open(folder).plan), picture)
+        write_chart(*frontier_chart(QuantizedCheckpoint.open(located.path).plan), picture)
+
+
+def native_path() -> None:
+    """Print the folder with what an app links: libmoss, moss.h, a CMake config.
+
+    Example: cc app.c -I"$(mossquant native-path)/include" -L"$(mossquant native-path)/lib" -lmoss
+    """
+    from mossquant.targets.native.library import native_path as run
+
+    typer.echo(run())
 
 
 def perplexity(
@@ -128,7 +146,9 @@ def compare(
 
 def verify(
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="the checkpoint that it was lowered from")],
-    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx, a .pte, or the folder of one")],
+    artifacts: Annotated[
+        list[str], typer.Argument(metavar="ARTIFACT", help="an .onnx, a .pte, a .moss, or the folder of one")
+    ],
     weights_only: Annotated[bool, typer.Option("--weights-only", help="read back the weights and stop")] = False,
     text: options.Text = None,
     ids: options.Ids = None,
@@ -171,6 +191,9 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, max=options.MOST_TOKENS, help="tokens of the prefill")] = 512,
     decode: Annotated[int, typer.Option(min=1, max=options.MOST_TOKENS, help="steps of the decode")] = 64,
     repeats: Annotated[int, typer.Option(min=1, max=10_000, help="turns that count")] = 5,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="also where the time goes, for runtimes that say it")
+    ] = False,
     json: options.Json = None,
 ) -> None:
     """Time models and artifacts in turn: prefill and decode tokens a second, load time, memory.
@@ -178,12 +201,14 @@ def bench(
     Example: mossquant bench tiny tiny-int4-onnx
     """
     from mossquant.eval.bench import bench as run
-    from mossquant.eval.report.tables import bench_table
+    from mossquant.eval.report.tables import bench_table, profile_tables
 
     options.check_json(json, *paths)
     with terminal.bar("timing") as shown:
-        report = run(paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, progress=shown)
-    options.finish(json, report, bench_table(report))
+        report = run(
+            paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, profile=profile, progress=shown
+        )
+    options.finish(json, report, bench_table(report), *(profile_tables(report) if profile else ()))
 
 
 def _percent(text: str) -> float:

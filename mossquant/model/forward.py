@@ -22,6 +22,8 @@ Activation = Callable[[str, Tensor], Tensor]
 """(weight tensor's name, input [..., K]) → the input as the target sees it."""
 Convolve = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Multiply = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[str, Tensor], Tensor | None]
+"""(weight tensor's name, input [..., K] as it is) → the linear's output [..., N]; None: it is not computed so."""
 Reroute = Callable[[str, Routing], Routing]
 WeightModel = Callable[[str, Tensor], Tensor]
 """(tensor's name, its parameter in the shape of a checkpoint) → what is computed with in its place, same shape."""
@@ -89,6 +91,8 @@ class Forward:
         matmul_dtype: type in which linears multiply (accumulated in fp32), None for the parameters' own.
         dense_ssm: all SSM experts in stacked matmuls instead of the chosen ones only (training).
         multiply: (x [..., K], weight [N, K]) → x · weightᵀ, used in linears instead of the plain one.
+        product: computes linears from the codes of inputs and weights, where it does; there `activation` and `multiply`
+            are not asked, and `observe` is shown nothing.
         conv: convolution used instead of the plain one.
         reroute: is shown a router's decision, with its name ("layers.3.mlp.router"), and may replace it.
         weight: what is computed with in place of each tensor: linears, routers, norms, the table and small tensors, of
@@ -107,6 +111,7 @@ class Forward:
     matmul_dtype: torch.dtype | None = None
     dense_ssm: bool = False
     multiply: Multiply | None = None
+    product: Product | None = None
     conv: Convolve | None = None
     reroute: Reroute | None = None
     weight: WeightModel | None = None
@@ -120,6 +125,8 @@ class Forward:
         self, x: Tensor, weight: Tensor, name: str, *, rows: Tensor | None = None, gates: Tensor | None = None
     ) -> Tensor:
         """x [..., K] · weight [N, K]ᵀ → [..., N], the input as the target sees it; rows and gates for `observe`."""
+        if self.product is not None and (out := self.product(name, x)) is not None:
+            return out
         return self._product(x if self.activation is None else self.activation(name, x), weight, [name], rows, gates)
 
     def stacked(self, x: Tensor, weights: Tensor, names: Sequence[str], gates: Tensor) -> Tensor:
@@ -157,12 +164,16 @@ class Forward:
         """
         ways = self._ways(names, default)
         inputs = {part.expert: part.x * part.gate if ways[part.expert].gated else part.x for part in parts}
+        computed = {} if self.product is None else {p.expert: self.product(p.name, inputs[p.expert]) for p in parts}
+        others = [part for part in parts if computed.get(part.expert) is None]
         if self.activation is not None:
-            inputs = self._rounded(self.activation, parts, inputs, ways, count)
+            inputs = self._rounded(self.activation, others, inputs, ways, count)
         outputs = []
         for part in parts:
             gate = None if ways[part.expert].gated else part.gate
-            out = self._product(inputs[part.expert], part.weight, [part.name], part.rows, gate)
+            out = computed.get(part.expert)
+            if out is None:
+                out = self._product(inputs[part.expert], part.weight, [part.name], part.rows, gate)
             outputs.append(out if gate is None else out * gate)
         first = parts[0]
         total = torch.zeros((count, first.weight.shape[0]), dtype=first.gate.dtype, device=first.x.device)

@@ -127,6 +127,17 @@ CAPABILITIES: dict[str, Capabilities] = {
             Limits(max_batch=1, max_chunk=128),
             ".pte",
         ),
+        Capabilities(
+            "native",
+            _RECURRENT,
+            dict.fromkeys((*_MATRICES, Use.SMALL), _EVERY),
+            tuple(FLOAT_DTYPES),
+            ("int8_block",),
+            "int8_block",
+            ("fp32",),
+            Limits(),
+            ".moss",
+        ),
     )
 }
 """Every target, by name."""

@@ -74,37 +74,45 @@ _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 @dataclass(frozen=True)
 class Budget:
-    """What a quantized model may cost: bits a weight or bytes at most, or as few bytes as keep KL within a bound.
+    """What a quantized model may cost: bits a weight, bytes or the time of a token at most, or as few bytes as keep KL
+    within a bound.
 
     Attributes:
-        kind: "bpw", "bytes" or "kl".
-        value: bits a weight, bytes, or nats a token.
+        kind: "bpw", "bytes", "ms" or "kl".
+        value: bits a weight, bytes, milliseconds, or nats a token.
     """
 
-    kind: Literal["bpw", "bytes", "kl"]
+    kind: Literal["bpw", "bytes", "ms", "kl"]
     value: float
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """Read "4.75bpw", "40MB" (of 10⁶ bytes; also kB and GB) or "kl=0.01". Raises `InputError` for anything else."""
-        found = re.fullmatch(r"(kl=)?(\d+(?:\.\d+)?(?:e-?\d+)?)(bpw|kB|MB|GB)?", text.strip())
+        """Read "4.75bpw", "40MB" (of 10⁶ bytes; also kB and GB), "8ms" or "kl=0.01".
+
+        Raises:
+            InputError: anything else.
+        """
+        found = re.fullmatch(r"(kl=)?(\d+(?:\.\d+)?(?:e-?\d+)?)(bpw|ms|kB|MB|GB)?", text.strip())
         number, unit = (float(found[2]), found[1] or found[3]) if found else (0.0, None)
-        if found is None or unit is None or (found[1] and found[3]) or not 0 < number < 1e12:
-            raise InputError(f"{text[:40]!r} is not a budget; give one like 4.75bpw, 40MB or kl=0.01")
-        if unit == "bpw":
-            return cls("bpw", number)
+        if found is None or unit is None or (found[1] and found[3]) or not number < 1e12:
+            raise InputError(f"{text[:40]!r} is not a budget; give one like 4.75bpw, 40MB, 8ms or kl=0.01")
+        if number == 0:
+            none = "no loss, which nothing but full precision keeps" if unit == "kl=" else "nothing"
+            raise InputError(f"a budget of {text} allows {none}; give more than 0, like 4.75bpw, 40MB or kl=0.01")
+        if unit in ("bpw", "ms"):
+            return cls(unit, number)
         return cls("kl", number) if unit == "kl=" else cls("bytes", number * _UNITS[unit])
 
     def bytes_at_most(self, parameters: int) -> float:
-        """The bound in bytes of a model with so many parameters; infinite where KL is bounded."""
-        return {"bpw": self.value * parameters / 8, "bytes": self.value, "kl": math.inf}[self.kind]
+        """The bound in bytes of a model with so many parameters; infinite where that is of time or KL."""
+        return {"bpw": self.value * parameters / 8, "bytes": self.value}.get(self.kind, math.inf)
 
     def __str__(self) -> str:
         """As a user would write it."""
         number = f"{self.value:.12g}"
         if self.kind == "bytes":
             return f"{self.value / 1e6:.12g}MB"
-        return f"{number}bpw" if self.kind == "bpw" else f"kl={number}"
+        return f"kl={number}" if self.kind == "kl" else f"{number}{self.kind}"
 
 
 def _budget_text(text: str) -> str:
@@ -265,9 +273,9 @@ class Recipe(BaseModel):
         """Whether formats are left to a budget."""
         return any(rule.choose is not None for rule in self.weights)
 
-    def place(self, section: str, index: int) -> str:
-        """Where a rule stands, e.g. "line 7"."""
-        return f"line {_line(self._lines, (section, index))}"
+    def place(self, *path: str | int) -> str:
+        """Where something stands, e.g. the rule ("weights", 3): "line 7"."""
+        return f"line {_line(self._lines, path)}"
 
 
 def recipes() -> tuple[Recipe, ...]:

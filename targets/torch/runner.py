@@ -37,6 +37,7 @@ from mossquant.runner import (
     checked_batch,
     checked_tokens,
 )
+from mossquant.targets.torch.product import product_of
 
 ROWS_AT_ONCE = 2048
 """Rows (B · T) that go through the model in one piece: bounds the memory of a long prefill, and keeps matmuls large."""
@@ -71,6 +72,7 @@ class TorchRunner:
         device: str | torch.device = "cpu",
         scan: ScanForm | None = None,
         threads: int | None = None,
+        kernels: bool = True,
     ) -> "TorchRunner":
         """Load a checkpoint or a quantized checkpoint.
 
@@ -82,6 +84,9 @@ class TorchRunner:
             device: where to run.
             scan: form of the scan for more than one token; None chooses by device.
             threads: threads of PyTorch's CPU operators, for the whole process; None leaves them.
+            kernels: in float32 on the CPU, linears of quantized weights with int8_block inputs are computed from the
+                codes of both, by our kernels; False: by PyTorch's matmul, of the values that the codes mean. The two
+                differ by the rounding of fp32 sums.
 
         Raises:
             InputError: nothing that can be run is there, an unknown activation format, or one for a checkpoint that is
@@ -98,6 +103,8 @@ class TorchRunner:
         if activations != "fp32":
             activation, way = activation_model(weights, activations), expert_input_model(weights, activations)
             runner._forward = replace(runner._forward, activation=activation, expert_input=way)
+            if kernels and dtype == torch.float32 and runner._device.type == "cpu":
+                runner._forward = replace(runner._forward, product=product_of(weights, activations))
         return runner
 
     @property
@@ -119,7 +126,7 @@ class TorchRunner:
         """The same weights behind another model of the activations, called `name` in its info."""
         info = replace(self._info, activations=name)
         runner = TorchRunner(self._model, info)
-        runner._forward = replace(self._forward, activation=activation)
+        runner._forward = replace(self._forward, activation=activation, product=None)
         return runner
 
     def initial_state(self, batch: int = 1) -> State:

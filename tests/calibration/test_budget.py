@@ -9,6 +9,7 @@ import torch
 from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration.budget import Chosen, smallest, spend
+from mossquant.calibration.costs import Costs, LinearCost
 from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.quantize import quantize
 from mossquant.calibration.sensitivity import GroupLosses, Level, Loss, Sensitivities
@@ -145,8 +146,14 @@ def test_what_cannot_be_kept_is_said(model: Path, tmp_path: Path) -> None:
     lacking = replace(made_up(weights, recipe), groups=())
     with pytest.raises(InputError, match="the sensitivities lack"):
         spend(weights, recipe, sensitivities=lacking)
-    for text in ("4.75", "bpw", "-1bpw", "4bpwx", "kl=0", "kl=1MB", "1e99MB"):
+    for text in ("4.75", "bpw", "-1bpw", "4bpwx", "kl=-1", "kl=1MB", "1e99MB"):
         with pytest.raises(InputError, match="is not a budget"):
+            Budget.parse(text)
+    for text, message in (
+        ("kl=0", "allows no loss, .*; give more than 0"),
+        ("0MB", "allows nothing; give more than 0"),
+    ):
+        with pytest.raises(InputError, match=f"a budget of {text} {message}"):
             Budget.parse(text)
     assert [str(Budget.parse(text)) for text in ("4.75bpw", "40MB", "500kB", "kl=1e-2")] == [
         *("4.75bpw", "40MB", "0.5MB", "kl=0.01")
@@ -186,3 +193,59 @@ def test_a_choice_that_is_none_is_said_in_one_line(tmp_path: Path) -> None:
     weights = weights_of(model)
     with pytest.raises(InputError, match="sensitivities choose nothing"):
         quantize(model, tmp_path / "out", recipe="int4-uniform", sensitivities=made_up(weights, Recipe.named("int4")))
+
+
+def made_up_costs(weights: Weights) -> Costs:
+    """A nanosecond a byte of codes, and ten where a matrix is kept; every shape that is a linear's."""
+    shapes = {spec.matrix_shape for spec in weights.specs.values() if spec.site is not None}
+    per_weight = {"int4_g128": 0.5, "int4_g32": 0.55, "int8": 1.0, "int8_g32": 1.1, "float32": 10.0}
+    linears = [
+        LinearCost(name, *shape, ns=ns * shape[0] * shape[1]) for shape in shapes for name, ns in per_weight.items()
+    ]
+    return Costs(1, "made up", 1, 2e6, 1e6, tuple(linears))
+
+
+def test_a_budget_of_time_is_kept_and_spent(model: Path, tmp_path: Path) -> None:
+    """Independently added up: every linear in the format that it got, of experts the chosen share."""
+    weights, recipe = weights_of(model), Recipe.named("int4")
+    losses, costs = made_up(weights, recipe), made_up_costs(weights)
+
+    def taken(chosen: Chosen) -> float:
+        plan, total = make_plan(weights.config, dtypes_of(weights), chosen.recipe), costs.fixed_ns
+        for name, spec in weights.specs.items():
+            if spec.site is None:
+                continue
+            own = plan.by_name[name].format or "float32"
+            config, layer = weights.config, spec.layer or 0
+            share = 1.0
+            if spec.expert is not None and ".mlp." in name:
+                share = config.mlp_chosen(layer) / config.mlp_experts(layer)
+            elif spec.role.startswith("ssm.expert"):
+                share = config.ssm_chosen(layer) / config.ssm_experts(layer)
+            each = {(cost.format, cost.outputs, cost.columns): cost.ns for cost in costs.linears}
+            total += share * each[own, *spec.matrix_shape]
+        return total / 1e6
+
+    fast = spend(weights, recipe, budget="100ms", sensitivities=losses, costs=costs)
+    least = make_plan(weights.config, dtypes_of(weights), smallest(weights, recipe, budget="100ms", costs=costs))
+    lowest = taken(replace(fast, recipe=smallest(weights, recipe, budget="100ms", costs=costs)))
+    between = (lowest + taken(fast)) / 2
+    chosen = spend(weights, recipe, budget=f"{between:.6f}ms", sensitivities=losses, costs=costs)
+    assert chosen.predicted_ms == pytest.approx(taken(chosen), rel=1e-4)
+    assert lowest < taken(chosen) <= between
+    assert chosen.predicted_kl is not None
+    assert fast.predicted_kl is not None
+    assert chosen.predicted_kl > fast.predicted_kl
+    assert any("one decoded token should take" in note for note in chosen.notes)
+    assert make_plan(weights.config, dtypes_of(weights), chosen.recipe).predicted_bytes > least.predicted_bytes
+
+    with pytest.raises(InputError, match=r"ms a token, more than the budget of 0\.5ms"):
+        smallest(weights, recipe, budget="0.5ms", costs=costs)
+    with pytest.raises(InputError, match="give --costs, which moss-costs writes"):
+        spend(weights, recipe, budget="8ms", sensitivities=losses)
+    lacking = replace(costs, linears=costs.linears[:1])
+    with pytest.raises(InputError, match="time a model of this shape with moss-costs"):
+        spend(weights, recipe, budget="8ms", sensitivities=losses, costs=lacking)
+    (tmp_path / "costs.json").write_text('{"version": 1, "machine": "x"}')
+    with pytest.raises(InputError, match=r"costs\.json"):
+        quantize(model, tmp_path / "out", budget="8ms", costs=tmp_path / "costs.json")

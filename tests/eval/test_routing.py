@@ -166,7 +166,7 @@ def test_what_has_no_routing_to_compare(byte_model: Path, tmp_path: Path) -> Non
         compare(byte_model, [other], routing=True)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pte"])
+@pytest.mark.parametrize("suffix", [".onnx", ".pte", ".moss"])
 def test_artifacts_are_refused(byte_model: Path, tmp_path: Path, suffix: str) -> None:
     program = tmp_path / f"model{suffix}"
     program.write_bytes(b"program")

@@ -29,12 +29,13 @@ RUNTIMES: dict[str, tuple[str, str | None]] = {
     "int4, planned": ("quantized_folder", "planned"),
     "int4 .onnx": ("artifact_folder", None),
     "int4 .pte": ("pte_folder", None),
+    "int4 .moss": ("moss_folder", None),
 }
 """Name → fixture of its path, and the activations that it is opened with."""
 
 INT4 = [name for name in RUNTIMES if name.startswith("int4")]
-SAME_ARITHMETIC = [("original", "original .onnx"), ("int4, planned", "int4 .onnx")]
-SAME_MODEL = SAME_ARITHMETIC + [(saver, reader) for saver in INT4 for reader in INT4 if saver < reader]
+SAME_ARITHMETIC = [("original", "original .onnx"), ("int4, planned", "int4 .onnx"), ("int4 .moss", "int4 .onnx")]
+SAME_MODEL = [SAME_ARITHMETIC[0], *((saver, reader) for saver in INT4 for reader in INT4 if saver < reader)]
 BYTES = Tokenizer.byte_level()
 PROMPT = "The quick brown fox – größer als zuvor – jumps over the lazy dog. "
 

@@ -11,7 +11,7 @@ from hardening.flatbuffer_files import mutate_flatbuffer
 from hardening.json_files import mutate_json
 from hardening.onnx_files import mutate_onnx
 from hardening.raw import mutate_bytes
-from hardening.safetensors_files import mutate_safetensors
+from hardening.safetensors_files import mutate_moss, mutate_safetensors
 from hardening.tokenizer_files import mutate_tokenizer
 from hardening.yaml_files import mutate_yaml
 from hardening.zip_files import mutate_zip
@@ -64,6 +64,8 @@ KINDS = (
     Kind("artifact-pte", "model.pte", mutate_flatbuffer, "stream", weight=6),
     Kind("artifact-pte", "manifest.json", mutate_json, "stream"),
     Kind("artifact-pte", "tokenizer.json", mutate_tokenizer, "stream"),
+    Kind("artifact-native", "model.moss", mutate_moss, "program", weight=4),
+    Kind("artifact-native", "manifest.json", mutate_json, "program"),
     Kind("mamba", "config.json", mutate_json, "source"),
     Kind("mamba", "model.safetensors", mutate_safetensors, "source"),
     Kind("original", "config.json", mutate_json, "source"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage to safetensors: entries of the header, sizes and offsets that lie, values that are no numbers."""
+"""Damage to safetensors and .moss: entries of the header, sizes and offsets that lie, values that are no numbers."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ def _parts(data: bytes) -> tuple[str, bytes]:
 
 def _whole(header: str, body: bytes) -> bytes:
     encoded = header.encode("utf-8", "surrogatepass")
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # as in a .moss, whose data begin at a multiple of 64
     return struct.pack("<Q", len(encoded)) + encoded + body
 
 
@@ -100,4 +100,14 @@ def _values(random: Random, data: bytes) -> Damage:
     return Damage(_whole(header, bytes(changed)), f"{kind} of {name}: {new.hex()}")
 
 
+def _said(random: Random, data: bytes) -> Damage:
+    """JSON inside the texts of `__metadata__`."""
+    header, body = _parts(data)
+    tree = json.loads(header)
+    key = random.choice(list(tree["__metadata__"]))
+    tree["__metadata__"][key], what = mutate_json_text(random, tree["__metadata__"][key])
+    return Damage(_whole(as_json(tree), body), f"{key}: {what}")
+
+
 mutate_safetensors = one_of((3, _header), (6, _entry), (1, _length), (5, _values), (3, mutate_bytes))
+mutate_moss = one_of((3, mutate_safetensors), (1, _said))

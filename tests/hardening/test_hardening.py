@@ -16,7 +16,7 @@ import pytest
 from commands import process
 from hardening.cases import Case, make_case
 
-QUICK = range(10_000, 10_090)
+QUICK = range(10_000, 10_102)
 """Every kind of file as damaged, and with its hashes made right again."""
 ALL = range(0, 2400)
 QUICK_COMMANDS = range(20_000, 20_003)
@@ -69,7 +69,7 @@ def _words(case: Case, damaged: Path, samples: Path, out: Path) -> list[object]:
         "stream": [["compare", good, damaged, "--text", text, "--tokens", 24]],
         "source": [["import", damaged, "-o", out]],
         "recipe": [["quantize", good, "-o", out, "--recipe", damaged / "recipe.yaml"]],
-        "statistics": [["quantize", good, "-o", out, "--stats", damaged]],
+        "statistics": [["quantize", good, "-o", out, "--stats", damaged], ["info", damaged]],
     }
     reading: list[list[object]] = [
         ["info", damaged],

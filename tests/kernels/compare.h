@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the C++ kernel tests share: seeded inputs, scratch that betrays a read before a write, comparison with a
-// reference.
+// What the C++ kernel tests share: which kernels there are to test, seeded inputs, scratch that betrays a read before a
+// write, comparison with a reference.
 
 #ifndef MOSS_TESTS_KERNELS_COMPARE_H_
 #define MOSS_TESTS_KERNELS_COMPARE_H_
@@ -10,12 +10,14 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <map>
 #include <memory>
 #include <new>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "cpu.h"
 #include "tile.h"
 
 namespace moss_tests {
@@ -24,6 +26,18 @@ namespace moss_tests {
 // their fp32 arithmetic only: a chain or sum of at most ~300 terms here, with some 10 roundings of 2^-24 each, which
 // partly cancel. A wrong index or a missing term is an error of the order of 1.
 constexpr double kTolerance = 1e-4;
+
+// The kernels that tests came to, by name: whether this machine can run them, and so was tested.
+inline std::map<std::string, bool>& kernels_met() {
+  static std::map<std::string, bool> met;
+  return met;
+}
+
+// Whether this machine can run a kernel, which is noted.
+template <typename Kernel>
+bool runs_here(const Kernel& kernel) {
+  return kernels_met()[kernel.name] = moss::can_run(kernel, moss::detect_cpu_flags());
+}
 
 // Every array is its own allocation of the exact size, so that the address sanitizer sees any step over an end.
 using Floats = std::vector<float>;
@@ -50,6 +64,22 @@ template <typename Real>
 std::vector<Real> unset(std::int64_t size) {
   return std::vector<Real>(static_cast<std::size_t>(size), std::numeric_limits<Real>::quiet_NaN());
 }
+
+// A copy that is `offset` numbers off the alignment of an allocation, at whose end it ends.
+template <typename Number>
+struct Shifted {
+  std::vector<Number> values;
+  std::size_t offset;
+
+  explicit Shifted(const std::vector<Number>& own, std::size_t offset = 1) : values(own), offset(offset) {
+    values.insert(values.begin(), offset, Number(99));
+  }
+  Number* data() { return values.data() + offset; }
+  Number& operator[](std::int64_t i) { return data()[i]; }
+  std::vector<Number> own() const {
+    return {values.begin() + static_cast<std::ptrdiff_t>(offset), values.end()};
+  }
+};
 
 // Scratch of exactly the size a kernel asks for, full of NaN.
 template <typename Real>

@@ -2,7 +2,8 @@
 //
 // Every quantize and linear kernel in the lists that this machine can run, and the packed weights: codes by hand for
 // hostile inputs, pack and unpack, every number format and kind of input against the formula in float64, at sizes
-// around the block and the tile. Meant for the sanitizers; the mathematics is checked in test_linear.py.
+// around the block, the strip and the tile, and addresses that are aligned to nothing beyond the type. Meant for the
+// sanitizers; the mathematics is checked in test_linear.py.
 
 #include "linear/linear.h"
 
@@ -71,8 +72,11 @@ Quantized quantize(const moss::QuantizeKernel& kernel, const Floats& x, std::int
   out.codes.assign(static_cast<std::size_t>(rows * padded), 99);
   out.scales = unset<float>(rows * padded / block);
   out.sums.assign(out.scales.size(), 99);
-  kernel.run({rows, columns, block, x.data(), out.codes.data(), out.scales.data(), out.sums.data()});
-  return out;
+  Shifted<float> own_x(x), scales(out.scales);
+  Shifted<std::int8_t> codes(out.codes);
+  Shifted<std::int32_t> sums(out.sums);
+  kernel.run({rows, columns, block, own_x.data(), codes.data(), scales.data(), sums.data()});
+  return {codes.own(), scales.own(), sums.own()};
 }
 
 bool test_quantize() {
@@ -94,7 +98,7 @@ bool test_quantize() {
   };
   bool passed = true;
   for (const moss::QuantizeKernel* kernel : moss::quantize_kernels()) {
-    if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+    if (!runs_here(*kernel)) continue;
     for (const auto& known : cases) {
       const Quantized found = quantize(*kernel, known.x, 1, static_cast<std::int64_t>(known.x.size()), 3);
       const double scale = static_cast<double>(found.scales[0]);
@@ -103,6 +107,25 @@ bool test_quantize() {
       }
       std::printf("FAILED %s: case %d, scale %.9g\n", kernel->name, static_cast<int>(&known - cases), scale);
       passed = false;
+    }
+  }
+  return passed;
+}
+
+// Every form against the scalar one: the same bits.
+bool test_quantize_forms() {
+  bool passed = true;
+  for (std::int64_t columns : {1, 3, 4, 7, 16, 31, 33, 100, 129}) {
+    for (std::int64_t block : {1, 3, 16, 32, 40, 128}) {
+      const Floats x = Random(static_cast<unsigned>(columns + 131 * block)).normal(3 * columns);
+      const Quantized expected = quantize(moss::moss_quantize_int8_block_f32_scalar, x, 3, columns, block);
+      for (const moss::QuantizeKernel* kernel : moss::quantize_kernels()) {
+        if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+        const Quantized found = quantize(*kernel, x, 3, columns, block);
+        if (found.codes == expected.codes && found.scales == expected.scales && found.sums == expected.sums) continue;
+        std::printf("FAILED %s: K %d B %d\n", kernel->name, static_cast<int>(columns), static_cast<int>(block));
+        passed = false;
+      }
     }
   }
   return passed;
@@ -128,14 +151,17 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
   const auto codes = random_codes(N * K, format, seed);
   const Scales scales = random_scales(N * moss::scale_count(format, K), format, random);
   bool passed = true;
-  std::map<const moss::LinearLayout*, std::vector<std::uint8_t>> packed;
+  std::map<const moss::LinearLayout*, Shifted<std::uint8_t>> packed;
   for (const moss::LinearLayout* layout : moss::kLinearLayouts) {
-    auto& bytes = packed[layout];
-    bytes.resize(static_cast<std::size_t>(moss::packed_bytes(*layout, format, N, K)));
+    std::vector<std::uint8_t> bytes(static_cast<std::size_t>(moss::packed_bytes(*layout, format, N, K)));
     passed = moss::pack_weight(*layout, format, N, K, codes.data(), scales.bytes.data(), bytes.data()) && passed;
     passed = test_packing(*layout, format, shape, codes, scales, bytes) && passed;
+    packed.emplace(layout, bytes);
   }
   const Quantized q = quantize(moss::moss_quantize_int8_block_f32_scalar, x, M, K, format.block);
+  Shifted<float> own_x(x), own_bias(bias), x_scales(q.scales);
+  Shifted<std::int8_t> x_codes(q.codes);
+  Shifted<std::int32_t> x_sums(q.sums);
 
   const auto weight = [&](std::int64_t n, std::int64_t k) {
     return codes[static_cast<std::size_t>(n * K + k)] *
@@ -157,17 +183,17 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
       }
     }
     for (const moss::LinearKernel* kernel : moss::linear_kernels(input, name)) {
-      if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
-      Floats y = unset<float>(M * N);
+      if (!runs_here(*kernel)) continue;
+      Shifted<float> y(unset<float>(M * N));
       // What a kernel is not to read is null.
       const bool f32 = input == LinearInput::f32;
       const moss::LinearArgs args = {shape,
-                                     f32 ? x.data() : nullptr,
-                                     f32 ? nullptr : q.codes.data(),
-                                     f32 ? nullptr : q.scales.data(),
-                                     f32 ? nullptr : q.sums.data(),
-                                     packed[kernel->layout].data(),
-                                     with_bias ? bias.data() : nullptr,
+                                     f32 ? own_x.data() : nullptr,
+                                     f32 ? nullptr : x_codes.data(),
+                                     f32 ? nullptr : x_scales.data(),
+                                     f32 ? nullptr : x_sums.data(),
+                                     packed.at(kernel->layout).data(),
+                                     with_bias ? own_bias.data() : nullptr,
                                      y.data()};
       for (std::int64_t tile = 0; tile < moss::tile_count(N); ++tile) {
         kernel->run(args, moss::tile_begin(tile), moss::tile_end(tile, N));
@@ -175,7 +201,7 @@ bool test_shape(WeightName name, const moss::LinearShape& shape, bool with_bias)
       char at[160];
       std::snprintf(at, sizeof(at), "%s M %d K %d N %d", kernel->name, static_cast<int>(M), static_cast<int>(K),
                     static_cast<int>(N));
-      passed = close(at, y, expected) && passed;
+      passed = close(at, y.own(), expected) && passed;
     }
   }
   return passed;
@@ -202,6 +228,7 @@ bool test_refusal() {
 
 bool test_linear() {
   bool passed = test_quantize();
+  passed = test_quantize_forms() && passed;
   passed = test_refusal() && passed;
   for (const WeightName name : {WeightName::int8, WeightName::int8_g32, WeightName::int4_g32, WeightName::int4_g128}) {
     for (std::int64_t M : {0, 1, 3}) {
@@ -209,6 +236,8 @@ bool test_linear() {
         for (std::int64_t N : {0, 1, 7, 64, 70}) passed = test_shape(name, {M, K, N}, M > 1) && passed;
       }
     }
+    // As many rows as go together in a fast form, and fewer.
+    for (std::int64_t M : {2, 4, 7, 8, 11, 12, 13, 70}) passed = test_shape(name, {M, 48, 33}, M % 2 == 0) && passed;
   }
   return passed;
 }

@@ -89,9 +89,17 @@ bool test_scan_of(const moss::MixerKernel& kernel, const Shape& shape) {
   Random random(static_cast<unsigned>(B + 7 * T + 131 * E + N));
   const std::int64_t stride = 2 * N + 3;
   const Floats x = random.normal(B * T * E), dt = random.normal(B * T * E, 1, -2), z = random.normal(B * T * E);
-  const Floats bc = random.normal(B * T * stride), D = random.normal(E), h0 = random.normal(B * N * E);
-  Floats rate = random.normal(N * E);
-  for (float& value : rate) value = -std::fabs(value) - 0.1f;
+  const std::int64_t of_strips = moss::strip_count(E) * N * moss::kMaxLanes;
+  const Floats bc = random.normal(B * T * stride), D = random.normal(E);
+  Floats h0(static_cast<std::size_t>(B * of_strips)), rate(static_cast<std::size_t>(of_strips));
+  for (std::int64_t e = 0; e < E; ++e) {
+    for (std::int64_t n = 0; n < N; ++n) {
+      rate[static_cast<std::size_t>(moss::in_strips(e, n, N))] = -std::fabs(random.normal(1)[0]) - 0.1f;
+      for (std::int64_t b = 0; b < B; ++b) {
+        h0[static_cast<std::size_t>(b * of_strips + moss::in_strips(e, n, N))] = random.normal(1)[0];
+      }
+    }
+  }
   const auto at = [](const Floats& values, std::int64_t i) {
     return static_cast<double>(values[static_cast<std::size_t>(i)]);
   };
@@ -103,8 +111,8 @@ bool test_scan_of(const moss::MixerKernel& kernel, const Shape& shape) {
         const double delta = std::log1p(std::exp(at(dt, i)));
         double y = at(D, e) * at(x, i);
         for (std::int64_t n = 0; n < N; ++n) {
-          double& state = h[static_cast<std::size_t>((b * N + n) * E + e)];
-          state = std::exp2(delta * at(rate, n * E + e)) * state + delta * at(x, i) * at(bc, row + n);
+          double& state = h[static_cast<std::size_t>(b * of_strips + moss::in_strips(e, n, N))];
+          state = std::exp2(delta * at(rate, moss::in_strips(e, n, N))) * state + delta * at(x, i) * at(bc, row + n);
           y += state * at(bc, row + N + n);
         }
         expected.push_back(y * silu(at(z, i)));
@@ -119,7 +127,7 @@ bool test_scan_of(const moss::MixerKernel& kernel, const Shape& shape) {
         const moss::MixerScanArgs args = {std::min(time, T - t),        E,           N,        y.data() + from,
                                           dt.data() + from,             z.data() + from, rate.data(),
                                           bc.data() + first * stride,   bc.data() + first * stride + N,
-                                          stride,                       D.data(),    own.data() + b * N * E,
+                                          stride,                       D.data(),    own.data() + b * of_strips,
                                           y.data() + from};
         for_units({1, T, E, N, W}, cut, [&](auto, auto begin, auto last) { kernel.scan(args, 0, begin, last); });
       }
@@ -141,9 +149,10 @@ bool test_batch(const moss::MixerKernel& kernel) {
   Random random(3);
   const Floats x = random.normal(B * T * E), dt = random.normal(B * T * E), bc = random.normal(B * T * 2 * N);
   const Floats weight = random.normal(W * E), bias = random.normal(E), D = random.normal(E);
-  const Floats rate = random.normal(N * E, 0.1, -1);
+  const std::int64_t of_strips = moss::strip_count(E) * N * moss::kMaxLanes;
+  const Floats rate = random.normal(of_strips, 0.1, -1);
   const auto run = [&](std::int64_t first, std::int64_t count) {
-    Floats window((W - 1) * E * static_cast<std::size_t>(count)), h(N * E * static_cast<std::size_t>(count));
+    Floats window((W - 1) * E * static_cast<std::size_t>(count)), h(static_cast<std::size_t>(of_strips * count));
     Floats c = unset<float>(count * T * E), y = c;
     const std::int64_t at = first * T * E;
     for_units({count, T, E, N, W}, E, [&](auto b, auto begin, auto end) {
@@ -208,7 +217,7 @@ bool test_dense_of(const moss::DenseKernel& kernel, std::int64_t M, std::int64_t
 bool test_mixer() {
   bool passed = true;
   for (const moss::MixerKernel* kernel : moss::mixer_kernels()) {
-    if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+    if (!runs_here(*kernel)) continue;
     for (std::int64_t T : {1, 2, 31, 32, 33, 70}) {
       for (std::int64_t E : {1, 4, 17, 48, 70}) {
         for (std::int64_t W : {1, 2, 4}) passed = test_conv_of(*kernel, {2, T, E, 1, W}) && passed;
@@ -218,10 +227,10 @@ bool test_mixer() {
     passed = test_batch(*kernel) && passed;
   }
   for (const moss::SwigluKernel* kernel : moss::swiglu_kernels()) {
-    if (moss::can_run(*kernel, moss::detect_cpu_flags())) passed = test_swiglu_of(*kernel) && passed;
+    if (runs_here(*kernel)) passed = test_swiglu_of(*kernel) && passed;
   }
   for (const moss::DenseKernel* kernel : moss::dense_kernels()) {
-    if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+    if (!runs_here(*kernel)) continue;
     for (std::int64_t M : {0, 1, 8, 19}) {
       for (std::int64_t K : {1, 16, 33, 100}) {
         for (std::int64_t N : {1, 4, 7}) passed = test_dense_of(*kernel, M, K, N) && passed;

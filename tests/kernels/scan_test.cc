@@ -84,7 +84,7 @@ bool test_shape(const moss::ScanShape& shape, bool states) {
 
   bool passed = true;
   for (const auto* kernel : moss::scan_kernels<float>()) {
-    if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+    if (!runs_here(*kernel)) continue;
     const Results<float> found = run(*kernel, shape, in, states);
     char at[160];
     std::snprintf(at, sizeof(at), "%s B %d T %d E %d N %d ", kernel->name, static_cast<int>(B), static_cast<int>(T),

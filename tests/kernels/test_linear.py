@@ -172,6 +172,15 @@ def test_rows_outputs_and_threads_change_nothing(given: str, name: str, kernel: 
         assert np.array_equal(found, whole)
 
 
+@pytest.mark.parametrize(("name", "kernel"), CODE_KERNELS)
+def test_rows_beyond_the_cache_change_nothing(name: str, kernel: str) -> None:
+    """Inputs of a megabyte, which fast forms take in several pieces."""
+    weight, x = make_weight(name, 20, 16000), make_input(70, 16000, seed=1)
+    whole = linear(given_input("int8_block", x, weight), weight, kernel=kernel)
+    for rows in (slice(0, 1), slice(20, 30), slice(47, 70)):
+        assert np.array_equal(linear(given_input("int8_block", x[rows], weight), weight, kernel=kernel), whole[rows])
+
+
 @pytest.mark.parametrize(("given", "name", "kernel"), KERNELS)
 def test_zeros_leave_the_bias(given: str, name: str, kernel: str) -> None:
     weight, bias = make_weight(name, 20, 48), make_input(1, 20, seed=2)

@@ -49,6 +49,22 @@ def test_values_are_those_of_the_model_in_pytorch(columns: int, block: int, kern
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_bits_give_those_of_the_scalar_form(block: int, kernel: str) -> None:
+    """Numbers of every exponent, infinities and NaN among them, and neighbours of 1/2 between two codes."""
+    random = np.random.default_rng(block)
+    x = random.integers(0, 2**32, (400, 150), np.uint32).view(np.float32)
+    x[100:200] = np.ldexp(random.standard_normal((100, 150), np.float32), random.integers(-149, 128, (100, 1)))
+    ties = (random.integers(-127, 127, (100, 150)) + 0.5).astype(np.float32)
+    x[200:300], x[300:] = np.nextafter(ties, np.float32(-128)), np.nextafter(ties, np.float32(128))
+    x[200:, ::block] = 127
+    expected_codes, expected_scales = quantized_input(x, block, kernel="moss_quantize_int8_block_f32_scalar")
+    codes, scales = quantized_input(x, block, kernel=kernel)
+    assert np.array_equal(codes, expected_codes)
+    assert np.array_equal(scales, expected_scales, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_ties_go_to_the_even_code(kernel: str) -> None:
     x = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]], np.float32)
     codes, scales = quantized_input(x, 8, kernel=kernel)

@@ -20,6 +20,7 @@ FOLDERS = {
     "quantized checkpoint": "quantized_folder",
     "onnx": "artifact_folder",
     "executorch": "pte_folder",
+    "native": "moss_folder",
 }
 """Kind → fixture: whatever a PATH argument may be."""
 

@@ -10,23 +10,26 @@ from small import SMALL
 from mossquant.errors import InputError
 from mossquant.model.mossnet import parameter_count, tensor_specs
 from mossquant.plan.capabilities import CAPABILITIES
+from mossquant.release import release
 from mossquant.targets.export import export_needs
 from mossquant.targets.target import active_share, get_target, program_targets, runtimes
 
 
 def test_every_target_in_the_list_is_an_object() -> None:
     assert [get_target(name).name for name in CAPABILITIES] == list(CAPABILITIES)
-    assert program_targets() == ("onnx", "executorch")
-    assert runtimes() == ("torch", "onnxruntime", "executorch")
+    assert program_targets() == ("onnx", "executorch", "native")
+    assert list(runtimes()) == ["torch", "onnxruntime", "executorch", "libmoss"]
+    assert all(runtimes().values())
+    assert runtimes()["libmoss"] == release()
 
 
 def test_targets_that_cannot_be_lowered_to(checkpoint_folder: Path) -> None:
     for names, message in (
-        (["onnx", "tflite"], "unknown target 'tflite'; known targets: onnx, executorch"),
-        (["torch"], "unknown target 'torch'; known targets: onnx, executorch"),
+        (["onnx", "tflite"], "unknown target 'tflite'; known targets: onnx, executorch, native"),
+        (["torch"], "unknown target 'torch'; known targets: onnx, executorch, native"),
         (["onnx", "executorch", "onnx"], "target 'onnx' is named twice"),
         ([], "no target was given"),
-        (["onnx", ""], "unknown target ''; known targets: onnx, executorch"),
+        (["onnx", ""], "unknown target ''; known targets: onnx, executorch, native"),
     ):
         with pytest.raises(InputError, match=message):
             export_needs(checkpoint_folder, target=names)
@@ -37,7 +40,10 @@ def test_an_option_is_for_the_targets_that_have_it(checkpoint_folder: Path) -> N
         export_needs(checkpoint_folder, target="executorch", scales="folded")
     with pytest.raises(InputError, match="unknown --scales value 'none'; known values: folded, initializers"):
         export_needs(checkpoint_folder, scales="none")
+    with pytest.raises(InputError, match="--isa is for native and not for onnx, executorch; leave it out"):
+        export_needs(checkpoint_folder, target=["onnx", "executorch"], isa="x86")
     assert get_target("onnx").options == {"scales": ("folded", "initializers")}
+    assert get_target("native").options == {"isa": ("host", "x86", "arm", "rows")}
 
 
 def test_active_share_counts_the_chosen_experts() -> None:
@@ -50,4 +56,9 @@ def test_active_share_counts_the_chosen_experts() -> None:
     more = untied.hidden_size * (untied.vocab_size + 1 - untied.vocab_size)
     assert active_share(untied) == pytest.approx((active + more) / parameter_count(untied))
     assert active_share(SMALL, computes_all=("ssm", "mlp")) == 1
-    assert active_share(SMALL) < get_target("onnx").active_share(SMALL) < get_target("executorch").active_share(SMALL)
+    assert (
+        active_share(SMALL)
+        == get_target("native").active_share(SMALL)
+        < get_target("onnx").active_share(SMALL)
+        < get_target("executorch").active_share(SMALL)
+    )

@@ -38,7 +38,8 @@ class Arena {
   template <typename T>
   T* take(std::int64_t count) {
     constexpr auto kAlignment = static_cast<std::int64_t>(kScratchAlignmentBytes);
-    const std::int64_t bytes = (count * static_cast<std::int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    const std::int64_t size = count * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t bytes = (size + kAlignment - 1) / kAlignment * kAlignment;
     while (at_.chunk < chunks_.size() && at_.used + bytes > chunks_[at_.chunk].bytes) at_ = {at_.chunk + 1, 0};
     if (at_.chunk == chunks_.size()) chunks_.push_back({allocate_aligned(bytes), bytes});
     T* const taken = reinterpret_cast<T*>(chunks_[at_.chunk].memory.get() + at_.used);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The pass goes through the model a piece of the tokens at a time, of at most kPieceRows rows (sequences and steps
-// together), so that memory does not grow with the prompt. A piece goes from one fused region of work to the next; within
+// together), so that memory does not grow with the prompt. A piece goes from one region of work to the next; within
 // one, threads share units that no two of them write.
 //
-//     normed, quantized -> in_proj -> convolution -> quantized -> x_proj of the chosen experts -> gated deltas, quantized
-//     -> dt_proj of the experts, summed -> scan with its gate -> quantized -> out_proj
+//     normed, quantized -> in_proj -> convolution -> quantized -> x_proj of the chosen experts -> gated deltas,
+//     quantized -> dt_proj of the experts, summed -> scan with its gate -> quantized -> out_proj
 //
 // Rows are gathered by expert once; the weights of an expert that nobody chose are not touched. Letters as in the
 // kernels' headers; M is the rows of a piece.
@@ -24,7 +24,7 @@ namespace {
 constexpr std::int64_t kPieceRows = 128;
 constexpr std::int64_t kUnitsPerThread = 4;
 constexpr std::int64_t kRowsOfUnit = 8;          // where rows are the units
-constexpr std::int64_t kHeadTile = 512;          // a multiple of every strip: outputs of the head that are held at once where only the largest count
+constexpr std::int64_t kHeadTile = 512;          // outputs of the head of which only the largest are kept; whole strips
 constexpr std::int64_t kBlocks[] = {32, 128};    // of inputs: one of each weight format (linear/format.h)
 
 std::int64_t round_up(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
@@ -102,9 +102,10 @@ class Pass {
       steps_ = std::min(length, time - t0);
       rows_ = B * steps_;
       residual_ = arena_.take<float>(rows_ * config_.hidden);
-      for (std::int64_t b = 0; b < B; ++b) {
-        for (std::int64_t s = 0; s < steps_; ++s) {
-          model_.table().row(tokens[b * time + t0 + s], residual_ + (b * steps_ + s) * config_.hidden);
+      {
+        const Timed timed = time_of(Part::embedding);
+        for (std::int64_t m = 0; m < rows_; ++m) {
+          model_.table().row(tokens[m / steps_ * time + t0 + m % steps_], residual_ + m * config_.hidden);
         }
       }
       for (std::int64_t i = 0; i < config_.layers; ++i) {
@@ -124,6 +125,8 @@ class Pass {
  private:
   int threads() const { return model_.pool().threads(); }
 
+  Timed time_of(Part part) const { return Timed(&model_.profile(), part); }
+
   template <typename Run>
   void for_units(std::int64_t units, const Run& run) {
     model_.pool().for_units(units, run);
@@ -140,7 +143,8 @@ class Pass {
 
   // run(b, begin, end) for ranges of channels of each sequence.
   template <typename Run>
-  void for_channels(const Run& run) {
+  void for_channels(Part part, const Run& run) {
+    const Timed timed = time_of(part);
     const Tiles tiles(config_.inner, kTile, threads());
     for_units(state_.batch() * tiles.count(), [&](std::int64_t unit) {
       const std::int64_t i = unit % tiles.count();
@@ -149,6 +153,7 @@ class Pass {
   }
 
   float* normed(const float* x, std::int64_t rows, const float* weight) {
+    const Timed timed = time_of(Part::norm);
     const std::int64_t D = config_.hidden;
     float* const y = arena_.take<float>(rows * D);
     for_rows(rows, [&](std::int64_t first, std::int64_t count) {
@@ -163,6 +168,7 @@ class Pass {
     const int i = Input::index(matrix.block());
     Input::Codes& own = input->quantized[i];
     if (own.codes) return;
+    const Timed timed = time_of(Part::quantize);
     const std::int64_t blocks = input->blocks(i), columns = blocks * kBlocks[i];
     own.codes = arena_.take<std::int8_t>(input->rows * columns);
     own.scales = arena_.take<float>(input->rows * blocks);
@@ -223,7 +229,8 @@ class Pass {
   }
 
   // Several linears in one region; their inputs have what is asked for.
-  void run(const std::vector<Linear>& linears) {
+  void run(const std::vector<Linear>& linears, Part part) {
+    const Timed timed = time_of(part);
     std::vector<Tiles> tiles;
     std::vector<std::int64_t> ends;
     std::int64_t units = 0;
@@ -243,6 +250,7 @@ class Pass {
   std::vector<Group> routed(const Matrix& router, std::int64_t experts, std::int64_t chosen, const float* x) {
     const std::int64_t M = rows_;
     if (experts == 1) return {{0, M, nullptr, nullptr}};
+    const Timed timed = time_of(Part::router);
     float* const logits = arena_.take<float>(M * experts);
     for_rows(M, [&](std::int64_t first, std::int64_t count) {
       model_.kernels().dense->run({count, config_.hidden, experts, x + first * config_.hidden, router.values, nullptr,
@@ -255,7 +263,11 @@ class Pass {
     std::iota(order.begin(), order.end(), 0);
     for (std::int64_t m = 0; m < M; ++m) {
       const float* const own = logits + m * experts;
-      const auto larger = [&](std::int64_t a, std::int64_t b) { return own[a] > own[b] || (own[a] == own[b] && a < b); };
+      // A logit that is no number comes last, so that there is an order.
+      const auto larger = [&](std::int64_t a, std::int64_t b) {
+        if (std::isnan(own[a]) != std::isnan(own[b])) return std::isnan(own[b]);
+        return own[a] > own[b] || (!(own[a] < own[b]) && a < b);
+      };
       std::partial_sort(order.begin(), order.begin() + chosen, order.end(), larger);
       float sum = 0;
       for (std::int64_t k = 0; k < chosen; ++k) sum += std::exp(own[order[k]] - own[order[0]]);
@@ -276,13 +288,14 @@ class Pass {
   // out[m] (+)= sum over the groups of row m of matrix_e input_e, times its gate where `gated`, plus gate times bias_e.
   void sum_experts(const std::vector<Group>& groups, const std::vector<Matrix>& matrices,
                    const std::vector<Input>& inputs, const std::vector<const float*>* biases, bool gated, bool adds,
-                   float* out) {
+                   float* out, Part part) {
     const std::int64_t N = matrices[0].outputs;
     const Group& first = groups[0];
     if (!first.gates && !adds) {
-      run({{&matrices[0], &inputs[0], biases ? (*biases)[0] : nullptr, out}});
+      run({{&matrices[0], &inputs[0], biases ? (*biases)[0] : nullptr, out}}, part);
       return;
     }
+    const Timed timed = time_of(part);
     std::int64_t most = 0, strip = 1;
     for (const Group& group : groups) {
       most = std::max(most, group.count);
@@ -322,11 +335,11 @@ class Pass {
     quantize(&entering, ssm.in_x);
     float* const x = arena_.take<float>(M * E);
     float* const z = arena_.take<float>(M * E);
-    run({{&ssm.in_x, &entering, nullptr, x}, {&ssm.in_z, &entering, nullptr, z}});
+    run({{&ssm.in_x, &entering, nullptr, x}, {&ssm.in_z, &entering, nullptr, z}}, Part::in_proj);
     const std::vector<Group> groups = routed(ssm.router, static_cast<std::int64_t>(ssm.x_proj.size()), ssm.chosen, u);
 
     float* const c = arena_.take<float>(M * E);
-    for_channels([&](std::int64_t b, std::int64_t begin, std::int64_t end) {
+    for_channels(Part::conv, [&](std::int64_t b, std::int64_t begin, std::int64_t end) {
       model_.kernels().mixer->conv({steps_, E, config_.width, x, ssm.conv, ssm.conv_bias, window, c}, b, begin, end);
     });
 
@@ -341,7 +354,7 @@ class Pass {
       projected.push_back(arena_.take<float>(group.count * P));
       linears.push_back({&x_proj, &own.back(), nullptr, projected.back()});
     }
-    run(linears);
+    run(linears, Part::x_proj);
 
     // The gated deltas of each expert by themselves; B and C summed over the experts, or where they are.
     const float* bc = projected[0] + R;
@@ -369,20 +382,21 @@ class Pass {
       quantize(&deltas.back(), ssm.dt_proj[static_cast<std::size_t>(group.expert)]);
     }
     float* const dt = arena_.take<float>(M * E);
-    sum_experts(groups, ssm.dt_proj, deltas, &ssm.dt_bias, false, false, dt);
+    sum_experts(groups, ssm.dt_proj, deltas, &ssm.dt_bias, false, false, dt, Part::dt_proj);
 
     float* const y = x;
-    for_channels([&](std::int64_t b, std::int64_t begin, std::int64_t end) {
+    for_channels(Part::scan, [&](std::int64_t b, std::int64_t begin, std::int64_t end) {
       model_.kernels().mixer->scan(
           {steps_, E, N, c, dt, z, ssm.rate, bc, bc + N, bc_stride, ssm.D, h, y}, b, begin, end);
     });
     Input leaving = {y, M, E, {}};
     quantize(&leaving, ssm.out_proj);
-    add_to_residual({&ssm.out_proj, &leaving, nullptr, nullptr});
+    add_to_residual({&ssm.out_proj, &leaving, nullptr, nullptr}, Part::out_proj);
     arena_.release(mark);
   }
 
-  void add_to_residual(Linear linear) {
+  void add_to_residual(Linear linear, Part part) {
+    const Timed timed = time_of(part);
     const std::int64_t D = config_.hidden;
     linear.y = arena_.take<float>(rows_ * D);
     const Tiles tiles(D, linear.matrix->strip(), threads());
@@ -410,17 +424,18 @@ class Pass {
       linears.push_back({&mlp.w1[e], &own.back(), nullptr, arena_.take<float>(group.count * F)});
       linears.push_back({&mlp.w3[e], &own.back(), nullptr, arena_.take<float>(group.count * F)});
     }
-    run(linears);
+    run(linears, Part::w1_w3);
     for (std::size_t g = 0; g < groups.size(); ++g) {
       float* const a = linears[2 * g].y;
       const float* const b = linears[2 * g + 1].y;
+      const Timed timed = time_of(Part::swiglu);
       for_rows(groups[g].count, [&](std::int64_t first, std::int64_t count) {
         model_.kernels().swiglu->run({count * F, a + first * F, b + first * F, a + first * F});
       });
       hidden.push_back({a, groups[g].count, F, {}});
       quantize(&hidden.back(), mlp.w2[static_cast<std::size_t>(groups[g].expert)]);
     }
-    sum_experts(groups, mlp.w2, hidden, nullptr, true, true, residual_);
+    sum_experts(groups, mlp.w2, hidden, nullptr, true, true, residual_, Part::w2);
     arena_.release(mark);
   }
 
@@ -429,7 +444,7 @@ class Pass {
     quantize(&entering, model_.head());
     for (std::int64_t b = 0; b < state_.batch(); ++b) {
       const Input own = entering.from(b * steps_, steps_);
-      run({{&model_.head(), &own, nullptr, logits + (b * time + t0) * config_.vocabulary}});
+      run({{&model_.head(), &own, nullptr, logits + (b * time + t0) * config_.vocabulary}}, Part::head);
     }
   }
 
@@ -440,10 +455,11 @@ class Pass {
     Input entering = {normed(last, B, model_.norm()), B, D, {}};
     quantize(&entering, model_.head());
     if (wanted.last) {
-      run({{&model_.head(), &entering, nullptr, wanted.last}});
+      run({{&model_.head(), &entering, nullptr, wanted.last}}, Part::head);
       return;
     }
     // Each unit keeps the largest of its tile.
+    const Timed timed = time_of(Part::head);
     const std::int64_t K = wanted.count, tiles = (V + kHeadTile - 1) / kHeadTile;
     struct Top {
       float logit;

@@ -96,7 +96,8 @@ Model::Model(const std::string& path, CpuFlags flags, int threads) : file_(path)
   if (header == file_.metadata().end()) throw std::runtime_error("it is no .moss: its header has no 'moss'");
   const Json own = parse_json(header->second);
   if (own.at("version").integer("version", 1, kMostValue) != kVersion) {
-    throw std::runtime_error("its version is not " + std::to_string(kVersion) + "; open it with the release that wrote it");
+    throw std::runtime_error("its version is not " + std::to_string(kVersion) +
+                             "; open it with the release that wrote it");
   }
   layout_name_ = own.at("layout").text("layout");
   for (const LinearLayout* layout : kLinearLayouts) {
@@ -268,11 +269,13 @@ void Model::read_tensors() {
     }
     // A = -exp(A_log), times log2(e) for the scan; in float64, rounded once.
     const float* const logs = values(mixer + ".A_log", E, N);
-    auto* const rate = reinterpret_cast<float*>(allocate(E * N * 4));
+    const std::int64_t of_strips = strip_count(E) * N * kMaxLanes;
+    auto* const rate = reinterpret_cast<float*>(allocate(of_strips * 4));
+    std::fill_n(rate, of_strips, 0.0f);
     for (std::int64_t e = 0; e < E; ++e) {
       for (std::int64_t n = 0; n < N; ++n) {
         const double A = -std::exp(static_cast<double>(logs[e * N + n]));
-        rate[n * E + e] = static_cast<float>(A * 1.4426950408889634);
+        rate[in_strips(e, n, N)] = static_cast<float>(A * 1.4426950408889634);
       }
     }
     private_bytes_ -= E * N * 4;

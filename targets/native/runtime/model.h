@@ -19,6 +19,7 @@
 #include "linear/linear.h"
 #include "mixer/mixer.h"
 #include "pool.h"
+#include "profile.h"
 #include "quantize/quantize.h"
 #include "rms_norm/rms_norm.h"
 #include "swiglu/swiglu.h"
@@ -69,7 +70,7 @@ struct Ssm {
   std::vector<Matrix> x_proj;       // [R + 2 N, E]
   std::vector<Matrix> dt_proj;      // [E, R]
   std::vector<const float*> dt_bias;  // [E]
-  const float* rate;                // [N, E]
+  const float* rate;                // [strips, N, kMaxLanes]
   const float* D;                   // [E]
   Matrix out_proj;                  // [D, E]
   std::int64_t chosen;
@@ -116,6 +117,8 @@ class Model {
   const float* norm() const { return norm_; }
   const std::vector<Layer>& layers() const { return layers_; }
 
+  Profile& profile() { return profile_; }
+  const Profile& profile() const { return profile_; }
   Pool& pool() { return *pool_; }
   void set_threads(int threads) { pool_ = std::make_unique<Pool>(threads); }
 
@@ -151,6 +154,7 @@ class Model {
   std::vector<Layer> layers_;
   std::vector<Memory> memory_;
   Arena arena_;
+  Profile profile_;
   std::unique_ptr<Pool> pool_;
 };
 

@@ -157,7 +157,7 @@ int64_t moss_state_size(const moss_model* model, int64_t array) {
 
 int32_t moss_state_read(const moss_state* state, int64_t array, float* values) {
   return guarded<int32_t>(MOSS_ERROR, [&] {
-    check(state && (values || state->state.size(array) == 0), "a null pointer was given");
+    check(state && values, "a null pointer was given");
     check(array >= 0 && array < state->state.arrays(), "the state has no such array");
     state->state.read(array, values);
     return MOSS_OK;
@@ -166,7 +166,7 @@ int32_t moss_state_read(const moss_state* state, int64_t array, float* values) {
 
 int32_t moss_state_write(moss_state* state, int64_t array, const float* values) {
   return guarded<int32_t>(MOSS_ERROR, [&] {
-    check(state && (values || state->state.size(array) == 0), "a null pointer was given");
+    check(state && values, "a null pointer was given");
     check(array >= 0 && array < state->state.arrays(), "the state has no such array");
     state->state.write(array, values);
     return MOSS_OK;
@@ -199,6 +199,23 @@ int32_t moss_forward_top(moss_model* model, moss_state* state, const int64_t* to
     moss::forward(model->model, state->state, tokens, time, wanted);
     return MOSS_OK;
   });
+}
+
+int32_t moss_profile(moss_model* model, int32_t on) {
+  return guarded<int32_t>(MOSS_ERROR, [&] {
+    check(model != nullptr, "a null pointer was given");
+    if (on) model->model.profile() = {};
+    model->model.profile().on = on != 0;
+    return MOSS_OK;
+  });
+}
+
+int64_t moss_profile_parts(void) { return moss::kParts; }
+
+const char* moss_profile_name(int64_t part) { return part >= 0 && part < moss::kParts ? moss::kPartNames[part] : ""; }
+
+double moss_profile_seconds(const moss_model* model, int64_t part) {
+  return part >= 0 && part < moss::kParts ? model->model.profile().seconds[part] : 0;
 }
 
 }  // extern "C"

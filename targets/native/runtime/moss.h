@@ -6,10 +6,10 @@
  *     moss_state* state = moss_state_create(model, 1);
  *     moss_forward(model, state, tokens, count, MOSS_LAST, logits);
  *
- * Plain C, from any language. A function that can fail says so by its result (MOSS_OK, or NULL in place of a handle), and
- * moss_last_error() then gives one line. Nothing is written to the standard streams, no signal is raised, no exception
- * leaves. Handles are opaque. A model may be shared by threads as long as they call it one after the other; a state
- * belongs to its model, which must outlive it.
+ * Plain C, from any language. A function that can fail says so by its result (MOSS_ERROR, or NULL in place of a
+ * handle), and moss_last_error() then gives one line. Nothing is written to the standard streams, no signal is raised,
+ * no exception leaves. Handles are opaque. A model may be shared by threads as long as they call it one after the
+ * other; a state belongs to its model, which must outlive it.
  */
 
 #ifndef MOSS_H_
@@ -81,15 +81,21 @@ MOSS_API int64_t moss_state_size(const moss_model* model, int64_t array); /* of 
 MOSS_API int32_t moss_state_read(const moss_state* state, int64_t array, float* values);
 MOSS_API int32_t moss_state_write(moss_state* state, int64_t array, const float* values);
 
-/* Reads tokens [batch, time] and advances the state. logits [batch, time, vocab] (MOSS_ALL), or [batch, vocab] of the last
- * position (MOSS_LAST). Where a token is not of the vocabulary nothing is read and the state stays. */
+/* Reads tokens [batch, time] and advances the state. logits [batch, time, vocab] (MOSS_ALL), or [batch, vocab] of the
+ * last position (MOSS_LAST). Where a token is not of the vocabulary nothing is read and the state stays. */
 MOSS_API int32_t moss_forward(moss_model* model, moss_state* state, const int64_t* tokens, int64_t time, int32_t which,
                               float* logits);
 
-/* The same; of the last position the `count` largest logits and their tokens [batch, count], largest first, of equals the
- * lower token first. Logits of the whole vocabulary are never stored. */
+/* The same; of the last position the `count` largest logits and their tokens [batch, count], largest first, of equals
+ * the lower token first. Logits of the whole vocabulary are never stored. */
 MOSS_API int32_t moss_forward_top(moss_model* model, moss_state* state, const int64_t* tokens, int64_t time,
                                   int64_t count, int64_t* top_tokens, float* top_logits);
+
+/* Where the time goes: while it is on, seconds of each part of the model add up. Turning it on begins at zero. */
+MOSS_API int32_t moss_profile(moss_model* model, int32_t on);
+MOSS_API int64_t moss_profile_parts(void);
+MOSS_API const char* moss_profile_name(int64_t part);
+MOSS_API double moss_profile_seconds(const moss_model* model, int64_t part);
 
 #ifdef __cplusplus
 }

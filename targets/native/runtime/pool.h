@@ -24,8 +24,8 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // run(unit) for every unit in [0, units), and returns when all are done. Not to be called from two threads at once, nor
-  // from run, which must not throw.
+  // run(unit) for every unit in [0, units), and returns when all are done. Not to be called from two threads at once,
+  // nor from run, which must not throw.
   template <typename Run>
   void for_units(std::int64_t units, const Run& run) {
     if (units <= 1 || workers_.empty()) {

@@ -23,19 +23,19 @@ class State {
   const Model& model() const { return *model_; }
   std::int64_t batch() const { return batch_; }
 
-  float* window(std::int64_t layer) { return values_.data() + layer * batch_ * (of_window() + of_ssm()); }  // [B, W-1, E]
-  float* ssm(std::int64_t layer) { return window(layer) + batch_ * of_window(); }                           // [B, N, E]
+  // [B, W-1, E] and [B, strips, N, kMaxLanes]
+  float* window(std::int64_t layer) { return values_.data() + layer * batch_ * (of_window() + of_ssm()); }
+  float* ssm(std::int64_t layer) { return window(layer) + batch_ * of_window(); }
 
   // Array `array` as moss.h orders them, channels first: [B, E, W-1] or [B, E, N].
   std::int64_t arrays() const { return 2 * model_->config().layers; }
-  std::int64_t size(std::int64_t array) const { return array % 2 == 0 ? of_window() : of_ssm(); }
   void read(std::int64_t array, float* out) const;
   void write(std::int64_t array, const float* in);
 
  private:
   std::int64_t of_window() const { return (model_->config().width - 1) * model_->config().inner; }
-  std::int64_t of_ssm() const { return model_->config().states * model_->config().inner; }
-  // visit(index channels last, index channels first) for every value of an array.
+  std::int64_t of_ssm() const { return strip_count(model_->config().inner) * kMaxLanes * model_->config().states; }
+  // visit(index here, index channels first) for every value of an array.
   template <typename Visit>
   void for_values(std::int64_t array, const Visit& visit) const;
 

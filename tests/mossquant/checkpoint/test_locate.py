@@ -23,6 +23,8 @@ def test_kinds(tmp_path: Path) -> None:
     plain = folder(tmp_path / "plain", config={"model_type": "mossnet"})
     quantized = folder(tmp_path / "quantized", config={"quantization_config": {}})
     artifact = folder(tmp_path / "artifact", "model.onnx", "tokenizer.json", "manifest.json")
+    statistics = folder(tmp_path / "statistics", "statistics.safetensors")
+    (statistics / "manifest.json").write_text(json.dumps({"kind": "statistics"}))
     broken = folder(tmp_path / "broken", config=None)
     (broken / "config.json").write_bytes(b"{")
     for path, found, kind in (
@@ -30,6 +32,7 @@ def test_kinds(tmp_path: Path) -> None:
         (quantized, quantized, "quantized checkpoint"),
         (artifact, artifact / "model.onnx", "onnx"),
         (artifact / "model.onnx", artifact / "model.onnx", "onnx"),
+        (statistics, statistics, "statistics"),
         (broken, broken, "checkpoint"),  # whoever reads it says what is wrong with it
     ):
         located = locate(path)
@@ -53,7 +56,7 @@ def test_refused(tmp_path: Path) -> None:
         ("none", "does not exist, and nothing is downloaded; give a checkpoint folder, an artifact, or the name tiny"),
         ("empty", "holds neither config.json nor a program"),
         ("two", r"holds 2 programs; give one of them: .*a\.onnx, .*b\.onnx"),
-        ("weights.bin", r"nor a program \(\.onnx or \.pte\)"),
+        ("weights.bin", r"nor a program \(\.onnx or \.pte or \.moss\)"),
         ("n" * 300, "cannot be opened"),
     ):
         with pytest.raises(InputError, match=message) as error:

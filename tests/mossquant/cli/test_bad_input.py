@@ -358,7 +358,7 @@ def test_bad_recipes(data: bytes, message: str, checkpoint_folder: Path, tmp_pat
     assert not (Path.cwd() / "was run").exists()
 
 
-@pytest.mark.parametrize("program", ["model.onnx", "model.pte"])
+@pytest.mark.parametrize("program", ["model.onnx", "model.pte", "model.moss"])
 def test_a_program_that_is_no_file(program: str, checkpoint_folder: Path, tmp_path: Path, place: Path) -> None:
     os.mkfifo(tmp_path / program)
     for words in (["info", tmp_path], ["generate", tmp_path, "x"], ["verify", checkpoint_folder, tmp_path]):

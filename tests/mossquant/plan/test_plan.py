@@ -216,16 +216,19 @@ def test_capabilities_list_all_offenders(tiny_config: MossNetConfig) -> None:
     exact = replace(plan_of(tiny_config, Recipe.named("int8-uniform")), targets=("torch",))
     exact = replace(exact, activations=tuple(replace(site, format="fp32") for site in exact.activations))
     check(Held.by(exact, tiny_config), ["torch", "onnx"])
-    with pytest.raises(InputError, match=r"executorch cannot take fp32 at layers\.0\.mixer\.in_proj\.input"):
-        check(Held.by(exact, tiny_config), ["executorch"])
+    for target in ("executorch", "native"):
+        with pytest.raises(InputError, match=rf"{target} cannot take fp32 at layers\.0\.mixer\.in_proj\.input"):
+            check(Held.by(exact, tiny_config), [target])
     in_half = replace(plan, state=tuple(replace(state, format="fp16") for state in plan.state))
     check(Held.by(in_half, tiny_config), ["torch"])
-    for target in ("onnx", "executorch"):
+    for target in ("onnx", "executorch", "native"):
         with pytest.raises(InputError, match=rf"{target} cannot carry layers.0.mixer.conv in fp16"):
             check(Held.by(in_half, tiny_config), [target])
 
 
-@pytest.mark.parametrize(("target", "own"), [("onnx", "int8_block"), ("executorch", "int8_row_asym")])
+@pytest.mark.parametrize(
+    ("target", "own"), [("onnx", "int8_block"), ("executorch", "int8_row_asym"), ("native", "int8_block")]
+)
 def test_a_target_rounds_inputs_in_its_own_way(tiny_config: MossNetConfig, target: str, own: str) -> None:
     """Formats that round at run time stand in for one another: nothing that was measured is lost."""
     plan = plan_of(tiny_config, Recipe.named("int8-uniform"))
@@ -242,7 +245,7 @@ def test_unknown_targets(tiny_config: MossNetConfig) -> None:
         check(Held.by(plan, tiny_config), ["onxx", "torch", "npu"])
     with pytest.raises(InputError, match="unknown target 'onxx'; known targets: torch, onnx"):
         get_capabilities("onxx")
-    assert TARGETS == ("torch", "onnx", "executorch")
+    assert TARGETS == ("torch", "onnx", "executorch", "native")
 
 
 def summary(plan: Plan) -> dict[str, Any]:
