@@ -59,7 +59,7 @@ PROGRAMS = {"native": "model.moss", "onnx": "model.onnx", "executorch": "model.p
 AGAINST = {"int4": "llama.cpp Q4_0, 4-bit head", "int8": "llama.cpp Q8_0"}
 CHECKED = 64
 """Tokens whose logits are compared."""
-EQUAL, NEAR = 1e-4, 0.5
+EQUAL, NEAR = 1e-5, 0.5
 """How far off logits may be from those of our PyTorch model, root mean square of the difference ÷ of the logits: in
 fp32, where sums have another order and llama.cpp has polynomials for exp; and of fewer bits, where this only tells
 whether it is the same model (another one is off by 1.4)."""
