@@ -120,7 +120,7 @@ bool test_quantize_forms() {
       const Floats x = Random(static_cast<unsigned>(columns + 131 * block)).normal(3 * columns);
       const Quantized expected = quantize(moss::moss_quantize_int8_block_f32_scalar, x, 3, columns, block);
       for (const moss::QuantizeKernel* kernel : moss::quantize_kernels()) {
-        if (!moss::can_run(*kernel, moss::detect_cpu_flags())) continue;
+        if (!runs_here(*kernel)) continue;
         const Quantized found = quantize(*kernel, x, 3, columns, block);
         if (found.codes == expected.codes && found.scales == expected.scales && found.sums == expected.sums) continue;
         std::printf("FAILED %s: K %d B %d\n", kernel->name, static_cast<int>(columns), static_cast<int>(block));
