@@ -65,7 +65,7 @@ std::int32_t peer_quantize(const char* from, const char* to, std::int32_t type, 
   return static_cast<std::int32_t>(llama_model_quantize(from, to, &params));
 }
 
-// Null where it cannot be opened. Defaults but for what is compared: pieces of 512 tokens, logits of all of them.
+// Null where it cannot be opened. Defaults, but for threads and pieces of 512 tokens.
 Peer* peer_open(const char* path, std::int32_t threads, std::int32_t prompt) {
   llama_log_set(log_errors, nullptr);
   llama_backend_init();
@@ -74,7 +74,6 @@ Peer* peer_open(const char* path, std::int32_t threads, std::int32_t prompt) {
   llama_context_params params = llama_context_default_params();
   params.n_ctx = params.n_batch = std::max(static_cast<std::uint32_t>(prompt), kRowsAtOnce);
   params.n_ubatch = kRowsAtOnce;
-  params.n_outputs_max_per_seq = 0;  // as many as there are tokens
   params.n_threads = params.n_threads_batch = threads;
   llama_context* const context = llama_init_from_model(model, params);
   return context ? new Peer{model, context, std::vector<std::int8_t>(params.n_batch, 1)} : nullptr;
