@@ -13,8 +13,8 @@ the values), our checkpoints of it (`int4-uniform`, `int8-uniform`), their artif
     Q4_0, 4-bit head      the table in Q4_0 too, and ssm_dt padded
 
 llama.cpp is that of the source package llama-cpp-python, built in `--llama` (FOLDER/llama) by its own CMake: Release,
-GGML_NATIVE, all else at its default, nothing but libllama; `--no-amx` leaves AMX out. Before anything is timed, logits of the GGUF in fp32 must
-be those of our PyTorch model, and those of every contestant near them.
+GGML_NATIVE, all else at its default, nothing but libllama; `--no-amx` leaves AMX out. Before anything is timed, logits of
+the GGUF in fp32 must be those of our PyTorch model, and those of every contestant near them.
 
 Each contestant has a process of its own (`peers_worker.py`). They take turns, with a rest before each, because threads
 of some spin for a while after their work. A turn: a prompt with the logits of its last position; single steps after
@@ -259,8 +259,8 @@ def section(report: Mapping[str, Any]) -> str:
         f"Written by `{report['command']}` with mossquant {release()} on {ran['cpu']}, {ran['cores']} cores. A random "
         f"Mamba of {model['num_hidden_layers']} × {model['hidden_size']}, the same weights for all; a prompt of "
         f"{report['prompt']} tokens, and {report['decode']} steps after it. llama.cpp of {PACKAGE.replace('_', '-')} "
-        f"{VERSION}, Release, `GGML_NATIVE=ON`{'' if report['amx'] else ' but AMX'}, OpenMP as by default, pieces of 512 "
-        f"tokens: `{report['system']}`. "
+        f"{VERSION}, Release, `GGML_NATIVE=ON`{'' if report['amx'] else ' but AMX'}, OpenMP as by default, pieces of "
+        f"512 tokens: `{report['system']}`. "
         f"onnxruntime {ran['onnxruntime']} and executorch {ran['executorch']} are stock. Median and range of "
         f"{report['repeats']} turns, and of {report['starts']} new processes for first token and private memory; "
         "`bench/peers.py` says what each is. Ratios hold for this machine alone.",
