@@ -13,8 +13,8 @@ the values), our checkpoints of it (`int4-uniform`, `int8-uniform`), their artif
     Q4_0, 4-bit head      the table in Q4_0 too, and ssm_dt padded
 
 llama.cpp is that of the source package llama-cpp-python, built in `--llama` (FOLDER/llama) by its own CMake: Release,
-GGML_NATIVE, all else at its default, nothing but libllama; `--no-amx` leaves AMX out. Before anything is timed, logits of
-the GGUF in fp32 must be those of our PyTorch model, and those of every contestant near them.
+GGML_NATIVE, all else at its default, nothing but libllama; `--no-amx` leaves AMX out. Before anything is timed, logits
+of the GGUF in fp32 must be those of our PyTorch model, and those of every contestant near them.
 
 Each contestant has a process of its own (`peers_worker.py`). They take turns, with a rest before each, because threads
 of some spin for a while after their work. A turn: a prompt with the logits of its last position; single steps after
