@@ -25,7 +25,7 @@ static constexpr int fewer(int rows) { return rows == 12 ? 8 : rows / 2; }
 // Brings the outputs of R rows near before they are computed: a store that crosses from a line to another waits for
 // both, and where rows are far apart in memory the processor expects neither.
 template <int R>
-void fetch_outputs(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count) {
+static void fetch_outputs(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count) {
   for (int r = 0; r < R; ++r) {
     const float* const y = args.y + (m + r) * args.shape.outputs + n;
     __builtin_prefetch(y);
