@@ -19,8 +19,8 @@ namespace moss {
 inline constexpr std::int64_t kResidentBytes = 1 << 19;  // of input codes, which stay in the second cache
 inline constexpr std::int64_t kStripsTogether = 4;       // that rows meet before the next rows come
 
-// 12, 8, 4, 2, 1
-static constexpr int fewer(int rows) { return rows == 12 ? 8 : rows / 2; }
+// 12, and 8 to 1.
+static constexpr int fewer(int rows) { return rows == 12 ? 8 : rows - 1; }
 
 // Brings the outputs of R rows near before they are computed: a store that crosses from a line to another waits for
 // both, and where rows are far apart in memory the processor expects neither.
