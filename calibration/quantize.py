@@ -36,7 +36,7 @@ from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of, open_groups
 from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
 from mossquant.calibration.recover import recover as recovered
-from mossquant.calibration.registry import needs_walk, planned_solvers
+from mossquant.calibration.registry import check_solvers, needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import (
     LEVELS,
     LOOKED_AT,
@@ -59,7 +59,7 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.checkpoint.writer import QuantizedWriter, container_bytes
 from mossquant.device import check_device
 from mossquant.errors import InputError
-from mossquant.files.outputs import check_apart, check_free, check_outside, new_folder
+from mossquant.files.outputs import check_free, check_outside, new_folder
 from mossquant.files.space import BLOCK_WEIGHTS, check_space, row_blocks, trim_heap
 from mossquant.formats import QuantizedTensor, get_format
 from mossquant.formats.dtypes import FLOAT_DTYPES
@@ -251,6 +251,7 @@ def _request(
     dry_run: bool,
 ) -> _Request:
     """What is asked, opened and checked; `files` are those of the recipe. Raises `InputError` as `quantize`."""
+    check_solvers(recipe)
     inputs = [*files, *(Path(item) for item in text if not isinstance(item, Text))]
     inputs += [Path(sensitivities)] if isinstance(sensitivities, str | Path) else []
     inputs += [] if stats is None else [Path(stats)]
@@ -279,7 +280,7 @@ def _request(
     snapshot = destination.parent / f"{destination.name}.recovering.safetensors"
     if tokens and not dry_run:
         check_outside(snapshot)
-        check_apart(snapshot, inputs)
+        check_free(snapshot, force=True, as_file=True, inputs=inputs)
         check_snapshot(snapshot)
     needs_text = bool(text) or bool(tokens) or recipe.measure
     calibration = CalibrationText.of(weights, text) if needs_text and not dry_run else None

@@ -41,7 +41,7 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, parse_stored, read_json, validated
-from mossquant.files.outputs import check_apart, check_free, check_outside, json_bytes, new_file
+from mossquant.files.outputs import check_free, check_outside, json_bytes, new_file
 from mossquant.files.space import check_space
 from mossquant.kernels.conv.autograd import causal_conv
 from mossquant.model.forward import Forward
@@ -250,7 +250,7 @@ def sensitivity(
     check_free(destination, force=force, as_file=True, inputs=inputs)
     check_outside(destination)
     snapshot = destination.with_name(f"{destination.name}.measuring")
-    check_apart(snapshot, inputs)
+    check_free(snapshot, force=True, as_file=True, inputs=inputs)
     weights = open_weights(model, verb="sensitivity")
     if weights.origin.recipe is not None:
         raise InputError(f"{weights.origin.path} is quantized; give the full-precision model that it was made from")

@@ -89,7 +89,7 @@ def sensitivity(
     from mossquant.eval.report.chart import sensitivity_chart, write_chart
     from mossquant.eval.report.sensitivity_tables import sensitivity_tables
 
-    options.check_picture(picture, model, *(recipe or ()), *(text or ()), output)
+    options.check_picture(picture, model, *(recipe or ()), *(text or ()), output=output)
     options.use_threads(threads)
     with terminal.bar("measuring") as shown:
         found = run(

@@ -39,7 +39,8 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
         inputs: what is read; an output that is one of them, or inside or around one, is refused.
 
     Raises:
-        InputError: one of the above, the name is not UTF-8, or the folder above is not a folder or not writable.
+        InputError: one of the above, the name is not UTF-8, or the folder above is not a folder or not writable, which
+            is tried.
     """
     try:
         str(path.absolute()).encode()
@@ -61,6 +62,11 @@ def check_free(path: Path, *, force: bool = False, as_file: bool = False, inputs
     for folder in (above, path) if there and not as_file else (above,):
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise InputError(f"{folder} is not a folder, or not writable, so {path} cannot be written; {_ANOTHER}")
+    tried = _temporary(above / path.name, "partial")
+    if not os.path.lexists(tried):
+        with _written(path):
+            tried.touch()
+            tried.unlink()
 
 
 @contextmanager
@@ -164,13 +170,11 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     partial = _temporary(path, "partial")
     try:
-        try:
+        with _written(path):
             partial.parent.mkdir(parents=True, exist_ok=True)
             for left_by_a_killed_run in (partial, _temporary(path, "replaced")):
                 _remove(left_by_a_killed_run)
             make(partial)
-        except OSError as error:  # a read-only disk, a name that is too long
-            raise InputError(f"{path} cannot be written ({error.strerror}); {_ANOTHER}") from None
         yield partial
     finally:
         if os.path.lexists(partial):
@@ -178,6 +182,15 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """What the system refuses here, a name that is too long for it, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); {_ANOTHER}") from None
 
 
 def _temporary(path: Path, what: str) -> Path:

@@ -98,7 +98,7 @@ def _value(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> Value:
         return text.lower() in ("true", "yes", "on")
     if kind == "null":
         return None
-    if kind == "int" and text.isascii() and text.isdigit() and len(text) < 10:
+    if kind == "int" and text.isascii() and text.removeprefix("-").isdigit() and len(text) < 10:
         return int(text)
     if kind == "float" and len(text) < 30 and math.isfinite(float(text)):
         return float(text)

@@ -89,8 +89,11 @@ class Budget:
         """Read "4.75bpw", "40MB" (of 10⁶ bytes; also kB and GB) or "kl=0.01". Raises `InputError` for anything else."""
         found = re.fullmatch(r"(kl=)?(\d+(?:\.\d+)?(?:e-?\d+)?)(bpw|kB|MB|GB)?", text.strip())
         number, unit = (float(found[2]), found[1] or found[3]) if found else (0.0, None)
-        if found is None or unit is None or (found[1] and found[3]) or not 0 < number < 1e12:
+        if found is None or unit is None or (found[1] and found[3]) or not number < 1e12:
             raise InputError(f"{text[:40]!r} is not a budget; give one like 4.75bpw, 40MB or kl=0.01")
+        if number == 0:
+            none = "no loss, which nothing but full precision keeps" if unit == "kl=" else "nothing"
+            raise InputError(f"a budget of {text[:40]} allows {none}; give more than 0, like 4.75bpw, 40MB or kl=0.01")
         if unit == "bpw":
             return cls("bpw", number)
         return cls("kl", number) if unit == "kl=" else cls("bytes", number * _UNITS[unit])
@@ -265,9 +268,9 @@ class Recipe(BaseModel):
         """Whether formats are left to a budget."""
         return any(rule.choose is not None for rule in self.weights)
 
-    def place(self, section: str, index: int) -> str:
-        """Where a rule stands, e.g. "line 7"."""
-        return f"line {_line(self._lines, (section, index))}"
+    def place(self, *path: str | int) -> str:
+        """Where something stands, e.g. the rule ("weights", 3): "line 7"."""
+        return f"line {_line(self._lines, path)}"
 
 
 def recipes() -> tuple[Recipe, ...]:

@@ -145,8 +145,14 @@ def test_what_cannot_be_kept_is_said(model: Path, tmp_path: Path) -> None:
     lacking = replace(made_up(weights, recipe), groups=())
     with pytest.raises(InputError, match="the sensitivities lack"):
         spend(weights, recipe, sensitivities=lacking)
-    for text in ("4.75", "bpw", "-1bpw", "4bpwx", "kl=0", "kl=1MB", "1e99MB"):
+    for text in ("4.75", "bpw", "-1bpw", "4bpwx", "kl=-1", "kl=1MB", "1e99MB"):
         with pytest.raises(InputError, match="is not a budget"):
+            Budget.parse(text)
+    for text, message in (
+        ("kl=0", "allows no loss, .*; give more than 0"),
+        ("0MB", "allows nothing; give more than 0"),
+    ):
+        with pytest.raises(InputError, match=f"a budget of {text} {message}"):
             Budget.parse(text)
     assert [str(Budget.parse(text)) for text in ("4.75bpw", "40MB", "500kB", "kl=1e-2")] == [
         *("4.75bpw", "40MB", "0.5MB", "kl=0.01")

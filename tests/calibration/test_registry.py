@@ -62,8 +62,11 @@ def test_what_no_solver_can_do_is_said(
     monkeypatch.setitem(registry.SOLVERS, "weighed", Solver("weighed", ("gram",), prepare))
     with pytest.raises(InputError, match=r"weighed needs gram \(--stats FOLDER"):
         quantize(checkpoint_folder, tmp_path / "out", recipe=recipe(tmp_path, "weighed"))
-    with pytest.raises(InputError, match=r"unknown solver 'dice'\. Known solvers: nearest, nearest-mse"):
-        quantize(checkpoint_folder, tmp_path / "out", recipe=recipe(tmp_path, "dice"), dry_run=True)
+    unknown = recipe(tmp_path, "dice")
+    unknown.write_text(unknown.read_text().replace("weights:", "solver: nearst\nweights:"))
+    message = r"recipe\.yaml is not .* line 4: .* 'nearst'; line 6: .* 'dice'\. Known solvers: nearest, nearest-mse"
+    with pytest.raises(InputError, match=message):
+        quantize(checkpoint_folder, tmp_path / "out", recipe=unknown, dry_run=True)
     with pytest.raises(InputError, match="weighed needs gram of backbone"):
         quantize(checkpoint_folder, tmp_path / "out", recipe=recipe(tmp_path, "weighed"), measured=lambda name: {})
     assert not (tmp_path / "out").exists()

@@ -158,15 +158,29 @@ def test_an_output_may_have_the_name_of_a_recipe(
     assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8", "--force").status == 0
 
 
-@pytest.mark.parametrize("name", ["taken", "/dev/null", "n" * 300])
-def test_a_state_that_cannot_be_saved_is_said_before_the_model_is_opened(
-    name: str, checkpoint_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["taken", "/dev/null", "n" * 300, "/proc/out"])
+@pytest.mark.parametrize("verb", ["generate", "sensitivity"])
+def test_an_output_that_cannot_be_written_is_said_before_the_model_is_opened(
+    verb: str, name: str, checkpoint_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "taken").mkdir()
     monkeypatch.chdir(place)
-    if not name.startswith("n"):  # that a name is too long only the system knows
-        monkeypatch.setattr("mossquant.eval.generate.open_model", reached)
-    refused(place, "generate", checkpoint_folder, "x", "--save-state", name, "--force")
+    monkeypatch.setattr("mossquant.eval.generate.open_model", reached)
+    monkeypatch.setattr("mossquant.calibration.sensitivity.open_weights", reached)
+    words = {"generate": ("x", "--save-state"), "sensitivity": ("-o",)}[verb]
+    refused(place, verb, checkpoint_folder, *words, name, "--force")
+
+
+def test_a_run_that_could_not_be_kept_is_refused(
+    checkpoint_folder: Path, text: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output's own name is short enough, and that of the file beside it is not."""
+    name = "n" * 230
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("mossquant.calibration.sensitivity.open_weights", reached)
+    monkeypatch.setattr("mossquant.calibration.quantize._decided", reached)
+    refused(place, "sensitivity", checkpoint_folder, "-o", name)
+    refused(place, "quantize", checkpoint_folder, "-o", name, "--text", text, "--recover", "10")
 
 
 def test_a_full_disk(checkpoint_folder: Path, place: Path) -> None:

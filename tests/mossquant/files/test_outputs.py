@@ -167,6 +167,8 @@ def test_paths_that_are_refused(
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.chdir(tmp_path)
     before = names(tmp_path)
+    with pytest.raises(InputError, match=message):
+        check_free(Path(name), force=force, as_file=as_file)
     with pytest.raises(InputError, match=message), (new_file if as_file else new_folder)(Path(name), force=force):
         pytest.fail("the block must not run")
     assert names(tmp_path) == before

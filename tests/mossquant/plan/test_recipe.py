@@ -42,6 +42,11 @@ MISTAKES = {
     "two patterns": ('match: "*.D"', 'match: "*.D"\n    role: "ssm.D"', "line 6: a rule needs either role or match"),
     "solver of a kept one": ("why: few", "solver: nearest, why: few", "line 5: what is kept needs no solver"),
     "version": ("version: 1", "version: 2", "line 1: version: input should be 1, not 2"),
+    "recover": (
+        "name: mine",
+        "name: mine\nrecover: -5",
+        "line 3: recover: input should be greater than or equal to 0, not -5",
+    ),
     "no version": ("version: 1\n", "", "line 1: key 'version' is missing"),
     "name": ("name: mine", "name: ../mine", "line 2: a name is 1 to 64 letters, digits, - and _"),
     "twice": ("name: mine", "name: mine\nname: other", "line 3: key 'name' is given twice"),
