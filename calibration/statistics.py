@@ -204,6 +204,32 @@ class Manifest(BaseModel):
     quota: float
     inputs: Annotated[list[InputRecord], FailFast()]
 
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read it, and check that what it names is whole. Raises `InputError`: all that is wrong at once."""
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise InputError(f"{folder} holds no statistics; give a folder that `mossquant calibrate` wrote")
+        values = read_json(path, largest=LARGEST, advice="copy the folder again, or calibrate again")
+        kind = values.get("kind") if isinstance(values, dict) else None
+        if kind != "statistics":
+            said = f"is a {kind[:40]}" if isinstance(kind, str) else "is of no kind that is known"
+            raise InputError(f"{folder} {said}, not statistics; give a folder that `mossquant calibrate` wrote")
+        manifest = read_stored(path, cls, noun="a manifest of statistics", advice=_AGAIN, largest=LARGEST)
+        offenders = record_offenders(folder, manifest.files)
+        if offenders:
+            raise InputError.listing(f"{folder} is damaged", offenders, _AGAIN)
+        return manifest
+
+    @property
+    def shortfalls(self) -> list[InputRecord]:
+        """Inputs whose quota was not reached."""
+        return [record for record in self.inputs if record.lacks]
+
+    def to_json(self) -> dict[str, Any]:
+        """What is stored."""
+        return self.model_dump()
+
 
 def measured_of(
     entry: Input,
@@ -256,18 +282,7 @@ class Statistics:
             InputError: none, damaged or of another model: what is wrong with them all at once.
         """
         folder = Path(folder)
-        path = folder / "manifest.json"
-        if not path.is_file():
-            raise InputError(f"{folder} holds no statistics; give a folder that `mossquant calibrate` wrote")
-        values = read_json(path, largest=LARGEST, advice="copy the folder again, or calibrate again")
-        kind = values.get("kind") if isinstance(values, dict) else None
-        if kind != "statistics":
-            said = f"is a {kind[:40]}" if isinstance(kind, str) else "is of no kind that is known"
-            raise InputError(f"{folder} {said}, not statistics; give a folder that `mossquant calibrate` wrote")
-        manifest = read_stored(path, Manifest, noun="a manifest of statistics", advice=_AGAIN, largest=LARGEST)
-        offenders = record_offenders(folder, manifest.files)
-        if offenders:
-            raise InputError.listing(f"{folder} is damaged", offenders, _AGAIN)
+        manifest = Manifest.read(folder)
         if manifest.parent != dict(weights.origin.files):
             raise InputError(
                 f"{folder} holds statistics of another model than {weights.origin.path}; "
@@ -294,7 +309,7 @@ class Statistics:
     @property
     def shortfalls(self) -> list[InputRecord]:
         """Inputs whose quota was not reached."""
-        return [record for record in self.manifest.inputs if record.lacks]
+        return self.manifest.shortfalls
 
     @property
     def memory_bytes(self) -> int:

@@ -159,11 +159,11 @@ def program_info(
         files=file_rows(located.path.parent, files),
         sections=sections,
         facts=(
-            ("made from", f"a {metadata.source_kind}: {_short_hashes(metadata.source_files)}"),
+            ("made from", f"a {metadata.source_kind}: {short_hashes(metadata.source_files)}"),
             ("activations", metadata.activations),
             ("state", metadata.state_format),
             *facts,
-            ("tokenizer", _short_hashes({"tokenizer.json": tokenizer}) if tokenizer else "none"),
+            ("tokenizer", short_hashes({"tokenizer.json": tokenizer}) if tokenizer else "none"),
             *text_facts(metadata.text),
             ("written by", f"mossquant {metadata.release}"),
         ),
@@ -186,6 +186,6 @@ def text_facts(declared: DeclaredText | None) -> list[tuple[str, str]]:
     return [(name, value if len(value) < 400 else f"{value[:400]} …") for name, value in facts.items() if value]
 
 
-def _short_hashes(hashes: Mapping[str, str]) -> str:
+def short_hashes(hashes: Mapping[str, str]) -> str:
     """Names with the first digits of their hashes, in one line."""
     return ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(hashes.items()))

@@ -11,8 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from mossquant.checkpoint.locate import Located
+from mossquant.checkpoint.locate import STATISTICS, Located
 from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import experts_of, parameter_count, tensor_specs
 from mossquant.model.tensors import Use, outside_blocks
@@ -128,7 +129,9 @@ def get_target(name: str) -> Target:
 
 
 def target_of(located: Located) -> Target:
-    """The target that runs what a PATH argument points at: PyTorch for checkpoints."""
+    """The target that runs what a PATH argument points at: PyTorch for checkpoints. Raises `InputError`: none does."""
+    if located.kind == STATISTICS:
+        raise InputError(f"{located.given} holds statistics and no model; give a checkpoint or an artifact")
     return get_target(located.kind if located.kind in CAPABILITIES else "torch")
 
 

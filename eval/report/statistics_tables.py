@@ -3,13 +3,31 @@
 
 from rich.table import Table
 
-from mossquant.calibration.statistics import InputRecord, Statistics
+from mossquant.calibration.statistics import InputRecord, Manifest
 from mossquant.eval.report.grid import DASH, grid, left, right, spaced
+from mossquant.targets.info_report import short_hashes
 
 
-def statistics_tables(statistics: Statistics) -> list[Table | str]:
+def statistics_info(path: str, manifest: Manifest) -> list[Table | str]:
+    """What a folder of statistics is, then its tables."""
+    alone = sum(record.expert is not None for record in manifest.inputs)
+    size = sum(file.bytes for file in manifest.files.values())
+    facts = [
+        ("what", f"{path} ({manifest.kind})"),
+        ("of the model", short_hashes(manifest.parent)),
+        *(("text", f"SHA-256 {digest}") for digest in manifest.text),
+        ("tokens", f"{manifest.tokens:,}"),
+        ("inputs of linears", f"{len(manifest.inputs)}, of which {alone} of one expert each"),
+        ("wanted", f"{manifest.quota:g} effective tokens times the width"),
+        ("lacking text", str(len(manifest.shortfalls)) if manifest.shortfalls else DASH),
+        ("second moments", f"{size:,} bytes: {short_hashes({name: of.sha256 for name, of in manifest.files.items()})}"),
+        ("written by", f"mossquant {manifest.release}"),
+    ]
+    return [grid(left("", ""), facts, header=False), "", *statistics_tables(manifest)]
+
+
+def statistics_tables(manifest: Manifest) -> list[Table | str]:
     """By input of a layer: its experts, and the fewest and most effective tokens; then what lacks text."""
-    manifest = statistics.manifest
     sites: dict[str, list[InputRecord]] = {}
     for record in manifest.inputs:
         sites.setdefault(record.name.partition(".experts.")[0], []).append(record)
@@ -30,7 +48,7 @@ def statistics_tables(statistics: Statistics) -> list[Table | str]:
         )
     lacking = [
         (record.name, f"{record.tokens:,}", f"{record.effective:,.0f}", f"{record.needed:,.0f}")
-        for record in statistics.shortfalls
+        for record in manifest.shortfalls
     ]
     caption = (
         f"{manifest.tokens:,} tokens of {len(manifest.text)} text{'s' * (len(manifest.text) != 1)}, "

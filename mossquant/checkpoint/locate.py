@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a PATH argument points at: a checkpoint, a quantized checkpoint, an artifact, or the bundled model by name."""
+"""What a PATH argument points at: a checkpoint (quantized or not), an artifact, statistics, or the bundled model."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -7,12 +7,14 @@ from pathlib import Path
 
 from mossquant.errors import InputError
 from mossquant.files.inputs import check_fetched
-from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.files.json import LARGEST, json_object
 from mossquant.files.outputs import file_sha256
 from mossquant.plan.capabilities import CAPABILITIES
 
 BUNDLED = "tiny"
 """Name of the checkpoint that ships in the package. It always means that one; a folder of this name is `./tiny`."""
+STATISTICS = "statistics"
+"""Kind of a folder that `mossquant calibrate` wrote."""
 
 _ADVICE = f"give a checkpoint folder, an artifact, or the name {BUNDLED}"
 _PROGRAMS = {known.suffix: name for name, known in CAPABILITIES.items() if known.suffix is not None}
@@ -24,8 +26,8 @@ class Located:
 
     Attributes:
         given: what the user wrote.
-        path: the checkpoint folder, or the program file of an artifact.
-        kind: "checkpoint", "quantized checkpoint", or the target of a program.
+        path: the folder, or the program file of an artifact.
+        kind: "checkpoint", "quantized checkpoint", "statistics", or the target of a program.
     """
 
     given: str
@@ -82,24 +84,19 @@ def _locate(text: str, path: Path) -> Located:
         )
     config = path / "config.json"
     if config.is_file():
-        return Located(text, path, "quantized checkpoint" if _is_quantized(config) else "checkpoint")
+        quantized = "quantization_config" in json_object(config)
+        return Located(text, path, "quantized checkpoint" if quantized else "checkpoint")
     files = [path] if path.is_file() else sorted(path.iterdir())
     programs = [file for file in files if file.suffix in _PROGRAMS]
     if len(programs) > 1:
         raise InputError(
             f"{text} holds {len(programs)} programs; give one of them: {', '.join(map(str, programs[:4]))}"
         )
+    if not programs and json_object(path / "manifest.json", largest=LARGEST).get("kind") == STATISTICS:
+        return Located(text, path, STATISTICS)
     if not programs:
         raise InputError(f"{text} holds neither config.json nor a program ({' or '.join(_PROGRAMS)}); {_ADVICE}")
     if not programs[0].is_file():
         raise InputError(f"{programs[0]} is not a file; give an artifact that `mossquant export` wrote")
     check_fetched(programs[0])
     return Located(text, programs[0], _PROGRAMS[programs[0].suffix])
-
-
-def _is_quantized(config: Path) -> bool:
-    try:
-        values = read_json(config, largest=LARGEST_SMALL, advice="")
-    except InputError:  # which whoever opens it says better
-        return False
-    return isinstance(values, dict) and "quantization_config" in values

@@ -55,7 +55,7 @@ def calibrate(
         )
     use = command_line("quantize", model, "-r", "RECIPE.yaml", "--stats", str(output), "-o", "OUTPUT")
     closing = f"{output}: use it with a recipe whose solver is gptq: {use}"
-    options.finish(json, found, *statistics_tables(found), closing)
+    options.finish(json, found, *statistics_tables(found.manifest), closing)
 
 
 def sensitivity(

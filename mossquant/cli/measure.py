@@ -17,16 +17,18 @@ _GATE_FAILED = 1
 def info(path: options.Model, picture: options.Picture = None, json: options.Json = None) -> None:
     """What a checkpoint, quantized checkpoint or artifact is: shapes, experts, bytes by format, ledger, hashes.
 
-    A file that `sensitivity` wrote is shown too.
+    What `calibrate` and `sensitivity` wrote is shown too.
 
     Example: mossquant info tiny
     """
     from mossquant.calibration.sensitivity import Sensitivities
-    from mossquant.checkpoint.locate import locate
+    from mossquant.calibration.statistics import Manifest
+    from mossquant.checkpoint.locate import STATISTICS, locate
     from mossquant.checkpoint.quantized import QuantizedCheckpoint
     from mossquant.eval.info import info as run
     from mossquant.eval.report.chart import frontier_chart, sensitivity_chart, write_chart
     from mossquant.eval.report.sensitivity_tables import sensitivity_tables
+    from mossquant.eval.report.statistics_tables import statistics_info
     from mossquant.eval.report.tables import info_tables
 
     options.check_json(json, path)
@@ -37,11 +39,17 @@ def info(path: options.Model, picture: options.Picture = None, json: options.Jso
         if picture is not None:
             write_chart(*sensitivity_chart(found), picture)
         return
+    located = locate(path)
+    if picture is not None:
+        located.require("quantized checkpoint", verb="a picture")
+    if located.kind == STATISTICS:
+        manifest = Manifest.read(located.path)
+        options.finish(json, manifest, *statistics_info(path, manifest))
+        return
     report = run(path)
     options.finish(json, report, *info_tables(report))
     if picture is not None:
-        folder = locate(path).require("quantized checkpoint", verb="a picture")
-        write_chart(*frontier_chart(QuantizedCheckpoint.open(folder).plan), picture)
+        write_chart(*frontier_chart(QuantizedCheckpoint.open(located.path).plan), picture)
 
 
 def perplexity(

@@ -62,6 +62,15 @@ def read_json(path: Path, *, largest: int, advice: str) -> Any:
         raise InputError(f"{path} is not JSON ({str(error)[:120]}); {advice}") from None
 
 
+def json_object(path: Path, *, largest: int = LARGEST_SMALL) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none, or none that can be read."""
+    try:
+        value = read_json(path, largest=largest, advice="")
+    except InputError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, advice: str) -> Stored:
     """JSON of ours as what it stands for; it carries a version.
 

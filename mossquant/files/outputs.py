@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST_SMALL, read_json
+from mossquant.files.json import json_object
 
 # Names in a full-precision checkpoint, which has no manifest that lists them.
 _CHECKPOINT_FILES = re.compile(
@@ -144,22 +144,13 @@ def _check_ours(folder: Path) -> None:
 
 def _names_written(folder: Path) -> set[str]:
     """Names that a checkpoint, quantized checkpoint or artifact of ours may hold; none for any other folder."""
-    manifest = _object(folder / _MANIFEST)
+    manifest = json_object(folder / _MANIFEST)
     files = manifest.get("files")
     if manifest.get("kind") in _KINDS and "release" in manifest and isinstance(files, dict):
         return {_MANIFEST, *files}
-    if _object(folder / "config.json").get("model_type") == "mossnet":
+    if json_object(folder / "config.json").get("model_type") == "mossnet":
         return {path.name for path in folder.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name)}
     return set()
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is none."""
-    try:
-        value = read_json(path, largest=LARGEST_SMALL, advice="")
-    except InputError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -210,6 +211,20 @@ def test_the_verb(experts: Path, ids: Path, tmp_path: Path) -> None:
     assert "layers.1.mixer.x_proj.input" in outcome.out
     assert "lacks text" in outcome.out
     assert json.loads(report.read_text())["tokens"] == 96
+    shown = command("info", tmp_path / "out", "--json", report)
+    assert (shown.status, shown.err) == (0, "")
+    tables, (use,) = outcome.out.splitlines()[:-1], outcome.out.splitlines()[-1:]
+    assert shown.out.splitlines()[-len(tables) :] == tables
+    assert use.startswith(f"{tmp_path / 'out'}: use it")
+    facts, stored = shown.out[: -len("\n".join(tables))], json.loads(report.read_text())
+    assert stored["kind"] == "statistics"
+    for name in ("config.json", "model.safetensors"):
+        assert f"{name} {file_sha256(model / name)[:12]}" in facts
+    assert f"SHA-256 {file_sha256(tmp_path / 'a.txt')}" in facts
+    assert f"{(tmp_path / 'out' / 'statistics.safetensors').stat().st_size:,} bytes" in facts
+    lacking = [entry for entry in stored["inputs"] if entry["effective"] < entry["needed"]]
+    assert re.search(rf"lacking text +{len(lacking)}\b", facts)
+    assert "holds statistics and no model" in refused(tmp_path, "perplexity", tmp_path / "out")
     assert command(*words, "--force").status == 0
     assert "exists already" in refused(tmp_path, *words)
 

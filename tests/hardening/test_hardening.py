@@ -69,7 +69,7 @@ def _words(case: Case, damaged: Path, samples: Path, out: Path) -> list[object]:
         "stream": [["compare", good, damaged, "--text", text, "--tokens", 24]],
         "source": [["import", damaged, "-o", out]],
         "recipe": [["quantize", good, "-o", out, "--recipe", damaged / "recipe.yaml"]],
-        "statistics": [["quantize", good, "-o", out, "--stats", damaged]],
+        "statistics": [["quantize", good, "-o", out, "--stats", damaged], ["info", damaged]],
     }
     reading: list[list[object]] = [
         ["info", damaged],

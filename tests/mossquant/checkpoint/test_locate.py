@@ -23,6 +23,8 @@ def test_kinds(tmp_path: Path) -> None:
     plain = folder(tmp_path / "plain", config={"model_type": "mossnet"})
     quantized = folder(tmp_path / "quantized", config={"quantization_config": {}})
     artifact = folder(tmp_path / "artifact", "model.onnx", "tokenizer.json", "manifest.json")
+    statistics = folder(tmp_path / "statistics", "statistics.safetensors")
+    (statistics / "manifest.json").write_text(json.dumps({"kind": "statistics"}))
     broken = folder(tmp_path / "broken", config=None)
     (broken / "config.json").write_bytes(b"{")
     for path, found, kind in (
@@ -30,6 +32,7 @@ def test_kinds(tmp_path: Path) -> None:
         (quantized, quantized, "quantized checkpoint"),
         (artifact, artifact / "model.onnx", "onnx"),
         (artifact / "model.onnx", artifact / "model.onnx", "onnx"),
+        (statistics, statistics, "statistics"),
         (broken, broken, "checkpoint"),  # whoever reads it says what is wrong with it
     ):
         located = locate(path)
