@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mossquant.calibration.calibrate import Step, Sums, steps_of
 from mossquant.calibration.gptq import GPTQ
-from mossquant.calibration.meter import divergence
+from mossquant.calibration.meter import divergence, learning_bytes, metering_bytes
 from mossquant.calibration.nearest import nearest_mse
 from mossquant.calibration.solver import BlockSolver, Solver
 from mossquant.calibration.statistics import SAMPLED_ROWS, Hessian
@@ -32,8 +32,8 @@ _ROWS = 64
 """Tokens of the pass and rows of the head that are timed."""
 SCALED = 10
 """Groups that are measured to scale estimates."""
-PASSING = 3 * 10**8
-"""Bytes of running a model on text beside its weights: what enters blocks, logits, a window's values for gradients."""
+LIBRARIES = 4 * 10**7
+"""Bytes of what libraries set up when a model is first run, and of what encoding a text leaves."""
 _REACHED = 0.6
 """The share of the blocks that comes after a group, with the group's own."""
 _TRAINED = 4.0
@@ -167,15 +167,19 @@ def choosing(pace: Pace, jobs: Sequence[tuple[int, str]], tokens: int, *, window
     return rounding + tokens * pace.blocks + len(windows) * gradient + (SCALED + levels) * alone
 
 
-def choosing_bytes(weights: Weights, jobs: Sequence[tuple[int, str]], *, estimated: bool) -> int:
-    """Anonymous memory of that: the model and everything rounded in fp32, or gradients and every change in bf16.
+def choosing_bytes(weights: Weights, jobs: Sequence[tuple[int, str]], tokens: int, *, windows: Tensor | None) -> int:
+    """Anonymous memory of that, at most; arguments as those of `choosing`.
 
-    Gradients of a tied table are made twice, as a head's and as a table's, before they are added.
+    The model and what is changed in fp32; where losses are estimated, every change in bf16 and the gradients of a
+    window: those of a tied table are made twice, as a head's and as a table's, before they are added.
     """
-    parameters, table = weights.origin.parameters, weights.config.vocab_size * weights.config.hidden_size
-    if not estimated:
-        return 9 * parameters + PASSING
-    return 10 * parameters + 3 * 4 * table + 2 * sum(count for count, _ in jobs) + PASSING
+    parameters = weights.origin.parameters
+    held = LIBRARIES + 4 * parameters + metering_bytes(weights, tokens)
+    if windows is None:
+        return held + 4 * parameters
+    vocabulary, length = weights.config.vocab_size, windows.shape[1]
+    gradients = 4 * parameters + 2 * 4 * vocabulary * (weights.config.hidden_size + length)
+    return held + 2 * sum(count for count, _ in jobs) + gradients + learning_bytes(weights, length)
 
 
 def solving(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """KL at the model's output when some weights are replaced: what sensitivities, choices and recovery are judged by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 from mossquant.checkpoint.checkpoint import load_model
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.errors import InputError
+from mossquant.files.space import trim_heap
+from mossquant.model.blocks import blocks_of
 from mossquant.model.forward import Forward
 from mossquant.model.tensors import TensorSpec
 
@@ -24,6 +26,13 @@ _COMPARED = 1 << 18
 """Of these so many are compared at once: they stay near the core."""
 _ENTERING_BYTES = 1 << 28
 """What enters blocks and is kept, at most: where all of it is more, that of every so manieth block."""
+_PASS_VALUES = 1 << 21
+"""Values of the widest input of a linear that go through a block at once, at most, unless one window has more."""
+_PASS_ARRAYS, _KEPT_ARRAYS = 12, 20
+"""fp32 arrays [tokens, widest input] that a pass through a block holds, at most, and that gradients keep of each layer:
+counted in the models of 6M and 1M parameters, with experts and without."""
+_COMPARED_ARRAYS = 5
+"""fp32 arrays of the logits that are compared at once."""
 _Z = 1.959964
 
 
@@ -50,11 +59,13 @@ class Meter:
         # What enters every `_apart`th block, W · T · D values each.
         every = 4 * windows.numel() * weights.config.hidden_size * len(self._blocks)
         self._apart = len(self._blocks) if from_start else -(-every // _ENTERING_BYTES)
-        self._entering: list[Tensor] = []
+        self._at_once = pass_windows(weights, windows)
+        self._entering: list[list[Tensor]] = [[] for _ in self._blocks[:: self._apart]]
         start = perf_counter()
         with torch.inference_mode():
             self._hidden = self._from(0, self._table(), keep=True)
         self.seconds = perf_counter() - start
+        trim_heap()
         if not bool(torch.isfinite(self._hidden).all()):
             raise InputError(f"{weights.origin.path} overflows fp32 on this text; give another model or text")
 
@@ -80,36 +91,66 @@ class Meter:
                     model.parameter_of(spec).copy_(values)
                 at = first // self._apart
                 hidden = self._from(at * self._apart, self._table() if outside else self._entering[at])
-                rows = max(1, _LOGITS // len(head))
-                pieces = zip(torch.split(self._hidden, rows), torch.split(hidden, rows), strict=True)
-                losses = [
-                    divergence(original, candidate)
-                    for known, seen in pieces
-                    for original, candidate in zip(
-                        torch.split(F.linear(known, own_head), max(1, _COMPARED // len(head))),
-                        torch.split(F.linear(seen, head), max(1, _COMPARED // len(head))),
-                        strict=True,
-                    )
-                ]
+                rows, few = max(1, _LOGITS // len(head)), max(1, _COMPARED // len(head))
+                # Filled: what is kept piece by piece would lie in the holes that logits left, which then fit none.
+                losses = torch.empty(len(hidden), device=hidden.device)
+                parts = zip(*(torch.split(of, rows) for of in (self._hidden, hidden, losses)), strict=True)
+                for known, seen, lost in parts:
+                    both = F.linear(known, own_head), F.linear(seen, head)
+                    for original, candidate, into in zip(*(torch.split(of, few) for of in (*both, lost)), strict=True):
+                        into.copy_(divergence(original, candidate))
             finally:
                 for spec in changed:
                     model.parameter_of(spec).copy_(value(self._weights, spec.name).view(spec.shape))
-        if not all(bool(torch.isfinite(of).all()) for of in losses):
+        if not bool(torch.isfinite(losses).all()):
             raise InputError("KL is not finite: the model overflows fp32 on this text, or what was made of it does")
-        means: NDArray[np.float64] = torch.cat(losses).view(len(self.windows), -1).double().mean(1).cpu().numpy()
+        means: NDArray[np.float64] = losses.view(len(self.windows), -1).double().mean(1).cpu().numpy()
         return means
 
-    def _table(self) -> Tensor:
-        return self.model.embeddings[self.windows]
+    def _table(self) -> list[Tensor]:
+        return [self.model.embeddings[some] for some in torch.split(self.windows, self._at_once)]
 
-    def _from(self, first: int, x: Tensor, *, keep: bool = False) -> Tensor:
-        """What the head reads [W · T, D], from what enters a block on."""
-        state = self.model.initial_state(len(self.windows))
-        for at, block in enumerate(self._blocks[first:], first):
-            if keep and at % self._apart == 0:
-                self._entering.append(x)
-            x, _ = block.added(x, state, self._run)
-        return self.model.final_norm(x, self._run).flatten(0, 1)
+    def _from(self, first: int, entering: Sequence[Tensor], *, keep: bool = False) -> Tensor:
+        """What the head reads [W · T, D], from what enters a block on, pass by pass [≤ W, T, D]."""
+        hidden = []
+        for x in entering:
+            state = self.model.initial_state(len(x))
+            for at, block in enumerate(self._blocks[first:], first):
+                if keep and at % self._apart == 0:
+                    self._entering[at // self._apart].append(x)
+                x, _ = block.added(x, state, self._run)
+            hidden.append(self.model.final_norm(x, self._run).flatten(0, 1))
+        return torch.cat(hidden)
+
+
+def pass_windows(weights: Weights, windows: Tensor) -> int:
+    """How many of these windows [W, T] go through a model at once."""
+    return max(1, _PASS_VALUES // (windows.shape[1] * _widest(weights)))
+
+
+def metering_bytes(weights: Weights, tokens: int, *, from_start: bool = False) -> int:
+    """Anonymous memory of a `Meter` of so many tokens, beside its model and the changed values."""
+    config, width = weights.config, _widest(weights)
+    stream = 4 * tokens * config.hidden_size
+    blocks = 1 if from_start else len(list(blocks_of(config)))
+    entering = max(stream, min(blocks * stream, _ENTERING_BYTES))
+    passed = _PASS_ARRAYS * 4 * width * min(tokens, max(WINDOW, _PASS_VALUES // width))
+    compared = 4 * (2 * max(_LOGITS, config.vocab_size) + _COMPARED_ARRAYS * max(_COMPARED, config.vocab_size))
+    own_head = 4 * config.vocab_size * config.hidden_size
+    # What the head reads: of full precision, of the change, and of its passes before they are put together.
+    return entering + 3 * stream + max(passed, compared) + own_head
+
+
+def learning_bytes(weights: Weights, tokens: int) -> int:
+    """Anonymous memory of what a pass over so many tokens keeps of every layer for gradients."""
+    return _KEPT_ARRAYS * 4 * tokens * _widest(weights) * weights.config.num_hidden_layers
+
+
+def _widest(weights: Weights) -> int:
+    """The widest input of a linear in the blocks."""
+    return max(
+        spec.matrix_shape[1] for spec in weights.specs.values() if spec.site is not None and spec.layer is not None
+    )
 
 
 def divergence(original: Tensor, candidate: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 from mossquant.calibration.budget import Chosen, smallest, spend
 from mossquant.calibration.decays import decay_errors, steps_seen
 from mossquant.calibration.effort import (
+    LIBRARIES,
     PASSES,
-    PASSING,
     Effort,
     Pace,
     choosing,
@@ -31,10 +31,10 @@ from mossquant.calibration.effort import (
     judging,
     solving,
 )
-from mossquant.calibration.meter import WINDOW, Meter, interval
+from mossquant.calibration.meter import WINDOW, Meter, interval, metering_bytes, pass_windows
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of, open_groups
-from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot
+from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot, recovery_bytes
 from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import check_solvers, needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import (
@@ -82,12 +82,12 @@ JUDGED_TOKENS = 16384
 """Tokens at the end of a calibration text that nothing is learned from, and on which what was learned is judged."""
 _WORK_TO_CHOOSE = 2.5e12
 """Changes · tokens · parameters that are measured here, about a minute's; beyond that losses are estimated."""
-_JUDGING, _DISTILLING = 10, 28
-"""Bytes a parameter that is held then: fp32 weights and what was made, and what distilling trains."""
+_JUDGING = 10
+"""Bytes a parameter that is held then: the model and what was made of it in fp32, and that as it is stored."""
 _SNAPSHOT = 26
 """Bytes a parameter of recovery's snapshots, the new beside the last: a value and two moments in fp32, scales' too."""
-_STEPS_WINDOWS, _STEPS_BATCH = 32, 8
-"""Windows of the text on which the time steps of decays are looked at, at most, and of a pass."""
+_STEPS_WINDOWS = 32
+"""Windows of the text on which the time steps of decays are looked at, at most."""
 
 Piece = PackedTensor | Tensor
 """A tensor as it is stored: quantized, or kept."""
@@ -399,7 +399,7 @@ def _effort(request: _Request, decided: _Decided, choose: Recipe | None) -> Effo
         estimated = is_estimated(weights, len(jobs), looked_at, _WORK_TO_CHOOSE)
         of_gradients = windows if estimated else None
         parts["choosing"] = choosing(pace, jobs, looked_at.numel(), windows=of_gradients, levels=LEVELS)
-        most = choosing_bytes(weights, jobs, estimated=estimated)
+        most = choosing_bytes(weights, jobs, looked_at.numel(), windows=of_gradients)
     trained = 0 if walk is None else walk.trained_tokens
     walked = 0 if walk is None else walk.windows.numel()
     parts["rounding"] = solving(pace, weights, plan, decided.solvers, walked=walked, trained=trained)
@@ -418,14 +418,16 @@ def _disk(request: _Request, plan: Plan) -> int:
 
 def _memory(request: _Request, decided: _Decided) -> int:
     """Anonymous memory, at most: of the parts that come one after the other, the one that holds most."""
-    parameters, plan, walk = request.weights.origin.parameters, decided.plan, decided.walk
+    weights, plan, walk = request.weights, decided.plan, decided.walk
+    parameters = weights.origin.parameters
     rounding = memory_bytes(plan)
     rounding += 0 if request.statistics is None else request.statistics.memory_bytes
     rounding += 0 if walk is None else walk.memory_bytes + parameters + plan.predicted_bytes
-    running = 0
-    if request.text:
-        running = (_DISTILLING if request.tokens else _JUDGING) * parameters + PASSING
-    return max(rounding, running)
+    if not request.text:
+        return rounding
+    judged = JUDGED_TOKENS if request.judged is None else len(request.judged)
+    running = LIBRARIES + metering_bytes(weights, judged, from_start=True)
+    return max(rounding, running + max(_JUDGING * parameters, recovery_bytes(weights) if request.tokens else 0))
 
 
 def _solved(
@@ -474,8 +476,8 @@ def _judged(
     windows = judged.windows(max(1, len(judged) // WINDOW), WINDOW)
     meter = Meter(weights, windows, device=request.device, from_start=True)
     kl = meter.kl(_values(weights, plan, pieces))
-    batches = torch.split(learned.windows(_STEPS_WINDOWS, WINDOW).to(request.device), _STEPS_BATCH)
-    steps = steps_seen(meter.model, batches)
+    looked_at = learned.windows(_STEPS_WINDOWS, WINDOW).to(request.device)
+    steps = steps_seen(meter.model, torch.split(looked_at, pass_windows(weights, looked_at)))
 
     def found(pieces: Sequence[Made], after: NDArray[np.float64], recovered: int) -> _Judged:
         stored = {name: _quantized(plan, name, piece) for name, piece, _, _ in pieces if name in steps}

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mossquant.calibration.meter import learning_bytes
 from mossquant.calibration.products import MULTIPLIES_BF16, gradient, linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
@@ -52,6 +53,9 @@ LEAST_TOKENS = 4
 """A shorter text says nothing."""
 _LOGITS = 1 << 20
 """Logits of a model that exist at once while the loss is computed."""
+_TRAINED, _OF_TABLE = 28, 24
+"""Bytes a parameter that are held: the model's, what was solved, values with gradients and two moments, and what is
+stored of them; and those more of the table's."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,17 @@ class _Distillation:
         scan: Literal["kernel", "chunked"] = "kernel" if on_cpu else "chunked"
         conv = conv_kernel if on_cpu else None
         return Forward(scan=scan, dense_ssm=True, multiply=linear, conv=conv, reroute=remember, **more)
+
+
+def recovery_bytes(weights: Weights) -> int:
+    """Anonymous memory of recovery by the usual rates, at most, the full-precision model and what was solved with it.
+
+    Of a tied table the gradients as a head's and as a table's are there before they are added, and their parts.
+    """
+    usual, table = Rates(), weights.config.vocab_size * weights.config.hidden_size
+    return (
+        _TRAINED * weights.origin.parameters + _OF_TABLE * table + learning_bytes(weights, usual.batch * usual.window)
+    )
 
 
 def check_snapshot(path: Path) -> TensorFile | None:

@@ -372,7 +372,7 @@ def _losses(
         pace = Pace(weights, device=device)
         seconds = choosing(pace, counts, looked_at.numel(), windows=of_gradients, levels=LEVELS)
         doing = "estimating from gradients" if estimated else "measuring"
-        memory = choosing_bytes(weights, counts, estimated=estimated)
+        memory = choosing_bytes(weights, counts, looked_at.numel(), windows=of_gradients)
         effort = Effort({f"{doing} {len(left)} changes of {len(groups)} groups": seconds}, _DISK_BYTES, memory)
         check_space(snapshot, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
         say(effort.said())

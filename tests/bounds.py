@@ -93,6 +93,12 @@ STRAIGHT_THROUGH = 1e-5
 STATISTICS_FLOAT32 = 2e-5
 """Relative to the largest second moment: a model in fp32, and products of one pass in fp32, against float64."""
 
+KL_OF_PASSES = 1e-4
+"""Relative: logits within ±10 are rounded by 1e-6 in fp32, they differ by 0.1 and more, and KL goes by the square."""
+
+MEMORY_SAID = 1.5
+"""Measured over said, or said over measured: what is counted are tensors; the heap keeps holes between them."""
+
 PROCESSES_FLOAT64 = 1e-12
 """Relative: sums of the same passes over one process and over two, in float64."""
 

@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bounds
 import numpy as np
 import pytest
 import torch
+from memory import grown
 from small import CONFIGS, random_model, write_model
 
 from mossquant.calibration import meter
 from mossquant.calibration.effort import Pace, choosing, distilling, judging
-from mossquant.calibration.meter import Meter
+from mossquant.calibration.meter import Meter, metering_bytes
 from mossquant.calibration.quantize import quantize
 from mossquant.calibration.sensitivity import sensitivity
 from mossquant.checkpoint.open import open_weights
@@ -68,6 +70,33 @@ def test_more_work_takes_longer(model: Path) -> None:
     assert 0 < judging(pace, 1000, 1) < judging(pace, 1000, 2)
     assert distilling(pace, 1000) > 0
     assert pace.gptq(100, 64) < pace.gptq(100_000, 64)
+
+
+@pytest.mark.parametrize("from_start", [True, False])
+def test_a_meter_takes_what_was_said(from_start: bool, tmp_path: Path) -> None:
+    """More tokens than go through a block at once, a vocabulary of which not all logits exist at once."""
+    config = replace(CONFIGS["mamba"], hidden_size=128, vocab_size=2048, state_size=16, num_hidden_layers=3)
+    weights = open_weights(write_model(tmp_path / "model", random_model(config, dtype=torch.float32)), verb="test")
+    windows = torch.from_numpy(IDS[:2560]).repeat(4).view(40, 256)
+    said = metering_bytes(weights, windows.numel(), from_start=from_start) + 8 * weights.origin.parameters
+
+    def run() -> None:
+        judge = Meter(weights, windows, from_start=from_start)
+        judge.kl({spec: 1.01 * judge.model.parameter_of(spec) for spec in weights.specs.values()})
+
+    assert said / bounds.MEMORY_SAID <= grown(run) <= bounds.MEMORY_SAID * said
+
+
+def test_passes_change_nothing_but_roundings(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = open_weights(model, verb="test")
+    windows = torch.from_numpy(IDS[:2000]).view(8, 250)
+    found = []
+    for values in (1 << 21, 3 * 250 * 40):
+        monkeypatch.setattr(meter, "_PASS_VALUES", values)
+        judge = Meter(weights, windows)
+        changed = {spec: 1.1 * judge.model.parameter_of(spec) for spec in weights.specs.values() if spec.layer == 1}
+        found.append(judge.kl(changed))
+    assert found[0] == pytest.approx(found[1], rel=bounds.KL_OF_PASSES)
 
 
 def test_what_is_not_kept_is_computed_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
