@@ -702,7 +702,7 @@ def _model_section(found: Results) -> list[str]:
         ]
         head = ["all tensors", *columns]
         head[3] = "of int4- or int8-uniform"
-        lines += table(head, _rows(found, "all", domain))
+        lines += table(head, _rows(found, "all", domain)) if found.parts("all") else []
         forced = [
             [f"`{name}`", *(_forced(found, name, domain, what) for what in ("chosen", "gates"))]
             for name in found.parts("all")

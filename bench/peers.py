@@ -13,8 +13,8 @@ the values), our checkpoints of it (`int4-uniform`, `int8-uniform`), their artif
     Q4_0, 4-bit head      the table in Q4_0 too, and ssm_dt padded
 
 llama.cpp is that of the source package llama-cpp-python, built in `--llama` (FOLDER/llama) by its own CMake: Release,
-GGML_NATIVE, all else at its default, nothing but libllama. Before anything is timed, logits of the GGUF in fp32 must
-be those of our PyTorch model, and those of every contestant near them.
+GGML_NATIVE, all else at its default, nothing but libllama; `--no-amx` leaves AMX out. Before anything is timed, logits
+of the GGUF in fp32 must be those of our PyTorch model, and those of every contestant near them.
 
 Each contestant has a process of its own (`peers_worker.py`). They take turns, with a rest before each, because threads
 of some spin for a while after their work. A turn: a prompt with the logits of its last position; single steps after
@@ -259,7 +259,8 @@ def section(report: Mapping[str, Any]) -> str:
         f"Written by `{report['command']}` with mossquant {release()} on {ran['cpu']}, {ran['cores']} cores. A random "
         f"Mamba of {model['num_hidden_layers']} × {model['hidden_size']}, the same weights for all; a prompt of "
         f"{report['prompt']} tokens, and {report['decode']} steps after it. llama.cpp of {PACKAGE.replace('_', '-')} "
-        f"{VERSION}, Release, `GGML_NATIVE=ON`, OpenMP as by default, pieces of 512 tokens: `{report['system']}`. "
+        f"{VERSION}, Release, `GGML_NATIVE=ON`{'' if report['amx'] else ' but AMX'}, OpenMP as by default, pieces of "
+        f"512 tokens: `{report['system']}`. "
         f"onnxruntime {ran['onnxruntime']} and executorch {ran['executorch']} are stock. Median and range of "
         f"{report['repeats']} turns, and of {report['starts']} new processes for first token and private memory; "
         "`bench/peers.py` says what each is. Ratios hold for this machine alone.",
@@ -294,6 +295,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--llama", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="of building llama.cpp")
+    parser.add_argument(
+        "--no-amx", action="store_true", help="build llama.cpp without AMX, where the system refuses it"
+    )
     parser.add_argument("--libmoss", type=Path, help="instead of the installed one")
     parser.add_argument("--artifact", action="append", default=[], metavar="RECIPE-TARGET=PATH")
     parser.add_argument("--targets", default=",".join(PROGRAMS), help="those of ours that take part")
@@ -327,14 +331,17 @@ def report_of(asked: argparse.Namespace) -> dict[str, Any]:
     if source.config != config:
         raise InputError(f"{full} is of another shape; give another folder, or remove it")
     libmoss = asked.libmoss or (library_of_ours() if "native" in asked.targets else None)
-    llama = LlamaCpp((asked.llama or folder / "llama").absolute(), asked.jobs)
+    llama = LlamaCpp((asked.llama or folder / "llama").absolute(), asked.jobs, amx=not asked.no_amx)
     run = Run(llama, libmoss, asked.prompt, asked.decode, asked.repeats, asked.starts)
     print(f"llama.cpp: {llama.system()}", flush=True)
     ggufs = [Contestant(name, "llama.cpp", path) for name, path in llama.ggufs(source, folder).items()]
     contestants = [*ggufs, *our_contestants(folder, asked.targets, asked.given)]
     return {
         "version": 1,
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python bench/peers.py FOLDER --targets {','.join(asked.targets)}"
+        + (" --no-amx" if asked.no_amx else "")
+        + f" --threads {asked.threads} --repeats {asked.repeats} --starts {asked.starts}",
+        "amx": not asked.no_amx,
         "machine": machine(),
         "system": llama.system(),
         "model": config.to_json(torch_dtype="bfloat16"),

@@ -28,6 +28,9 @@ OPTIONS = (
     *("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_BUILD_COMMON=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
     *("-DLLAMA_BUILD_TOOLS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF"),
 )
+# -march=native names AMX last, so that it is taken back after all other flags.
+_AFTER = "<DEFINES> <INCLUDES> <FLAGS> -mno-amx-tile -mno-amx-int8 -mno-amx-bf16 -o <OBJECT> -c <SOURCE>"
+WITHOUT_AMX = tuple(f"-DCMAKE_{name}_COMPILE_OBJECT=<CMAKE_{name}_COMPILER> {_AFTER}" for name in ("C", "CXX"))
 BLOCK = 32
 """Columns that share a scale; a matrix of another width stays in f16."""
 
@@ -84,15 +87,17 @@ class LlamaCpp:
     Args:
         folder: where they are, or will be.
         jobs: of building.
+        amx: False builds it without AMX, which a system may refuse though the processor has it (SIGILL).
     """
 
-    def __init__(self, folder: Path, jobs: int) -> None:
+    def __init__(self, folder: Path, jobs: int, *, amx: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         unpacked = made(folder / f"{PACKAGE}-{VERSION}", lambda path: _unpack(folder, path))
         source, build = unpacked / "vendor" / "llama.cpp", folder / "build"
         if not (build / "bin" / "libllama.so").exists():
+            own = () if amx else WITHOUT_AMX
             cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "cmake"
-            subprocess.run([cmake, "-S", str(source), "-B", str(build), *OPTIONS], check=True)
+            subprocess.run([cmake, "-S", str(source), "-B", str(build), *OPTIONS, *own], check=True)
             subprocess.run([cmake, "--build", str(build), "--target", "llama", "-j", str(jobs)], check=True)
         self.library = folder / "libpeers.so"
         words = ["c++", "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-o", str(self.library)]

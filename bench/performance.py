@@ -204,7 +204,9 @@ def main() -> None:
     ]
     for title, rows in parts.items():
         text += ["", f"| {title} | |", "| --- | ---: |", *(f"| {name} | {value:,.1f} |" for name, value in rows)]
-    OUTPUT.write_text("\n".join(text) + "\n")
+    # What `bench/peers.py` wrote stays.
+    _, heading, peers = (OUTPUT.read_text() if OUTPUT.exists() else "").partition("\n## Against llama.cpp\n")
+    OUTPUT.write_text("\n".join(text) + "\n" + heading + peers)
     print("\n".join(text))
 
 

@@ -350,7 +350,7 @@ def _decided(
             say(f"{recipe.where} names every format, so its budget of {recipe.budget} is not spent")
         decided = _planned(request, recipe, None, request.losses)
         if request.learned is not None or request.statistics is not None:
-            _foretell(request, decided, None, say)
+            say(_effort(request, decided, None).said())
         return decided
     # The smallest plan: what can be refused, room included, is refused before anything is measured.
     least = _planned(
@@ -358,7 +358,9 @@ def _decided(
     )
     losses = request.losses
     if request.learned is not None:
-        _foretell(request, least, recipe if losses is None else None, say)
+        effort = _effort(request, least, recipe if losses is None else None)
+        check_space(request.destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
+        say(effort.said())
         losses = losses or losses_of(
             weights,
             [recipe],
@@ -393,15 +395,8 @@ def _planned(request: _Request, recipe: Recipe, chosen: Chosen | None, losses: S
     return decided
 
 
-def _foretell(request: _Request, decided: _Decided, choose: Recipe | None, say: Callable[[str], None]) -> None:
-    """Say what is to come, or raise `InputError`: too little room. `choose`: whose formats are to be chosen on text."""
-    effort = _effort(request, decided, choose)
-    check_space(request.destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
-    say(effort.said())
-
-
 def _effort(request: _Request, decided: _Decided, choose: Recipe | None) -> Effort:
-    """What is to come."""
+    """What is to come; `choose`: whose formats are to be chosen on text."""
     weights, learned, plan, walk = request.weights, request.learned, decided.plan, decided.walk
     pace, parts, most = Pace(weights, device=request.device), dict[str, float](), 0
     if choose is not None and learned is not None:

@@ -55,7 +55,8 @@ class CalibrationText:
         elif vocab_size == Tokenizer.byte_level().vocab_size:
             tokenizer = Tokenizer.byte_level()
         else:
-            raise InputError(f"{weights.origin.path} has no tokenizer; give one that has, or token ids as the text")
+            path = weights.origin.path
+            raise InputError(f"{path} has no tokenizer, so the model takes token ids only; give one that has")
         if not texts:
             if tokenizer is None or not is_bundled_tokenizer(tokenizer.sha256):
                 path = weights.origin.path
@@ -103,10 +104,7 @@ class CalibrationText:
 
 def _ids(text: Text, tokenizer: Tokenizer | None, vocab_size: int) -> Tokens:
     if text.ids is not None:
-        ids = text.ids
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise InputError(f"{text.name} has token ids outside the vocabulary of {vocab_size}; give the model's own")
-        return ids
+        return text.ids_within(vocab_size)
     if tokenizer is None:
         raise InputError("token ids and texts cannot be mixed; give one or the other")
     if text.special or text.document_separator is not None:

@@ -96,12 +96,7 @@ def held_out_passage(
         )
     lengths, begins, notes = None, None, tuple[str, ...]()
     if source.ids is not None:
-        ids = source.ids
-        if len(ids) and not 0 <= ids.min() <= ids.max() < kinds[0][1]:
-            raise InputError(
-                f"{source.name} has token ids from {ids.min()} to {ids.max()}, and the vocabulary is 0 to "
-                f"{kinds[0][1] - 1}; give the ids that the model's own tokenizer makes"
-            )
+        ids = source.ids_within(kinds[0][1])
     else:
         tokenizer = models[0].tokenizer
         ids, lengths = source.encoded(tokenizer)

@@ -57,6 +57,7 @@ struct Strip {
     const __m512i nibble = _mm512_set1_epi8(0xf);
 
     __m512 y[R];
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
     for (std::int64_t b = 0; b < blocks; ++b) {
       __m512i sums[R];
@@ -99,6 +100,7 @@ struct Strip {
       }
     }
     const auto outputs = static_cast<__mmask16>((1u << count) - 1);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       if constexpr (format.row_scale) y[r] = _mm512_mul_ps(y[r], _mm512_loadu_ps(scales));
       if (args.bias) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(outputs, args.bias + n));

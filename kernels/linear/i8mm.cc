@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <type_traits>
+
 #include "arm.h"
 
 namespace moss {
@@ -8,7 +10,6 @@ namespace {
 // The integers of R rows, an even number, by smmla: of two rows and a pair of outputs all four sums, 8 products each.
 template <int R>
 struct MatrixSums {
-  static constexpr int kRows = R;
   int32x4_t sums[R / 2][kPairs];
 
   MatrixSums() {
@@ -34,20 +35,22 @@ struct MatrixSums {
 };
 
 // A row by itself goes by sdot: half of what smmla multiplies would be of no use.
-template <WeightName weight>
-void run(const LinearArgs& args, std::int64_t begin, std::int64_t end) {
-  run_strips<weight, DotSums<1>, MatrixSums<2>, MatrixSums<4>>(args, begin, end);
-}
+template <int R>
+using RowSums = std::conditional_t<R == 1, DotSums<1>, MatrixSums<R>>;
 
 }  // namespace
 
 const LinearKernel moss_linear_f32_int8_block_int8_i8mm = {
-    kI8mm, "moss_linear_f32_int8_block_int8_i8mm", &kArmLayout, run<WeightName::int8>};
+    kI8mm, "moss_linear_f32_int8_block_int8_i8mm", &kArmLayout,
+    run_strips<Strip<WeightName::int8, RowSums>>};
 const LinearKernel moss_linear_f32_int8_block_int8_g32_i8mm = {
-    kI8mm, "moss_linear_f32_int8_block_int8_g32_i8mm", &kArmLayout, run<WeightName::int8_g32>};
+    kI8mm, "moss_linear_f32_int8_block_int8_g32_i8mm", &kArmLayout,
+    run_strips<Strip<WeightName::int8_g32, RowSums>>};
 const LinearKernel moss_linear_f32_int8_block_int4_g32_i8mm = {
-    kI8mm, "moss_linear_f32_int8_block_int4_g32_i8mm", &kArmLayout, run<WeightName::int4_g32>};
+    kI8mm, "moss_linear_f32_int8_block_int4_g32_i8mm", &kArmLayout,
+    run_strips<Strip<WeightName::int4_g32, RowSums>>};
 const LinearKernel moss_linear_f32_int8_block_int4_g128_i8mm = {
-    kI8mm, "moss_linear_f32_int8_block_int4_g128_i8mm", &kArmLayout, run<WeightName::int4_g128>};
+    kI8mm, "moss_linear_f32_int8_block_int4_g128_i8mm", &kArmLayout,
+    run_strips<Strip<WeightName::int4_g128, RowSums>>};
 
 }  // namespace moss

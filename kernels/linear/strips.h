@@ -19,13 +19,13 @@ namespace moss {
 inline constexpr std::int64_t kResidentBytes = 1 << 19;  // of input codes, which stay in the second cache
 inline constexpr std::int64_t kStripsTogether = 4;       // that rows meet before the next rows come
 
-// 12, 8, 4, 2, 1
-static constexpr int fewer(int rows) { return rows == 12 ? 8 : rows / 2; }
+// 12, and 8 to 1.
+static constexpr int fewer(int rows) { return rows == 12 ? 8 : rows - 1; }
 
 // Brings the outputs of R rows near before they are computed: a store that crosses from a line to another waits for
 // both, and where rows are far apart in memory the processor expects neither.
 template <int R>
-void fetch_outputs(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count) {
+static void fetch_outputs(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count) {
   for (int r = 0; r < R; ++r) {
     const float* const y = args.y + (m + r) * args.shape.outputs + n;
     __builtin_prefetch(y);

@@ -98,9 +98,11 @@ class Budget:
             raise InputError(f"{text[:40]!r} is not a budget; give one like 4.75bpw, 40MB, 8ms or kl=0.01")
         if number == 0:
             none = "no loss, which nothing but full precision keeps" if unit == "kl=" else "nothing"
-            raise InputError(f"a budget of {text} allows {none}; give more than 0, like 4.75bpw, 40MB or kl=0.01")
-        if unit in ("bpw", "ms"):
-            return cls(unit, number)
+            raise InputError(f"a budget of {text[:40]} allows {none}; give more than 0, like 4.75bpw, 40MB or kl=0.01")
+        if unit == "bpw":
+            return cls("bpw", number)
+        if unit == "ms":
+            return cls("ms", number)
         return cls("kl", number) if unit == "kl=" else cls("bytes", number * _UNITS[unit])
 
     def bytes_at_most(self, parameters: int) -> float:

@@ -77,6 +77,14 @@ class Text:
             raise InputError(f"{path} does not hold one array [T] of integers; {advice}")
         return replace(cls.of(str(path), data), ids=ids.astype(np.int64))
 
+    def ids_within(self, vocab_size: int) -> Tokens:
+        """Its token ids. Raises `InputError`: some are of no token of so many."""
+        ids = np.empty(0, np.int64) if self.ids is None else self.ids
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+            between = f"token ids from {ids.min()} to {ids.max()}, and the vocabulary is 0 to {vocab_size - 1}"
+            raise InputError(f"{self.name} has {between}; give the ids that the model's own tokenizer makes")
+        return ids
+
     def encoded(self, tokenizer: Tokenizer) -> tuple[Tokens, Tokens]:
         """(tokens [T], byte lengths [T]); each separator of documents is an end-of-text token of its length.
 

@@ -50,7 +50,7 @@ def test_a_short_text_is_cut_short(tmp_path: Path) -> None:
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     weights = open_weights("tiny", verb="calibrate")
     np.save(tmp_path / "ids.npy", np.array([0, weights.config.vocab_size]))
-    with pytest.raises(InputError, match="outside the vocabulary"):
+    with pytest.raises(InputError, match="token ids from 0 to 4096, and the vocabulary is 0 to 4095; give the ids"):
         CalibrationText.of(weights, [Text.from_ids(tmp_path / "ids.npy")])
     np.save(tmp_path / "none.npy", np.array([], np.int64))
     with pytest.raises(InputError, match="no tokens"):

@@ -2,7 +2,7 @@
 //
 // Runs the C++ kernel tests and prints which kernels they tested, and which this machine cannot run.
 //
-//     kernels_tests [isa...]    given instruction sets (kernels/NAMES.md), fails unless kernels of just these were tested
+//     kernels_tests [isa...]    given instruction sets (NAMES.md), fails unless kernels of just these were tested
 
 #include <cstdio>
 #include <set>
