@@ -23,6 +23,7 @@ from mossquant.targets.executorch.matrices import XnnpackMatrices
 from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.executorch.program_file import METADATA
 from mossquant.targets.executorch.scan import loop, step
+from mossquant.targets.executorch.shortcuts import shortcuts
 from mossquant.targets.program import Model, Scan
 
 CHUNK = get_capabilities("executorch").limits.max_chunk or 1
@@ -57,8 +58,8 @@ def lower(
     begins("reading tensors")
     model = Model(weights.config, specs, XnnpackMatrices(weights)).eval()
     programs: dict[str, torch.export.ExportedProgram] = {}
-    with torch.no_grad():
-        begins("tracing prefill and score")
+    begins("tracing prefill and score")
+    with torch.no_grad(), shortcuts():
         program, module = _traced(model, loop, weights.config)
         for name in ("prefill", "score"):
             programs[name] = repeated(program, module, model, last=name == "prefill")
@@ -77,7 +78,7 @@ def _begin(on_stage: Progress | None, name: str) -> None:
 def lower_module(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     """Write a program with one method, `forward`, for inputs of these very shapes: a part of a model, to be timed."""
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), shortcuts():
         exported = _edge(torch.export.export(module.eval(), inputs, strict=False))
         _write({"forward": exported}, {}, path, lambda name: None)
 
@@ -149,8 +150,8 @@ def _edge(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
 
 
 def _partitioner() -> Any:
-    """XNNPACK's, without the passes for convolutions, pooling and attention over each delegate: none of these is in the
-    program, and they take most of the time. A node that a pass would have had to rewrite is an error of the backend.
+    """XNNPACK's, which asks for one pass over each delegate, that for linears: there is nothing for the others, for
+    convolutions, pooling and attention, to do. A node that a pass would have had to rewrite is an error of the backend.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir.backend.compile_spec_schema import CompileSpec
