@@ -31,7 +31,10 @@ def test_the_wheel_works_without_the_source_tree(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("mossquant-*.whl")
     with zipfile.ZipFile(wheel) as opened:
         names = opened.namelist()
-    assert not [name for name in names if name.endswith((".cc", ".h", ".inc"))], "sources do not belong in a wheel"
+    sources = {name for name in names if name.endswith((".c", ".cc", ".h", ".inc"))}
+    assert sources == {"mossquant/targets/native/include/moss.h"}, (
+        "sources do not belong in a wheel, but what apps include"
+    )
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"mossquant"}
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)

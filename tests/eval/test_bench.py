@@ -5,12 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from lowered import Workshop
 
 from mossquant.errors import InputError
 from mossquant.eval.bench import Speed, bench
 from mossquant.eval.machine import copy_bandwidth, cpu_count, machine, peak_rss_mb
-from mossquant.eval.report.tables import profile_tables
 from mossquant.files.outputs import json_bytes
 
 
@@ -69,16 +67,3 @@ def test_machine() -> None:
     assert 1 <= cpu_count() <= found["cores"]
     assert copy_bandwidth(1) > 0
     assert peak_rss_mb() > 10
-
-
-def test_where_the_time_goes(workshop: Workshop, artifact_folder: Path) -> None:
-    """Parts that the model has, of a runtime that times itself; the others say that they do not."""
-    native = workshop("wide", "int4", target="native").program
-    report = bench([native, artifact_folder], threads=1, prompt=8, decode=3, repeats=1, profile=True)
-    own, other = report.artifacts
-    assert {"in_proj", "scan", "w2", "head"} <= own.decode_us.keys()
-    assert own.prefill_us.keys() <= own.decode_us.keys() | {"embedding"}
-    assert 0 < sum(own.decode_us.values()) < 1.5e6 / own.decode_tok_s.min
-    assert not other.decode_us
-    tables = profile_tables(report)
-    assert tables[1] == f"{artifact_folder}: onnx does not say where its time goes"
