@@ -84,7 +84,8 @@ def test_a_meter_takes_what_was_said(from_start: bool, tmp_path: Path) -> None:
         judge = Meter(weights, windows, from_start=from_start)
         judge.kl({spec: 1.01 * judge.model.parameter_of(spec) for spec in weights.specs.values()})
 
-    assert said / bounds.MEMORY_SAID <= grown(run) <= bounds.MEMORY_SAID * said
+    # No lower bound: what other tests of this process left free in the heap is taken first, and does not show.
+    assert grown(run) <= bounds.MEMORY_SAID * said
 
 
 def test_passes_change_nothing_but_roundings(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
