@@ -24,6 +24,7 @@
 #include "forward.h"
 #include "model.h"
 #include "state.h"
+#include "tiles.h"
 
 namespace moss {
 namespace {
@@ -31,7 +32,6 @@ namespace {
 constexpr std::int64_t kRingBytes = 192 << 20;  // above the last cache of what a phone has, and of most others
 constexpr int kRepeats = 5;
 constexpr int kSteps = 24;
-constexpr std::int64_t kUnits = 4;  // for a thread, as in a forward
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -57,12 +57,10 @@ struct Shape {
 // run(begin, end) over the outputs of `parts` matrices, as the pass shares them out.
 template <typename Run>
 void share_out(Pool& pool, const Shape& shape, std::int64_t strip, const Run& run) {
-  const std::int64_t own = shape.outputs / shape.parts, units = pool.threads() == 1 ? 1 : pool.threads() * kUnits;
-  const std::int64_t tile = std::max(strip, ((own + units - 1) / units + strip - 1) / strip * strip);
-  const std::int64_t tiles = (own + tile - 1) / tile;
-  pool.for_units(tiles * shape.parts, [&](std::int64_t unit) {
-    const std::int64_t begin = unit % tiles * tile;
-    run(unit / tiles, begin, std::min(own, begin + tile));
+  const Tiles tiles(shape.outputs / shape.parts, strip, pool.threads());
+  pool.for_units(tiles.count() * shape.parts, [&](std::int64_t unit) {
+    const std::int64_t i = unit % tiles.count();
+    run(unit / tiles.count(), tiles.begin(i), tiles.end(i));
   });
 }
 

@@ -18,30 +18,15 @@
 #include <numeric>
 #include <vector>
 
+#include "tiles.h"
+
 namespace moss {
 namespace {
 
 constexpr std::int64_t kPieceRows = 128;
-constexpr std::int64_t kUnitsPerThread = 4;
 constexpr std::int64_t kRowsOfUnit = 8;          // where rows are the units
 constexpr std::int64_t kHeadTile = 512;          // outputs of the head of which only the largest are kept; whole strips
 constexpr std::int64_t kBlocks[] = {32, 128};    // of inputs: one of each weight format (linear/format.h)
-
-std::int64_t round_up(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
-
-// A range cut into units of neighbours, each but the last a multiple of `step`.
-struct Tiles {
-  std::int64_t size;
-  std::int64_t tile;
-
-  Tiles(std::int64_t all, std::int64_t step, int threads) : size(all) {
-    const std::int64_t units = threads == 1 ? 1 : threads * kUnitsPerThread;
-    tile = std::max<std::int64_t>(step, round_up((all + units - 1) / units, step));
-  }
-  std::int64_t count() const { return (size + tile - 1) / tile; }
-  std::int64_t begin(std::int64_t i) const { return i * tile; }
-  std::int64_t end(std::int64_t i) const { return std::min(size, (i + 1) * tile); }
-};
 
 // Rows [M, K] that enter linears: in fp32, and where a matrix asks for it in codes, by the size of their blocks.
 struct Input {
