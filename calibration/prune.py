@@ -217,7 +217,7 @@ def prune(
             raise InputError(f"every expert of {origin.path} is kept, so there is nothing to prune")
     else:
         assert experts is not None
-        counts = _counts(candidates, experts, origin.path)
+        counts = _counts(candidates, experts, _room(weights), origin.path)
     check_snapshot(snapshot)
     read = CalibrationText.of(weights, text)
     learned, judged = read.split(JUDGED_TOKENS)
@@ -237,7 +237,7 @@ def prune(
         gone = named.gone(config)
         order = [expert for expert in known if expert.number in gone.get(known[expert].routing, ())]
     else:
-        order = _chosen(by, [known[of] for of in candidates], counts, _floors(weights), trials, seed, report)
+        order = _chosen(by, [known[of] for of in candidates], counts, _room(weights), trials, seed, report)
     removed = tuple(_removed(known[expert], trials) for expert in order)
     trials.measure_with(None)
     left = Pruned(weights, kept := named or _kept(weights, order))
@@ -340,21 +340,29 @@ def _candidates(weights: Weights, kind: Kind) -> list[Expert]:
     return found
 
 
-def _counts(candidates: Sequence[Expert], share: float, path: str) -> dict[str, int]:
-    """How many of each kind are to go. Raises `InputError`: none."""
+def _room(weights: Weights) -> dict[tuple[int, str], int]:
+    """(layer, kind) → how many experts may go there: all but as many as a token chooses."""
+    return {(of.layer, of.kind): of.count - of.chosen for of in experts_of(weights.config)}
+
+
+def _counts(
+    candidates: Sequence[Expert], share: float, room: Mapping[tuple[int, str], int], path: str
+) -> dict[str, int]:
+    """How many of each kind are to go. Raises `InputError`: none, or more than may."""
     counts: dict[str, int] = {}
     for expert in candidates:
         counts[expert.kind] = counts.get(expert.kind, 0) + 1
     going = {kind: round(share * count) for kind, count in counts.items()}
     for kind, count in counts.items():
+        most = sum(of for (_, own), of in room.items() if own == kind)
         if going[kind] == 0:
             raise InputError(f"{share:.1%} of {path}'s {count} {kind} experts is none; one is {1 / count:.1%}")
+        if going[kind] > most:
+            raise InputError(
+                f"{going[kind]} of {count} {kind} experts cannot go: a layer keeps as many as a token chooses, so that "
+                f"{most} may; ask for {100 * most / count:g}% or less"
+            )
     return going
-
-
-def _floors(weights: Weights) -> dict[tuple[int, str], int]:
-    """(layer, kind) → how many experts may go there: all but those that a token chooses."""
-    return {(of.layer, of.kind): of.count - of.chosen for of in experts_of(weights.config)}
 
 
 class _Trials:
@@ -422,19 +430,7 @@ def _chosen(
     seed: int,
     progress: Progress,
 ) -> list[Expert]:
-    """The experts that go, in the order in which they are chosen, so many of each kind.
-
-    Raises:
-        InputError: the layers hold on to more.
-    """
-    for kind, count in counts.items():
-        most = sum(of for (_, own), of in room.items() if own == kind)
-        if count > most:
-            total = sum(worth.expert.kind == kind for worth in candidates)
-            raise InputError(
-                f"{count} of {total} {kind} experts cannot go: a layer keeps as many as a token chooses, so that "
-                f"{most} may; ask for {most / total:.0%} or less"
-            )
+    """The experts that go, in the order in which they are chosen, so many of each kind."""
     routing = {worth.expert: worth.routing for worth in candidates}
     if by in ("leave-one-out", "greedy"):
         scores = {}
