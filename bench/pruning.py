@@ -42,7 +42,9 @@ KINDS, SHARES = ("ssm", "mlp", "both"), (0.125, 0.25, 0.5)
 SALIENCIES = ("change", "reap", "frequency")
 SEEDS = 5
 LOOKED_AT = 12_288
-RECOVERED = (("ssm", 0.25), ("mlp", 0.25), ("ssm", 0.5), ("both", 0.25))
+JUDGED_SHARE = 0.25
+"""At which ways of choosing are held against one another."""
+RECOVERED = ("ssm:0.25", "mlp:0.25", "ssm:0.5", "both:0.25")
 
 
 class Job:
@@ -175,29 +177,31 @@ def run(arguments: argparse.Namespace) -> None:
     job.once("ranks", lambda: ranks(job))
     for kind in KINDS:
         order = job.once(f"order {kind} greedy", lambda kind=kind: job.order(kind, "greedy", 0.5))
-        for share in SHARES:
-            orders = {"greedy": prefix(job, order, kind, share)}
-            if share == 0.25 and kind != "both":
-                ways = [(by, 0) for by in SALIENCIES] + [("random", seed) for seed in range(SEEDS)]
-                orders |= {f"{by} {seed}".removesuffix(" 0") if by != "random" else f"random {seed}": job.order(
-                    kind, by, share, seed) for by, seed in ways}  # fmt: skip
-
-            def compare(orders: Mapping[str, Sequence[Sequence[Any]]] = orders) -> dict[str, Any]:
-                views = {name: Pruned(job.weights, kept_of(job, gone)) for name, gone in orders.items()}
-                return measured(job, views)
-
-            job.once(f"{kind} {share}", compare)
-    for kind, share in RECOVERED if arguments.recover else ():
+        kept = {f"{share}": kept_of(job, prefix(job, order, kind, share)) for share in SHARES}
+        views = {name: Pruned(job.weights, of) for name, of in kept.items()}
+        job.once(f"greedy {kind}", lambda views=views: measured(job, views))
+    for case in arguments.recovered if arguments.recover else ():
+        kind, share = case.split(":")[0], float(case.split(":")[1])
         order = job.once(f"order {kind} greedy", lambda: None)
-        kept = kept_of(job, prefix(job, order, kind, share))
-        path = job.folder / f"made-{kind}-{share}"
+        kept_then, path = kept_of(job, prefix(job, order, kind, share)), job.folder / f"made-{kind}-{share}"
 
-        def recover(kept: Kept = kept, path: Path = path) -> dict[str, Any]:
+        def recover(kept: Kept = kept_then, path: Path = path) -> dict[str, Any]:
             if not path.exists():
                 prune(job.arguments.model, path, keep=kept, text=arguments.calibrate, recover=arguments.recover)
             return measured(job, {"recovered": path})
 
         job.once(f"recovered {kind} {share}", recover)
+    for kind in ("ssm", "mlp"):
+        ways = [(by, 0) for by in SALIENCIES] + [("random", seed) for seed in range(SEEDS)]
+
+        def others(kind: str = kind, ways: Sequence[tuple[str, int]] = ways) -> dict[str, Any]:
+            views = {}
+            for by, seed in ways:
+                gone = job.order(kind, by, JUDGED_SHARE, seed)
+                views[f"{by}, seed {seed}" if by == "random" else by] = Pruned(job.weights, kept_of(job, gone))
+            return measured(job, views)
+
+        job.once(f"others {kind}", others)
 
 
 Floats = NDArray[np.float64]
@@ -237,44 +241,44 @@ def _section(folder: Path) -> list[str]:
             figures = " | ".join(f"{found[kind][by]:.2f}" for by in SALIENCIES)
             lines += [f"| {kind} experts | {figures} | {least:.1e} – {median:.1e} – {most:.1e} |"]
         lines += [""]
-    domains = [domain for domain in ("same", "other") if domain in next(iter(stored("ssm 0.25").values()))]
-    first = next(iter(stored("ssm 0.25").values()))
+    first = next(iter((stored("greedy ssm") or {}).values()), None)
+    if first is None:
+        return lines
+    domains = [domain for domain in ("same", "other") if domain in first]
     texts = [f"{first[domain]['text']}, {first[domain]['tokens']:,} tokens" for domain in domains]
-    lines += ["| experts gone | " + " | ".join(f"KL: {head} | perplexity" for head in texts) + " |"]
+    lines += ["| experts gone | " + " | ".join(f"KL: {text} | perplexity" for text in texts) + " |"]
     lines += ["| --- |" + " ---: | ---: |" * len(domains)]
     for kind in KINDS:
+        greedy = stored(f"greedy {kind}") or {}
         for share in SHARES:
-            both = [
-                ("", stored(f"{kind} {share}"), "greedy"),
-                (", recovered", stored(f"recovered {kind} {share}"), "recovered"),
-            ]
-            for said, group, name in both:
-                if group is None:
-                    continue
-                cells = [
-                    f"{_mean(np.array(group[name][domain]['kl']))} | {100 * group[name][domain]['increase']:+.2f} %"
-                    for domain in domains
-                ]
-                lines += [f"| {kind} {100 * share:g} %{said} | " + " | ".join(cells) + " |"]
+            ways = {
+                "": greedy.get(f"{share}"),
+                ", recovered": (stored(f"recovered {kind} {share}") or {}).get("recovered"),
+            }
+            for said, own in ways.items():
+                if own is not None:
+                    cells = [
+                        f"{_mean(np.array(own[domain]['kl']))} | {100 * own[domain]['increase']:+.2f} %"
+                        for domain in domains
+                    ]
+                    lines += [f"| {kind} {100 * share:g} %{said} | " + " | ".join(cells) + " |"]
     lines += [""]
     if about["recover"]:
         lines += [f"Recovered over {about['recover']:,} tokens.", ""]
-    lines += ["| 25 % gone, chosen by | of | " + " | ".join(f"KL: {head} | greedy less it" for head in texts) + " |"]
+    lines += ["| 25 % gone, chosen by | of | " + " | ".join(f"KL: {text} | greedy less it" for text in texts) + " |"]
     lines += ["| --- | --- |" + " ---: | ---: |" * len(domains)]
     for kind in ("ssm", "mlp"):
-        group = stored(f"{kind} 0.25")
-        if group is None:
+        greedy, group = stored(f"greedy {kind}"), stored(f"others {kind}")
+        if greedy is None or group is None:
             continue
-        for name, of in group.items():
+        for name, of in ({"greedy": greedy[f"{JUDGED_SHARE}"]} | group).items():
             cells = []
             for domain in domains:
-                own, ours = (np.array(which[domain]["kl"]) for which in (of, group["greedy"]))
+                own, ours = (np.array(which[domain]["kl"]) for which in (of, greedy[f"{JUDGED_SHARE}"]))
                 difference = _interval(ours - own)
-                said = (
-                    "–"
-                    if name == "greedy" or difference is None
-                    else (f"{(ours - own).mean():+.1e} [{difference.low:+.1e}, {difference.high:+.1e}]")
-                )
+                said = "–"
+                if name != "greedy" and difference is not None:
+                    said = f"{(ours - own).mean():+.1e} [{difference.low:+.1e}, {difference.high:+.1e}]"
                 cells += [f"{own.mean():.2e} | {said}"]
             lines += [f"| {name} | {kind} | " + " | ".join(cells) + " |"]
     return [*lines, ""]
@@ -305,6 +309,7 @@ def main() -> None:
     running.add_argument("--other", type=Path, help="text of another domain")
     running.add_argument("--tokens", type=int, help="of each text, at most")
     running.add_argument("--recover", type=int, default=0, help="tokens of recovery")
+    running.add_argument("--recovered", nargs="+", choices=RECOVERED, default=RECOVERED, help="what is recovered")
     writing = verbs.add_parser("write", help="write the document")
     writing.add_argument("work", type=Path)
     arguments = parser.parse_args()
