@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """KL at the model's output when some weights are replaced: what sensitivities, choices and recovery are judged by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -14,8 +15,10 @@ from mossquant.checkpoint.checkpoint import load_model
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.errors import InputError
 from mossquant.files.space import trim_heap
+from mossquant.model.block import Block
 from mossquant.model.blocks import blocks_of
-from mossquant.model.forward import Forward
+from mossquant.model.forward import Forward, Reroute
+from mossquant.model.mossnet import MossNet
 from mossquant.model.tensors import TensorSpec
 
 WINDOW = 256
@@ -63,45 +66,68 @@ class Meter:
         self._entering: list[list[Tensor]] = [[] for _ in self._blocks[:: self._apart]]
         start = perf_counter()
         with torch.inference_mode():
-            self._hidden = self._from(0, self._table(), keep=True)
+            self._hidden = self._from(0, self._table(), self._run, keep=True)
         self.seconds = perf_counter() - start
         trim_heap()
         if not bool(torch.isfinite(self._hidden).all()):
             raise InputError(f"{weights.origin.path} overflows fp32 on this text; give another model or text")
 
-    def kl(self, changed: Mapping[TensorSpec, Tensor]) -> NDArray[np.float64]:
-        """Mean KL of each window [W], in nats a token, with some tensors replaced.
+    def kl(
+        self, changed: Mapping[TensorSpec, Tensor] | None = None, *, gone: Mapping[str, Collection[int]] | None = None
+    ) -> NDArray[np.float64]:
+        """Mean KL of each window [W], in nats a token, with some tensors replaced or some experts gone.
 
         Args:
             changed: tensor → its values, in the checkpoint's shape.
+            gone: router's name in a pass → experts behind it that are no longer chosen.
 
         Raises:
             InputError: it is not finite.
         """
-        model = self.model
-        head = model.embeddings if model.lm_head is None else model.lm_head
+        model, changed, gone = self.model, changed or {}, gone or {}
+        head = head_of(model)
         outside = any(spec.layer is None for spec in changed)
-        first = 0
-        if not outside:
-            first = next(i for i, block in enumerate(self._blocks) if any(block.holds(spec) for spec in changed))
+        touched = (
+            at
+            for at, block in enumerate(self._blocks)
+            if _router(block) in gone or any(block.holds(spec) for spec in changed)
+        )
+        first = 0 if outside else next(touched, 0)
         with torch.inference_mode():
             own_head = head.clone() if outside else head
             try:
                 for spec, values in changed.items():
                     model.parameter_of(spec).copy_(values)
                 at = first // self._apart
-                hidden = self._from(at * self._apart, self._table() if outside else self._entering[at])
-                rows, few = max(1, _LOGITS // len(head)), max(1, _COMPARED // len(head))
-                # Filled: what is kept piece by piece would lie in the holes that logits left, which then fit none.
-                losses = torch.empty(len(hidden), device=hidden.device)
-                parts = zip(*(torch.split(of, rows) for of in (self._hidden, hidden, losses)), strict=True)
-                for known, seen, lost in parts:
-                    both = F.linear(known, own_head), F.linear(seen, head)
-                    for original, candidate, into in zip(*(torch.split(of, few) for of in (*both, lost)), strict=True):
-                        into.copy_(divergence(original, candidate))
+                entering = self._table() if outside else self._entering[at]
+                run = replace(self._run, reroute=reroute_without(gone))
+                return self._apart_by(self._from(at * self._apart, entering, run), own_head, head)
             finally:
                 for spec in changed:
                     model.parameter_of(spec).copy_(value(self._weights, spec.name).view(spec.shape))
+
+    def kl_of(self, other: MossNet) -> NDArray[np.float64]:
+        """Mean KL of each window [W], in nats a token, of another model with the same vocabulary, on the same device.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        with torch.inference_mode():
+            hidden = [
+                other.hidden(some, other.initial_state(len(some)), self._run)[0].flatten(0, 1)
+                for some in torch.split(self.windows, self._at_once)
+            ]
+            return self._apart_by(torch.cat(hidden), head_of(self.model), head_of(other))
+
+    def _apart_by(self, hidden: Tensor, own_head: Tensor, head: Tensor) -> NDArray[np.float64]:
+        """Mean KL of each window [W], of what the other head reads [W · T, D]."""
+        rows, few = max(1, _LOGITS // len(head)), max(1, _COMPARED // len(head))
+        # Filled: what is kept piece by piece would lie in the holes that logits left, which then fit none.
+        losses = torch.empty(len(hidden), device=hidden.device)
+        for known, seen, lost in zip(*(torch.split(of, rows) for of in (self._hidden, hidden, losses)), strict=True):
+            both = F.linear(known, own_head), F.linear(seen, head)
+            for original, candidate, into in zip(*(torch.split(of, few) for of in (*both, lost)), strict=True):
+                into.copy_(divergence(original, candidate))
         if not bool(torch.isfinite(losses).all()):
             raise InputError("KL is not finite: the model overflows fp32 on this text, or what was made of it does")
         means: NDArray[np.float64] = losses.view(len(self.windows), -1).double().mean(1).cpu().numpy()
@@ -110,7 +136,7 @@ class Meter:
     def _table(self) -> list[Tensor]:
         return [self.model.embeddings[some] for some in torch.split(self.windows, self._at_once)]
 
-    def _from(self, first: int, entering: Sequence[Tensor], *, keep: bool = False) -> Tensor:
+    def _from(self, first: int, entering: Sequence[Tensor], run: Forward, *, keep: bool = False) -> Tensor:
         """What the head reads [W · T, D], from what enters a block on, pass by pass [≤ W, T, D]."""
         hidden = []
         for x in entering:
@@ -118,9 +144,26 @@ class Meter:
             for at, block in enumerate(self._blocks[first:], first):
                 if keep and at % self._apart == 0:
                     self._entering[at // self._apart].append(x)
-                x, _ = block.added(x, state, self._run)
-            hidden.append(self.model.final_norm(x, self._run).flatten(0, 1))
+                x, _ = block.added(x, state, run)
+            hidden.append(self.model.final_norm(x, run).flatten(0, 1))
         return torch.cat(hidden)
+
+
+def head_of(model: MossNet) -> Tensor:
+    """The head's matrix [V, D]: its own, or the table."""
+    return model.embeddings if model.lm_head is None else model.lm_head
+
+
+def reroute_without(gone: Mapping[str, Collection[int]]) -> Reroute | None:
+    """What routes a pass as if these experts, by the routers' names in it, were gone; None where none is."""
+    if not any(gone.values()):
+        return None
+    return lambda name, routing: routing.without(gone[name]) if gone.get(name) else routing
+
+
+def _router(block: Block) -> str | None:
+    experts = block.experts(block.config, block.layer)
+    return None if experts is None else experts.routing
 
 
 def pass_windows(weights: Weights, windows: Tensor) -> int:

@@ -12,7 +12,7 @@ text and the step alone: every window once, in an order of its own, before any c
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mossquant.calibration.meter import learning_bytes
+from mossquant.calibration.meter import head_of, learning_bytes
 from mossquant.calibration.products import MULTIPLIES_BF16, gradient, linear, product
 from mossquant.calibration.student import Planned, Stored, Student
 from mossquant.calibration.text import CalibrationText
@@ -125,6 +125,7 @@ def recover(
     rates: Rates | None = None,
     device: str = "cpu",
     model: MossNet | None = None,
+    kept: Mapping[str, Sequence[int]] | None = None,
     snapshot: Path | None = None,
     progress: Progress | None = None,
     shown: Callable[[RecoveryStep], None] | None = None,
@@ -132,7 +133,7 @@ def recover(
     """Distil the full-precision model into what a plan stores of it.
 
     Args:
-        weights: the full-precision model.
+        weights: the full-precision model, or what pruning left of it.
         plan: its plan.
         solved: tensor name → its quantized matrix view, of every tensor that the plan quantizes.
         text: what is learned from; read more than once where it has fewer than `tokens`.
@@ -141,7 +142,9 @@ def recover(
         activations: what enters the linears.
         rates: how fast; None: the defaults for the plan.
         device: "cpu" or "cuda".
-        model: the full-precision model in fp32 on that device, where it is loaded already; it stays as it is.
+        model: the full-precision model in fp32 on that device, where it is loaded already; it stays as it is. Of a
+            pruned model it must be given: the whole one, which teaches.
+        kept: of a pruned model, router's name in a pass → the experts of the whole model that are left behind it.
         snapshot: file in which the run is kept every `EVERY` steps; one that is there is gone on from, to the bit where
             the number of threads is the same. It stays at the end.
         progress: called after each step, with tokens done and in all.
@@ -163,7 +166,9 @@ def recover(
     schedule = _Windows(text, rates, tokens)
     codes = strength == "weights"
     model = load_model(weights).to(device) if model is None else model
-    distillation = _Distillation(weights, plan, solved, model, codes=codes, activations=activations, device=device)
+    distillation = _Distillation(
+        weights, plan, solved, model, kept or {}, codes=codes, activations=activations, device=device
+    )
     student = distillation.student
     peaks = {"codes": rates.codes, "small": rates.small, "scales": rates.scales, "kept": rates.kept}
     groups = [{"params": of, "lr": peaks[kind], "peak": peaks[kind]} for kind, of in student.groups.items() if of]
@@ -199,27 +204,38 @@ class _Distillation:
         plan: Plan,
         solved: Mapping[str, QuantizedTensor],
         model: MossNet,
+        kept: Mapping[str, Sequence[int]],
         *,
         codes: bool,
         activations: RecoveryActivations,
         device: str,
     ) -> None:
         self.student = Student(weights, plan, solved, codes=codes, device=device)
-        self._model, self._device = model, device
+        self._model, self._kept, self._device = model, kept, device
+        # Its parameters are given anew each pass: of the learner only the shape counts.
+        self._learner = (
+            model if weights.config == model.config else MossNet(weights.config).requires_grad_(False).to(device)
+        )
         self._inputs = _inputs(Planned(weights, plan, solved), activations)
 
     def loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """windows int64 [B, T] → KL at the output and of the routers, means."""
-        model, student = self._model, self.student
+        model, learner, student = self._model, self._learner, self.student
         exact, own = dict[str, Tensor](), dict[str, Tensor]()
         with torch.no_grad():
             taught, _ = model.hidden(windows, model.initial_state(len(windows)), self._run(exact))
         student.refresh()
         run = self._run(own, parameter=student.parameter, **self._inputs)
-        hidden, _ = model.hidden(windows, model.initial_state(len(windows)), run)
-        seen, table = _head(model, hidden, run, student)
-        kl: Tensor = HeadDivergence.apply(seen, table, taught.flatten(0, 1), _table(model))  # type: ignore[no-untyped-call]
-        return kl, routers_apart(exact, own)
+        hidden, _ = learner.hidden(windows, learner.initial_state(len(windows)), run)
+        seen, table = _head(learner, hidden, run, student)
+        kl: Tensor = HeadDivergence.apply(seen, table, taught.flatten(0, 1), head_of(model))  # type: ignore[no-untyped-call]
+        # A router is taught among the experts that are left; one of a single expert is gone.
+        taught_to = {
+            name: logits if name not in self._kept else logits[:, list(self._kept[name])]
+            for name, logits in exact.items()
+            if name in own
+        }
+        return kl, routers_apart(taught_to, own)
 
     def _run(self, logits: dict[str, Tensor], **more: Any) -> Forward:
         """The fast form; routers' logits [rows, X] are put into `logits`, by the routers' names."""
@@ -405,14 +421,10 @@ def _inputs(planned: Planned, activations: RecoveryActivations) -> dict[str, Any
     return {"activation": activation_model(planned), "expert_input": expert_input_model(planned)}
 
 
-def _table(model: MossNet) -> Tensor:
-    return model.embeddings if model.lm_head is None else model.lm_head
-
-
 def _head(model: MossNet, hidden: Tensor, run: Forward, student: Student) -> tuple[Tensor, Tensor]:
     """hidden [B, T, D] → [B · T, D] as the head sees it, and the head's matrix [V, D]."""
     name = outside_blocks(tensor_specs(model.config))[Use.LINEAR].name
-    rows, table = hidden.flatten(0, 1), _table(model)
+    rows, table = hidden.flatten(0, 1), head_of(model)
     seen = rows if run.activation is None else run.activation(name, rows)
     return seen, student.parameter([name], table)
 

@@ -105,9 +105,9 @@ class RoutingShift:
 def routers_of(config: MossNetConfig) -> dict[str, tuple[str, int, int]]:
     """Router's name in a pass → (kind of block, experts, how many are chosen), block by block."""
     return {
-        experts.router.removeprefix("backbone.").removesuffix(".weight"): (experts.kind, experts.count, experts.chosen)
+        experts.routing: (experts.kind, experts.count, experts.chosen)
         for experts in experts_of(config)
-        if experts.router is not None
+        if experts.routing is not None
     }
 
 

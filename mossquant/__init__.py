@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mossquant.calibration.calibrate import calibrate as calibrate
+    from mossquant.calibration.prune import prune as prune
     from mossquant.calibration.quantize import quantize as quantize
     from mossquant.calibration.sensitivity import sensitivity as sensitivity
     from mossquant.checkpoint.open import open_weights as open_weights
+    from mossquant.checkpoint.pruned import Kept as Kept
     from mossquant.errors import InputError as InputError
     from mossquant.eval.bench import bench as bench
     from mossquant.eval.compare import compare as compare
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "mossquant.calibration.calibrate": ["calibrate"],
+    "mossquant.calibration.prune": ["prune"],
     "mossquant.calibration.quantize": ["quantize"],
     "mossquant.calibration.sensitivity": ["sensitivity"],
     "mossquant.checkpoint.open": ["open_weights"],
+    "mossquant.checkpoint.pruned": ["Kept"],
     "mossquant.errors": ["InputError"],
     "mossquant.eval.bench": ["bench"],
     "mossquant.eval.compare": ["compare"],

@@ -11,7 +11,7 @@ import mossquant
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 VERBS = (
     *("bench", "calibrate", "compare", "demo", "export", "generate", "import_mamba", "info", "perplexity", "quantize"),
-    *("recipes", "sensitivity", "train", "verify"),
+    *("prune", "recipes", "sensitivity", "train", "verify"),
 )
 
 
@@ -25,6 +25,6 @@ def test_every_name_is_there_and_documented() -> None:
 def test_the_page_runs_as_it_stands(text: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_bytes(text.read_bytes())
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 14
+    assert len(blocks) == 15
     (tmp_path / "page.py").write_text("\n".join(blocks), encoding="utf-8")
     subprocess.run([sys.executable, "-P", "page.py"], cwd=tmp_path, check=True)

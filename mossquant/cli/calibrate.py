@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verbs that learn from text what a model can lose."""
+"""Verbs that learn from text what a model can lose, and the one that takes experts away."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,3 +110,63 @@ def sensitivity(
         write_chart(*sensitivity_chart(found), picture)
     words = ("quantize", model, "--sensitivity", str(output), "-o", "OUTPUT")
     terminal.show(f"{output}: quantize by it with: {command_line(*words)}")
+
+
+def prune(
+    model: Annotated[str, typer.Argument(metavar="PATH", help="a full-precision checkpoint, or tiny")],
+    output: options.Output,
+    experts: Annotated[
+        str | None, typer.Option(help="share of the experts to remove, of each kind: 25%", metavar="PERCENT")
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help='JSON file with the experts that stay, a list for each layer: {"ssm": [[0, 1], [0, 3]]}'),
+    ] = None,
+    kind: Annotated[Literal["ssm", "mlp", "both"], typer.Option(help="which experts may go")] = "ssm",
+    by: Annotated[
+        Literal["random", "frequency", "reap", "change", "leave-one-out", "greedy"],
+        typer.Option(help="how they are chosen"),
+    ] = "greedy",
+    text: options.CalibrationTexts = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, max=options.MOST_TOKENS, help="tokens that experts are looked at on")
+    ] = 8192,
+    recover: Annotated[
+        str | None, typer.Option(help="tokens of the text to distil over afterwards, e.g. 500k or 2M")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=options.MOST_SEED, help="of the random order")] = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    force: options.Force = False,
+    json: options.Json = None,
+) -> None:
+    """Remove experts of the SSM or of the MLP by what is lost without them; an ordinary checkpoint comes out.
+
+    Nothing is removed before it was measured. A killed run goes on when the same command is given again.
+
+    Example: mossquant prune tiny --experts 25% -o tiny-pruned
+    """
+    from mossquant.calibration.prune import prune as run
+    from mossquant.eval.report.pruning_tables import pruning_tables
+
+    options.check_json(json, model, *(text or ()), keep, output=output)
+    options.use_threads(threads)
+    with terminal.bar("pruning") as shown:
+        found = run(
+            model,
+            output,
+            experts=None if experts is None else options.percent(experts, "--experts") / 100,
+            keep=keep,
+            kind=kind,
+            by=by,
+            text=text or (),
+            tokens=tokens,
+            recover=0 if recover is None else options.token_count(recover),
+            seed=seed,
+            device=device,
+            force=force,
+            said=terminal.say,
+            progress=shown,
+        )
+    closing = f"{output}: compare it with: {command_line('compare', model, str(output))}"
+    options.finish(json, found, *pruning_tables(found), closing)

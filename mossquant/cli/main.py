@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mossquant.cli.calibrate import calibrate, sensitivity
+from mossquant.cli.calibrate import calibrate, prune, sensitivity
 from mossquant.cli.generate import generate
 from mossquant.cli.make import demo, export, import_, quantize, recipes, train
 from mossquant.cli.measure import bench, compare, info, native_path, perplexity, verify
@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Quantize MossNet and Mamba language models, lower them for phones, and measure what ships.",
+    help="Prune and quantize MossNet and Mamba language models, lower them for phones, and measure what ships.",
     epilog="PATH is a checkpoint folder, a quantized checkpoint folder, an .onnx, .pte or .moss file, an artifact "
     "folder, or tiny (bundled). --quiet (no progress) and --debug (traceback of our own errors) may stand anywhere.",
 )
@@ -56,7 +56,7 @@ def options(
         raise typer.Exit
 
 
-_MAKING = (demo, info, train, import_, calibrate, sensitivity, quantize, recipes, export)
+_MAKING = (demo, info, train, import_, calibrate, sensitivity, prune, quantize, recipes, export)
 for _verb in (*_MAKING, perplexity, compare, verify, generate, bench, native_path):
     app.command(_verb.__name__.rstrip("_").replace("_", "-"))(_verb)
 

@@ -8,7 +8,6 @@ import typer
 
 from mossquant.cli import options
 from mossquant.cli.terminal import terminal
-from mossquant.errors import InputError
 
 _GATE_FAILED = 1
 """Exit status: accuracy or parity."""
@@ -123,7 +122,7 @@ def compare(
     from mossquant.eval.report.tables import comparison_tables
 
     options.check_json(json, base, *candidates, text, ids)
-    gate = None if max_ppl_increase is None else _percent(max_ppl_increase)
+    gate = None if max_ppl_increase is None else options.percent(max_ppl_increase, "--max-ppl-increase")
     with terminal.bar("measuring") as shown:
         report = run(
             base,
@@ -209,10 +208,3 @@ def bench(
             paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, profile=profile, progress=shown
         )
     options.finish(json, report, bench_table(report), *(profile_tables(report) if profile else ()))
-
-
-def _percent(text: str) -> float:
-    try:
-        return float(text.removesuffix("%"))
-    except ValueError:
-        raise InputError(f"--max-ppl-increase {text!r} is not a percentage; give one like 1% or 0.5%") from None

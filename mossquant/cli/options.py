@@ -126,6 +126,14 @@ def token_count(text: str) -> int:
     return int(count)
 
 
+def percent(text: str, option: str) -> float:
+    """Read "25%" or "25" as 25.0. Raises `InputError` for anything else, naming the option."""
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise InputError(f"{option} {text[:40]!r} is not a percentage; give one like 25% or 0.5%") from None
+
+
 def finish(json: Path | None, report: Report, *shown: RenderableType) -> None:
     """Print what a verb found and what the user should know, and write it as JSON where `--json` says."""
     from mossquant.files.outputs import json_bytes, new_file

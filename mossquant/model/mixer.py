@@ -108,8 +108,8 @@ class Mixer(Block):
     @classmethod
     def experts(cls, config: MossNetConfig, layer: int) -> Experts:
         """x_proj, dt_proj and its bias of each expert."""
-        specs, chosen = cls.own_specs(config, layer), config.ssm_chosen(layer)
-        return Experts.of(specs, kind=cls.kind, counted_by="num_ssm_experts", chosen=chosen)
+        specs, chosen, giving = cls.own_specs(config, layer), config.ssm_chosen(layer), "ssm.expert.x_proj"
+        return Experts.of(specs, kind=cls.kind, counted_by="num_ssm_experts", chosen=chosen, giving=giving)
 
     @classmethod
     def renamed(cls, spec: TensorSpec, keep: Sequence[int]) -> str | None:

@@ -56,8 +56,8 @@ class Mlp(Block):
     @classmethod
     def experts(cls, config: MossNetConfig, layer: int) -> Experts:
         """w1, w3 and w2 of each expert."""
-        specs, chosen = cls.own_specs(config, layer), config.mlp_chosen(layer)
-        return Experts.of(specs, kind=cls.kind, counted_by="num_mlp_experts", chosen=chosen)
+        specs, chosen, giving = cls.own_specs(config, layer), config.mlp_chosen(layer), "mlp.expert.w2"
+        return Experts.of(specs, kind=cls.kind, counted_by="num_mlp_experts", chosen=chosen, giving=giving)
 
     @classmethod
     def renamed(cls, spec: TensorSpec, keep: Sequence[int]) -> str | None:

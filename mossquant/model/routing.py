@@ -6,6 +6,8 @@
 Logits and gates are computed in fp32 (float64 in a float64 model), from the normed block input.
 """
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,19 @@ class Routing:
         """Gates as [rows, X], zero where an expert was not chosen."""
         empty = torch.zeros((self.chosen.shape[0], self.experts), dtype=self.gates.dtype, device=self.gates.device)
         return empty.scatter(1, self.chosen, self.gates)
+
+    def without(self, gone: Collection[int]) -> "Routing":
+        """The routing by the same logits where these experts are gone: the rule again, over those that are left.
+
+        Raises:
+            ValueError: there is no router, or no expert is left.
+        """
+        left = self.experts - len(gone)
+        if self.logits is None or left < 1:
+            raise ValueError(f"of {self.experts} experts {len(gone)} are gone: nothing is left to route to")
+        logits = self.logits.index_fill(1, torch.tensor(sorted(gone), device=self.logits.device), -math.inf)
+        values, chosen = torch.topk(logits, min(self.chosen.shape[1], left), dim=-1)
+        return Routing(self.logits, chosen, torch.softmax(values, -1), self.experts)
 
 
 def route(u: Tensor, router: Tensor | None, *, experts: int, chosen: int) -> Routing:

@@ -152,6 +152,7 @@ class Experts:
         router: name of the router's weight; None where there is one expert.
         members: names of each expert's tensors.
         chosen: K, how many of them a token goes to.
+        giving: name of the weight of each expert whose product, times the gate, is what the expert gives to the mix.
     """
 
     layer: int
@@ -160,10 +161,11 @@ class Experts:
     router: str | None
     members: tuple[tuple[str, ...], ...]
     chosen: int
+    giving: tuple[str, ...]
 
     @classmethod
-    def of(cls, specs: Sequence[TensorSpec], *, kind: str, counted_by: str, chosen: int) -> "Experts":
-        """The experts among the tensors of one block."""
+    def of(cls, specs: Sequence[TensorSpec], *, kind: str, counted_by: str, chosen: int, giving: str) -> "Experts":
+        """The experts among the tensors of one block; `giving` is a role."""
         members: dict[int, list[str]] = {}
         for spec in specs:
             if spec.expert is not None:
@@ -171,12 +173,18 @@ class Experts:
         router = next((spec.name for spec in specs if Use.ROUTER in spec.use), None)
         assert specs[0].layer is not None
         named = tuple(tuple(members[expert]) for expert in sorted(members))
-        return cls(specs[0].layer, kind, counted_by, router, named, chosen)
+        gives = tuple(spec.name for spec in specs if spec.role == giving)
+        return cls(specs[0].layer, kind, counted_by, router, named, chosen, gives)
 
     @property
     def count(self) -> int:
         """X."""
         return len(self.members)
+
+    @property
+    def routing(self) -> str | None:
+        """What a pass calls the router; None where there is one expert."""
+        return None if self.router is None else self.router.removeprefix("backbone.").removesuffix(".weight")
 
 
 @dataclass(frozen=True)

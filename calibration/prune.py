@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prune`: remove experts, those of the SSM and of the MLP, by what is lost without them.
+
+    random, frequency, reap, change     a saliency of each expert alone (`mossquant.calibration.saliency`)
+    leave-one-out                       KL at the model's output without the expert, alone: the yardstick of the others
+    greedy                              one after the other the expert that adds least to the KL of those gone already
+
+One order over all layers, none of which is left with fewer experts than a token chooses. Greedily an expert is measured
+again only when its last figure is the smallest: what it adds rarely falls when others go (Minoux 1978). Without an
+expert the router decides among the others by its own rule; nothing that comes before the first layer that is changed
+is computed again. What went before is distilled back if asked (`mossquant.calibration.recover`), with the whole model
+as the teacher and its routers' logits among the experts that are left.
+"""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mossquant.calibration.effort import LIBRARIES, Effort, Pace, distilling, judging
+from mossquant.calibration.meter import WINDOW, Meter, interval, metering_bytes
+from mossquant.calibration.options import dtypes_of
+from mossquant.calibration.recover import check_snapshot, recovery_bytes
+from mossquant.calibration.recover import recover as recover_lost
+from mossquant.calibration.saliency import Expert, Worth, worths
+from mossquant.calibration.student import Planned
+from mossquant.calibration.text import CalibrationText
+from mossquant.checkpoint.checkpoint import load_model, write_checkpoint
+from mossquant.checkpoint.locate import locate
+from mossquant.checkpoint.open import open_weights
+from mossquant.checkpoint.pruned import Kept, Pruned
+from mossquant.checkpoint.weights import Weights
+from mossquant.device import check_device
+from mossquant.errors import InputError
+from mossquant.files.json import LARGEST, read_json, validated
+from mossquant.files.outputs import check_apart, check_free, check_outside, json_bytes, new_file, new_folder
+from mossquant.files.space import check_space
+from mossquant.model.mossnet import experts_of, parameter_count
+from mossquant.model.tensors import Experts
+from mossquant.plan.plan import make_plan
+from mossquant.plan.recipe import Recipe
+from mossquant.progress import Progress
+from mossquant.release import release
+from mossquant.text.text import Text
+
+Kind = Literal["ssm", "mlp", "both"]
+By = Literal["random", "frequency", "reap", "change", "leave-one-out", "greedy"]
+
+LOOKED_AT = 8192
+"""Tokens on which experts are looked at, if not given."""
+JUDGED_TOKENS = 16384
+"""Tokens at the end of the text that nothing is learned from, and on which what is left is judged."""
+_TRAINING = "training.json"
+_SNAPSHOT = 26
+"""Bytes a parameter of recovery's snapshots: two, of a value and two moments in fp32."""
+_AGAIN = 4
+"""How often an expert that goes is measured again, greedily, about."""
+
+_KEPT = """\
+version: 1
+name: pruned
+targets: [torch]
+weights:
+  - {role: "*", keep: stored, why: "experts are removed and nothing is quantized"}
+activations:
+  - {role: "*", format: fp32}
+state:
+  - {role: "*", format: fp32}
+"""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One expert that is gone.
+
+    Attributes:
+        layer: its layer.
+        kind: of its block.
+        expert: its number in the whole model.
+        frequency: share of the choices of its layer.
+        reap: gate times the norm of what it gives, mean over the tokens that chose it.
+        change: of the direction of the residual stream without it.
+        alone: KL without it alone, nats a token.
+        alone_ci95: its 95 % interval.
+    """
+
+    layer: int
+    kind: str
+    expert: int
+    frequency: float
+    reap: float
+    change: float
+    alone: float
+    alone_ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What was removed, and what is lost.
+
+    Attributes:
+        model: path of the whole model.
+        by: how experts were chosen; None: they were named.
+        text: name of the text.
+        text_sha256: of each of its files.
+        tokens: on which experts were looked at.
+        keep: experts that are left, as `--keep` takes them.
+        removed: those that are gone, in the order in which they were chosen.
+        experts: of each kind, experts before and after.
+        parameters: of the whole model and of what is left.
+        judged_tokens: on which the following was measured.
+        kl: without what is gone, before recovery, nats a token.
+        kl_ci95: its 95 % interval.
+        recovered_tokens: that were distilled over.
+        recovered_kl: KL of what is stored; None where nothing was recovered.
+        recovered_ci95: its interval.
+    """
+
+    model: str
+    by: str | None
+    text: str
+    text_sha256: tuple[str, ...]
+    tokens: int
+    keep: Mapping[str, list[list[int]]]
+    removed: tuple[Removed, ...]
+    experts: Mapping[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    judged_tokens: int
+    kl: float
+    kl_ci95: tuple[float, float] | None
+    recovered_tokens: int
+    recovered_kl: float | None
+    recovered_ci95: tuple[float, float] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written."""
+        return asdict(self)
+
+
+def prune(
+    model: str | Path | Weights,
+    output: str | Path,
+    *,
+    experts: float | None = None,
+    keep: str | Path | Kept | None = None,
+    kind: Kind = "ssm",
+    by: By = "greedy",
+    text: Sequence[str | Path | Text] = (),
+    tokens: int = LOOKED_AT,
+    recover: int = 0,
+    seed: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    force: bool = False,
+    said: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Pruning:
+    """Write a full-precision model without some of its experts: an ordinary checkpoint.
+
+    What is measured is kept in `OUTPUT.pruning.json`, recovery in `OUTPUT.recovering.safetensors`; the same call again
+    goes on from there, with the same bytes in the end where the number of threads is the same.
+
+    Args:
+        model: a full-precision checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
+        output: folder to write; nothing may be there, unless `force`.
+        experts: share of the experts to remove, of each kind that is asked for; more than 0, less than 1.
+        keep: in its place: which experts are left, or a JSON file that says so (`Kept.read`).
+        kind: which experts may go: "ssm", "mlp" or "both".
+        by: how they are chosen; see the module.
+        text: files or texts; none: the bundled calibration text, for models with the bundled tokenizer. Its end is what
+            the result is judged on; nothing is learned from it.
+        tokens: on which experts are looked at, in windows of 256.
+        recover: tokens of the text to distil over afterwards.
+        seed: of the random order.
+        device: where the model is run.
+        force: replace what is at `output`.
+        said: called with one line about what will take how long, and about what was found.
+        progress: called with what is worked on, done and in all.
+
+    Raises:
+        InputError: a bad checkpoint or text, or a quantized checkpoint; neither or both of `experts` and `keep`; a
+            share that removes nothing or leaves a layer with fewer experts than a token chooses; a model without
+            routers of that kind; an output that cannot be written; work files of another run: before any work.
+    """
+    say, report = said or (lambda line: None), progress or (lambda name, done, total: None)
+    destination = Path(output)
+    inputs = [Path(item) for item in text if not isinstance(item, Text)]
+    inputs += [Path(keep)] if isinstance(keep, str | Path) else []
+    if isinstance(model, str | Path):
+        inputs.append(locate(model).require("checkpoint", verb="prune"))
+    check_free(destination, force=force, inputs=inputs)
+    check_outside(destination)
+    check_device(device)
+    measured = destination.with_name(f"{destination.name}.pruning.json")
+    snapshot = destination.with_name(f"{destination.name}.recovering.safetensors")
+    for file in (measured, snapshot):
+        check_apart(file, inputs)
+        check_free(file, force=True, as_file=True, inputs=inputs)
+    _check(experts, keep, kind, by, tokens, recover)
+    weights = open_weights(model, verb="prune")
+    origin, config = weights.origin, weights.config
+    if origin.recipe is not None:
+        raise InputError(f"{origin.path} is quantized; prune the full-precision model that it was made from")
+    named = Kept.read(Path(keep)) if isinstance(keep, str | Path) else keep
+    candidates = _candidates(weights, kind)
+    if named is not None:
+        named.check(config)
+        if not named.gone(config):
+            raise InputError(f"every expert of {origin.path} is kept, so there is nothing to prune")
+    else:
+        assert experts is not None
+        counts = _counts(candidates, experts, _room(weights), origin.path)
+    check_snapshot(snapshot)
+    read = CalibrationText.of(weights, text)
+    learned, judged = read.split(JUDGED_TOKENS)
+    windows = learned.windows(max(1, tokens // WINDOW), WINDOW)
+    identity = _identity(weights, windows, device)
+    trials = _Trials(measured, identity)
+    going = sum(map(len, named.gone(config).values())) if named is not None else sum(counts.values())
+    effort = _effort(
+        weights, candidates, going, None if named is not None else by, windows, len(judged), recover, device
+    )
+    check_space(destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
+    say(effort.said())
+
+    known = {worth.expert: worth for worth in worths(weights, windows, device=device, progress=progress)}
+    trials.measure_with(Meter(weights, windows, device=device))
+    if named is not None:
+        gone = named.gone(config)
+        order = [expert for expert in known if expert.number in gone.get(known[expert].routing, ())]
+    else:
+        order = _chosen(by, [known[of] for of in candidates], counts, _room(weights), trials, seed, report)
+    removed = tuple(_removed(known[expert], trials) for expert in order)
+    trials.measure_with(None)
+    left = Pruned(weights, kept := named or _kept(weights, order))
+    judge = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device, from_start=True)
+    kl = judge.kl(gone=kept.gone(config))
+    say(f"KL without them {kl.mean():.2e} nats a token")
+    stored, recovered = _distilled(left, judge, kept, learned, recover, device, snapshot, say, progress)
+    found = Pruning(
+        model=origin.path,
+        by=None if named is not None else by,
+        text=read.name,
+        text_sha256=read.sha256,
+        tokens=windows.numel(),
+        keep=kept.to_json(config),
+        removed=removed,
+        experts={of: (before, after) for of, before, after in _totals(weights, kept)},
+        parameters=(origin.parameters, parameter_count(left.config)),
+        judged_tokens=judge.windows.numel(),
+        kl=float(kl.mean()),
+        kl_ci95=interval(kl),
+        recovered_tokens=recover,
+        recovered_kl=None if recovered is None else float(recovered.mean()),
+        recovered_ci95=None if recovered is None else interval(recovered),
+    )
+    # Of a model that mixes types the widest holds every value as it is.
+    types = set(dtypes_of(stored).values())
+    dtype = types.pop() if len(types) == 1 else torch.float32
+    with new_folder(destination, force=force) as partial:
+        training = _training(weights, found)
+        write_checkpoint(partial, left.config, lambda spec: stored.kept(spec.name), dtype=dtype, training=training)
+        for path in origin.beside:
+            if path.name != _TRAINING:
+                copyfile(path, partial / path.name)
+    for file in (measured, snapshot):
+        file.unlink(missing_ok=True)
+    return found
+
+
+def _distilled(
+    left: Pruned,
+    judge: Meter,
+    kept: Kept,
+    learned: CalibrationText,
+    tokens: int,
+    device: str,
+    snapshot: Path,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> tuple[Weights, NDArray[np.float64] | None]:
+    """What is stored, and its KL on each window of the judge; where nothing is asked what is left, as it is."""
+    if not tokens:
+        return left, None
+    whole = judge.model.config
+    numbers = {experts.routing: kept.of(experts) for experts in experts_of(whole) if experts.routing is not None}
+    plan = make_plan(left.config, dtypes_of(left), Recipe.parse(_KEPT, where="the recipe of pruning"))
+    say(f"distilling over {tokens:,} tokens of {learned.name}; a run that is stopped goes on from {snapshot}")
+    made = recover_lost(
+        left,
+        plan,
+        {},
+        learned,
+        tokens=tokens,
+        device=device,
+        model=judge.model,
+        kept=numbers,
+        snapshot=snapshot,
+        progress=progress,
+    )
+    stored = Planned(left, plan, made)
+    kl = judge.kl_of(load_model(stored).to(device))
+    say(f"KL after recovery {kl.mean():.2e} nats a token")
+    return stored, kl
+
+
+def _check(
+    experts: float | None, keep: str | Path | Kept | None, kind: str, by: str, tokens: int, recover: int
+) -> None:
+    if (experts is None) == (keep is None):
+        raise InputError("say what is to go with --experts 25%, or what is to stay with --keep FILE.json")
+    if experts is not None and not 0 < experts < 1:
+        raise InputError(f"{experts:.0%} of the experts cannot be removed; give more than 0 % and less than 100 %")
+    for given, known, what in ((kind, Kind, "kind of experts"), (by, By, "saliency")):
+        if given not in get_args(known):
+            raise InputError.unknown(what, given, get_args(known))
+    if tokens < 2 or recover < 0:
+        raise InputError("look at 2 tokens or more, and recover over none or more")
+
+
+def _blocks(weights: Weights, kind: Kind) -> list[Experts]:
+    """The experts behind a router, of the kinds that are asked for."""
+    asked = ("ssm", "mlp") if kind == "both" else (kind,)
+    return [of for of in experts_of(weights.config) if of.routing is not None and of.kind in asked]
+
+
+def _candidates(weights: Weights, kind: Kind) -> list[Expert]:
+    """The experts that may go. Raises `InputError`: there are none."""
+    found = [Expert(of.layer, of.kind, number) for of in _blocks(weights, kind) for number in range(of.count)]
+    if not found:
+        raise InputError(f"{weights.origin.path} has no router of {kind} experts, so there is none to remove")
+    return found
+
+
+def _room(weights: Weights) -> dict[tuple[int, str], int]:
+    """(layer, kind) → how many experts may go there: all but as many as a token chooses."""
+    return {(of.layer, of.kind): of.count - of.chosen for of in experts_of(weights.config)}
+
+
+def _counts(
+    candidates: Sequence[Expert], share: float, room: Mapping[tuple[int, str], int], path: str
+) -> dict[str, int]:
+    """How many of each kind are to go. Raises `InputError`: none, or more than may."""
+    counts: dict[str, int] = {}
+    for expert in candidates:
+        counts[expert.kind] = counts.get(expert.kind, 0) + 1
+    going = {kind: round(share * count) for kind, count in counts.items()}
+    for kind, count in counts.items():
+        most = sum(of for (_, own), of in room.items() if own == kind)
+        if going[kind] == 0:
+            raise InputError(f"{share:.1%} of {path}'s {count} {kind} experts is none; one is {1 / count:.1%}")
+        if going[kind] > most:
+            raise InputError(
+                f"{going[kind]} of {count} {kind} experts cannot go: a layer keeps as many as a token chooses, so that "
+                f"{most} may; ask for {100 * most / count:g}% or less"
+            )
+    return going
+
+
+class _Trials:
+    """KL without some experts, and the file from which a run that was killed goes on.
+
+    Args:
+        path: the file.
+        identity: what must be equal for a run to be gone on with.
+
+    Raises:
+        InputError: a file that is none of ours, or of another run.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path, self._identity = path, identity
+        self._windows: dict[str, list[float]] = {}
+        self._meter: Meter | None = None
+        if path.exists():
+            advice = "remove it to start again"
+            values = read_json(path, largest=LARGEST, advice=advice)
+            noun = "a run of prune"
+            found = validated(values, _Snapshot, where=str(path), noun=noun, advice=f"{advice.capitalize()}.")
+            if found.run != identity:
+                raise InputError(f"{path} belongs to another model, text, release or options; {advice}")
+            self._windows = {name: list(of) for name, of in found.kl.items()}
+
+    def measure_with(self, meter: Meter | None) -> None:
+        """What measures from now on."""
+        self._meter = meter
+
+    def kl(self, gone: Collection[Expert], routing: Mapping[Expert, str]) -> NDArray[np.float64]:
+        """KL of each window without these experts; `routing`: their routers' names in a pass."""
+        name = "; ".join(map(str, sorted(gone)))
+        if name not in self._windows:
+            assert self._meter is not None
+            behind: dict[str, list[int]] = {}
+            for expert in sorted(gone):
+                behind.setdefault(routing[expert], []).append(expert.number)
+            self._windows[name] = self._meter.kl(gone=behind).tolist()
+            with new_file(self._path, force=True) as partial:
+                partial.write_bytes(json_bytes(asdict(_Snapshot(self._identity, self._windows))))
+        return np.array(self._windows[name])
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A run as it is stored: what it is of, and the KL of each window without some experts, by their names."""
+
+    run: str
+    kl: Mapping[str, Sequence[float]]
+
+
+def _identity(weights: Weights, windows: Tensor, device: str) -> str:
+    """SHA-256 of all that decides what is measured."""
+    run = [release(), dict(weights.origin.files), windows.tolist(), device, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(run).encode()).hexdigest()
+
+
+def _chosen(
+    by: By,
+    candidates: Sequence[Worth],
+    counts: Mapping[str, int],
+    room: Mapping[tuple[int, str], int],
+    trials: _Trials,
+    seed: int,
+    progress: Progress,
+) -> list[Expert]:
+    """The experts that go, in the order in which they are chosen, so many of each kind."""
+    routing = {worth.expert: worth.routing for worth in candidates}
+    if by in ("leave-one-out", "greedy"):
+        scores = {}
+        for done, expert in enumerate(routing, 1):
+            scores[expert] = float(trials.kl([expert], routing).mean())
+            progress(f"without {expert}", done, len(routing))
+    elif by == "random":
+        places = np.random.default_rng(seed).permutation(len(candidates))
+        scores = {worth.expert: float(place) for worth, place in zip(candidates, places, strict=True)}
+    else:
+        scores = {worth.expert: float(getattr(worth, by)) for worth in candidates}
+    gone: list[Expert] = []
+    left, open_ = dict(counts), dict(room)
+    queue = [(score, expert, 0) for expert, score in scores.items()]
+    heapq.heapify(queue)
+    lost = 0.0
+    while any(left.values()):
+        score, expert, at = heapq.heappop(queue)
+        place = (expert.layer, expert.kind)
+        if left[expert.kind] == 0 or open_[place] == 0:
+            continue
+        if by == "greedy" and at < len(gone):
+            added = float(trials.kl([*gone, expert], routing).mean()) - lost
+            heapq.heappush(queue, (added, expert, len(gone)))
+            continue
+        gone.append(expert)
+        lost += score
+        left[expert.kind] -= 1
+        open_[place] -= 1
+        progress(f"{expert} goes", len(gone), sum(counts.values()))
+    return gone
+
+
+def _kept(weights: Weights, gone: Collection[Expert]) -> Kept:
+    """The others."""
+    layers: dict[str, list[tuple[int, ...]]] = {}
+    for experts in experts_of(weights.config):
+        own = layers.setdefault(experts.kind, [()] * weights.config.num_hidden_layers)
+        numbers = (Expert(experts.layer, experts.kind, number) for number in range(experts.count))
+        own[experts.layer] = tuple(expert.number for expert in numbers if expert not in gone)
+    return Kept(**{kind: tuple(of) for kind, of in layers.items()})
+
+
+def _removed(worth: Worth, trials: _Trials) -> Removed:
+    alone = trials.kl([worth.expert], {worth.expert: worth.routing})
+    return Removed(
+        layer=worth.expert.layer,
+        kind=worth.expert.kind,
+        expert=worth.expert.number,
+        frequency=worth.frequency,
+        reap=worth.reap,
+        change=worth.change,
+        alone=float(alone.mean()),
+        alone_ci95=interval(alone),
+    )
+
+
+def _totals(weights: Weights, kept: Kept) -> list[tuple[str, int, int]]:
+    """Kind, experts before, experts after."""
+    totals: dict[str, tuple[int, int]] = {}
+    for of in experts_of(weights.config):
+        before, after = totals.get(of.kind, (0, 0))
+        totals[of.kind] = before + of.count, after + len(kept.of(of))
+    return [(kind, *of) for kind, of in totals.items()]
+
+
+def _training(weights: Weights, found: Pruning) -> dict[str, Any]:
+    """The whole model's record of training, with the text that was read here, and what was done."""
+    file = next((path for path in weights.origin.beside if path.name == _TRAINING), None)
+    record: dict[str, Any] = {"version": 1} if file is None else json.loads(file.read_bytes())
+    read = [{"name": found.text, "sha256": digest} for digest in found.text_sha256]
+    pruned = {
+        "from": dict(weights.origin.files),
+        "keep": dict(found.keep),
+        "by": found.by,
+        "recovered_tokens": found.recovered_tokens,
+    }
+    return record | {"text": [*record.get("text", []), *read], "pruned": pruned}
+
+
+def _effort(
+    weights: Weights,
+    candidates: Sequence[Expert],
+    going: int,
+    by: By | None,
+    windows: Tensor,
+    judged: int,
+    recover: int,
+    device: str,
+) -> Effort:
+    """What is to come."""
+    pace, tokens, parameters = Pace(weights, device=device), windows.numel(), weights.origin.parameters
+    measured = len(candidates) if by in ("leave-one-out", "greedy") else going
+    measured += _AGAIN * going if by == "greedy" else 0
+    alone = tokens * (0.6 * pace.blocks + 2 * pace.head + pace.compared)
+    routed = sum(of.count for of in experts_of(weights.config) if of.routing is not None)
+    blocks = sum(1 for _ in experts_of(weights.config))
+    parts = {
+        "looking at experts": tokens * pace.blocks * (1 + routed / max(1, blocks)),
+        f"measuring {measured} times": tokens * pace.blocks + measured * alone,
+        "judging": judging(pace, judged, 2 if recover else 1),
+    }
+    if recover:
+        parts["distilling"] = distilling(pace, recover)
+    copied = sum(path.stat().st_size for path in weights.origin.beside)
+    disk = weights.origin.file_bytes + copied + (_SNAPSHOT * parameters if recover else 0)
+    held = LIBRARIES + 4 * parameters
+    running = held + max(metering_bytes(weights, tokens), metering_bytes(weights, judged, from_start=True))
+    return Effort(parts, disk, running + (recovery_bytes(weights) + 8 * parameters if recover else 0))
