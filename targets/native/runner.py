@@ -84,6 +84,7 @@ class NativeRunner:
         batch, time = ids.shape
         carried: ModelState = state.take()
         wanted = np.empty((batch, time if logits == "all" else 1, self._vocab_size), np.float32)
+        carried.set_position(state.position)
         try:
             carried.forward(ids, ALL if logits == "all" else LAST, wanted)
         except MossError as error:
