@@ -75,6 +75,7 @@ struct MixerScanArgs {
   // Of states that are rounded.
   std::int64_t position = 0;              // tokens since the state began
   const std::uint32_t* places = nullptr;  // [strips, N, kMaxLanes]: state_places
+  const std::uint32_t* drawn = nullptr;   // of the first step, like places: draw; null: it is computed
   float* scales = nullptr;                // int8: [B, strips, kMaxLanes]
   float* scratch = nullptr;               // int8: [N, kMaxLanes], of this unit alone
 };
@@ -86,6 +87,9 @@ struct MixerKernel {
   CpuFlag flag;
   const char* name;
   void (*conv)(const MixerConvArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end);
+  // The hash by which a token is rounded: the same for all layers and sequences, so that it is worth being kept for a
+  // step. places, drawn: [count], a multiple of kMaxLanes.
+  void (*draw)(const std::uint32_t* places, std::int64_t count, std::int64_t token, std::uint32_t* drawn);
   // By StateName.
   void (*scan[3])(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end);
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How a state is rounded to the format in which it is carried, after the output of its token was computed. Why it is so:
+// How a state is rounded to the format in which it is carried, after the output of its token was computed. Why so says
 // mossquant/formats/states.py, whose values these are bit for bit.
 //
 //     fp16   q = the spacing of fp16 at |h|, 2^-24 at least;   h' = floor(h / q + u) q, at most +-65504

@@ -27,6 +27,11 @@ void conv(const MixerConvArgs& args, std::int64_t b, std::int64_t begin, std::in
   }
 }
 
+void draw(const std::uint32_t* places, std::int64_t count, std::int64_t token, std::uint32_t* drawn) {
+  const Draw own = Draw::of(token);
+  for (std::int64_t i = 0; i < count; ++i) drawn[i] = own.at(places[i]);
+}
+
 template <StateName kFormat>
 void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end) {
   const std::int64_t T = args.time, E = args.channels, N = args.states, strips = strip_count(E);
@@ -36,6 +41,7 @@ void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::in
     const float* const Bm = args.Bm + (b * T + t) * args.bc_stride;
     const float* const Cm = args.Cm + (b * T + t) * args.bc_stride;
     const Draw draw = Draw::of(args.position + t);
+    const auto hash = [&](std::int64_t at) { return args.drawn && t == 0 ? args.drawn[at] : draw.at(args.places[at]); };
     for (std::int64_t e = begin; e < end; ++e) {
       const float x = args.x[row + e], dt = args.dt[row + e], z = args.z[row + e];
       const float delta = std::fmax(dt, 0.0f) + std::log1p(std::exp(-std::fabs(dt)));
@@ -52,7 +58,7 @@ void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::in
           h = advance(h, n);
         } else if constexpr (kFormat == StateName::fp16) {
           std::uint16_t& h = static_cast<std::uint16_t*>(args.h)[first + at];
-          h = to_half(rounded_to_half(advance(from_half(h), n), draw.at(args.places[at])));
+          h = to_half(rounded_to_half(advance(from_half(h), n), hash(at)));
         } else {
           const float scale = args.scales[b * strips * kMaxLanes + e];
           args.scratch[n] = advance(static_cast<std::int8_t*>(args.h)[first + at] * scale, n);
@@ -64,7 +70,7 @@ void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::in
         const float reciprocal = code_reciprocal(largest);
         for (std::int64_t n = 0; n < N; ++n) {
           const std::int64_t at = in_strips(e, n, N);
-          const float code = rounded_to_code(args.scratch[n], reciprocal, draw.at(args.places[at]));
+          const float code = rounded_to_code(args.scratch[n], reciprocal, hash(at));
           static_cast<std::int8_t*>(args.h)[first + at] = static_cast<std::int8_t>(std::isnan(code) ? 0.0f : code);
         }
         args.scales[b * strips * kMaxLanes + e] = largest / 127;
@@ -77,6 +83,6 @@ void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::in
 }  // namespace
 
 const MixerKernel moss_mixer_f32_scalar = {
-    kBaseline, "moss_mixer_f32_scalar", conv, {scan<StateName::fp32>, scan<StateName::fp16>, scan<StateName::int8>}};
+    kBaseline, "moss_mixer_f32_scalar", conv, draw, {scan<StateName::fp32>, scan<StateName::fp16>, scan<StateName::int8>}};
 
 }  // namespace moss

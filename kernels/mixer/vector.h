@@ -89,7 +89,21 @@ struct MixerSteps {
   std::int64_t bc_stride;
   const float* rate;            // these, at the vector's channels of state 0
   const std::uint32_t* places;
+  const std::uint32_t* drawn;  // of the first step; may be null
 };
+
+template <typename Vec>
+void mixer_draw(const std::uint32_t* places, std::int64_t count, std::int64_t token, std::uint32_t* drawn) {
+  const Draw own = Draw::of(token);
+  for (std::int64_t i = 0; i < count; i += Vec::kLanes) Vec::store_bits(drawn_bits<Vec>(places + i, own), drawn + i);
+}
+
+// What rounds state n at a step.
+template <typename Vec>
+inline typename Vec::Bits drawn_at(const MixerSteps& steps, std::int64_t s, std::int64_t n, Draw draw) {
+  if (steps.drawn && s == 0) return Vec::load_bits(steps.drawn + n * kMaxLanes);
+  return drawn_bits<Vec>(steps.places + n * kMaxLanes, draw);
+}
 
 // kStates states from the n-th on through the steps; h at state 0.
 template <typename Vec, typename Format, int kStates>
@@ -112,7 +126,7 @@ inline void mixer_states(const MixerSteps& steps, std::int64_t n, typename Forma
     if constexpr (kRounds) {
       const Draw draw = Draw::of(steps.position + s);
       for (int j = 0; j < kStates; ++j) {
-        state[j] = rounded_to_half<Vec>(state[j], drawn_bits<Vec>(steps.places + (n + j) * kMaxLanes, draw));
+        state[j] = rounded_to_half<Vec>(state[j], drawn_at<Vec>(steps, s, n + j, draw));
       }
     }
   }
@@ -145,8 +159,7 @@ inline void mixer_codes(const MixerSteps& steps, std::int8_t* h, float* scales, 
     const Draw draw = Draw::of(steps.position + s);
     scale = largest / Vec::set(127.0f);
     for (std::int64_t n = 0; n < N; ++n) {
-      const auto hash = drawn_bits<Vec>(steps.places + n * kMaxLanes, draw);
-      const Vec code = rounded_to_code(Vec::load(scratch + n * L), reciprocal, hash);
+      const Vec code = rounded_to_code(Vec::load(scratch + n * L), reciprocal, drawn_at<Vec>(steps, s, n, draw));
       code.store_codes(h + n * kMaxLanes);
       (code * scale).store(scratch + n * L);
     }
@@ -183,7 +196,8 @@ void mixer_scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, s
                                 args.Cm + first * args.bc_stride,
                                 args.bc_stride,
                                 args.rate + at,
-                                args.places ? args.places + at : nullptr};
+                                args.places ? args.places + at : nullptr,
+                                args.drawn && t0 == 0 ? args.drawn + at : nullptr};
       if constexpr (std::is_same_v<Format, Int8>) {
         mixer_codes<Vec>(steps, h + at, args.scales + b * strips * kMaxLanes + e, args.scratch);
       } else {

@@ -30,6 +30,7 @@ struct Vec8 {
 
   static Bits set_bits(std::uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
   static Bits load_bits(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_bits(Bits a, std::uint32_t* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static Bits product(Bits a, Bits b) { return _mm256_mullo_epi32(a, b); }
   static Bits sum(Bits a, Bits b) { return _mm256_add_epi32(a, b); }
   static Bits difference(Bits a, Bits b) { return _mm256_sub_epi32(a, b); }

@@ -30,6 +30,7 @@ struct Vec16 {
 
   static Bits set_bits(std::uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static Bits load_bits(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_bits(Bits a, std::uint32_t* p) { _mm512_storeu_si512(p, a); }
   static Bits product(Bits a, Bits b) { return _mm512_mullo_epi32(a, b); }
   static Bits sum(Bits a, Bits b) { return _mm512_add_epi32(a, b); }
   static Bits difference(Bits a, Bits b) { return _mm512_sub_epi32(a, b); }

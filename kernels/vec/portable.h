@@ -51,6 +51,7 @@ struct Vec4 {
     __builtin_memcpy(&a, p, sizeof(a));
     return a;
   }
+  static void store_bits(Bits a, std::uint32_t* p) { __builtin_memcpy(p, &a, sizeof(a)); }
   static Bits product(Bits a, Bits b) { return a * b; }
   static Bits sum(Bits a, Bits b) { return a + b; }
   static Bits difference(Bits a, Bits b) { return a - b; }

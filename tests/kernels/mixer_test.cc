@@ -214,10 +214,13 @@ struct Rounded {
       for (std::int64_t t = 0; t < T; t += piece) {
         const std::int64_t from = (b * T + t) * E, row = (b * T + t) * 2 * N;
         Floats scratch = unset<float>(N * moss::kMaxLanes);
+        // Single steps are given what they are rounded with; others compute it.
+        std::vector<std::uint32_t> drawn(piece == 1 ? places.size() : 0);
+        if (piece == 1) kernel.draw(places.data(), static_cast<std::int64_t>(places.size()), 5 + t, drawn.data());
         const moss::MixerScanArgs args = {
             std::min(piece, T - t), E, N, x.data() + from, dt.data() + from, z.data() + from, rate.data(),
             bc.data() + row, bc.data() + row + N, 2 * N, D.data(), h.data() + b * own, y.data() + from, 5 + t,
-            places.data(), scales.data() + b * strips * moss::kMaxLanes, scratch.data()};
+            places.data(), piece == 1 ? drawn.data() : nullptr, scales.data() + b * strips * moss::kMaxLanes, scratch.data()};
         for_units({1, T, E, N, 1}, cut, [&](auto, auto begin, auto end) {
           kernel.scan[static_cast<int>(format)](args, 0, begin, end);
         });

@@ -86,6 +86,7 @@ class Pass {
       const Arena::Mark mark = arena_.mark();
       steps_ = std::min(length, time - t0);
       position_ = state_.position() + t0;
+      draw();
       rows_ = B * steps_;
       residual_ = arena_.take<float>(rows_ * config_.hidden);
       {
@@ -111,6 +112,16 @@ class Pass {
 
  private:
   int threads() const { return model_.pool().threads(); }
+
+  // How states are rounded after a single step, once for all layers and sequences.
+  void draw() {
+    drawn_ = nullptr;
+    if (model_.state_places() == nullptr || steps_ != 1) return;
+    const Timed timed = time_of(Part::scan);
+    const std::int64_t count = strip_count(config_.inner) * kMaxLanes * config_.states;
+    drawn_ = arena_.take<std::uint32_t>(count);
+    model_.kernels().mixer->draw(model_.state_places(), count, position_, drawn_);
+  }
 
   Timed time_of(Part part) const { return Timed(&model_.profile(), part); }
 
@@ -378,7 +389,7 @@ class Pass {
       float* const own = scratch ? scratch + b * of_strips + in_strips(begin, 0, N) : nullptr;
       model_.kernels().mixer->scan[static_cast<int>(state.format)](
           {steps_, E, N, c, dt, z, ssm.rate, bc, bc + N, bc_stride, ssm.D, state.h, y, position_,
-           model_.state_places(), state.scales, own},
+           model_.state_places(), drawn_, state.scales, own},
           b, begin, end);
     });
     Input leaving = {y, M, E, {}};
@@ -499,6 +510,7 @@ class Pass {
   std::int64_t steps_ = 0;     // of each sequence in the piece
   std::int64_t rows_ = 0;      // M
   std::int64_t position_ = 0;  // of the piece's first step
+  std::uint32_t* drawn_ = nullptr;
   float* residual_ = nullptr;  // [M, D]
 };
 

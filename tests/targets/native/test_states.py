@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libmoss carries states in fp16 and int8 as the PyTorch model of the checkpoint does: the same codes at every token."""
+"""libmoss carries states in fp16 and int8 as the PyTorch model of the checkpoint does: the same codes, every token."""
 
 from pathlib import Path
 
