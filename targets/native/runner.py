@@ -50,6 +50,7 @@ class NativeRunner:
         """
         program = locate(path).require("native", verb="the native Runner")
         opened = open_to_run(program)
+        self._path = program
         self._specs, self._vocab_size = state_specs(opened.config), opened.config.vocab_size
         try:
             self._model = Model(program, threads=threads or 0, isa=isa)
@@ -67,6 +68,11 @@ class NativeRunner:
     def info(self) -> RunnerInfo:
         """What this is and what it can take."""
         return self._info
+
+    @property
+    def path(self) -> Path:
+        """The program."""
+        return self._path
 
     @property
     def model(self) -> Model:
