@@ -12,7 +12,6 @@ llama.cpp and libmoss are called through ctypes and write logits where they like
 """
 
 import ctypes
-import mmap
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -172,8 +171,6 @@ def declared(path: str) -> ctypes.CDLL:
     library.peer_open.restype, library.peer_open.argtypes = pointer, [ctypes.c_char_p, number, number]
     library.peer_vocabulary.argtypes = library.peer_reset.argtypes = [pointer]
     library.peer_read.restype, library.peer_read.argtypes = pointer, [pointer, pointer, number, number]
-    library.peer_bandwidth.restype = ctypes.c_double
-    library.peer_bandwidth.argtypes = [pointer, ctypes.c_size_t, number, number]
     return library
 
 
@@ -268,10 +265,10 @@ class Contestant:
         if self._order["kind"] != "native":
             return None
         if self._bandwidth is None:
-            library, threads = declared(self._order["library"]), self._order["threads"]
-            with Path(self._order["path"]).open("rb") as file:
-                mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-            self._bandwidth = lambda: library.peer_bandwidth(mapped.ctypes.data, mapped.nbytes, threads, PASSES)
+            from mossquant.kernels import _native
+
+            threads, mapped = self._order["threads"], np.memmap(self._order["path"], np.uint8, mode="r")
+            self._bandwidth = lambda: _native.read_bandwidth(mapped, threads=threads, passes=PASSES)
             self._bandwidth()  # its pages are mapped now
         return self._bandwidth()
 

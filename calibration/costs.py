@@ -3,7 +3,8 @@
 
     time of a token = fixed + Σ over its linears of time[format, shape]        of a layer's experts the chosen ones
 
-Everything that is no linear is in `fixed`. Times were measured one linear at a time, on weights that no cache held.
+Everything that is no linear is in `fixed`. Times were measured one linear at a time, on weights of which the caches
+held as much as of the model that was given to `moss-costs`.
 """
 
 from collections.abc import Mapping, Sequence

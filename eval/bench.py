@@ -53,6 +53,10 @@ class Timing:
         idle_rss_mb: the same before anything was loaded.
         bytes_per_token: weight bytes that a decode step reads: all of them, times the share of the parameters that
             one token uses (only the chosen experts).
+        mapped_mb: bytes of the file whose mapping holds the weights that a step reads, in 10⁶, a part of the peak; None
+            where they lie elsewhere.
+        read_gb_s: 10⁹ bytes a second that as many threads read of that mapping, before and after each turn's steps.
+        read_share: share of that bandwidth at which decode reads `bytes_per_token`.
         prefill_us: part of the model → microseconds a token of the prefill, where the runtime says so and was asked.
         decode_us: the same of a decode step.
     """
@@ -67,6 +71,9 @@ class Timing:
     peak_rss_mb: float
     idle_rss_mb: float
     bytes_per_token: int
+    mapped_mb: float | None = None
+    read_gb_s: Speed | None = None
+    read_share: Speed | None = None
     prefill_us: Mapping[str, float] = field(default_factory=dict)
     decode_us: Mapping[str, float] = field(default_factory=dict)
 
@@ -150,6 +157,7 @@ def bench(
     bandwidth = copy_bandwidth(used)
     prefill: list[list[float]] = [[] for _ in paths]
     steps: list[list[float]] = [[] for _ in paths]
+    reads: list[list[tuple[float, ...]]] = [[] for _ in paths]
     with ExitStack() as stack:
         workers = [stack.enter_context(closing(Child("mossquant.eval.bench_worker"))) for _ in paths]
         loaded = []
@@ -163,6 +171,7 @@ def bench(
                 if turn > 0:
                     prefill[i].append(prompt / seconds["prefill"])
                     steps[i].append(decode / seconds["decode"])
+                    reads[i].append(tuple(seconds["read_gb_s"]))
                 tell("turns", turn * len(workers) + i + 1, (repeats + 1) * len(workers))
         memory = [_answer(worker, {"do": "memory"}) for worker in workers]
         profiles: list[dict[str, Any]] = [{} for _ in paths]
@@ -183,10 +192,20 @@ def bench(
                 **(loaded[i] | memory[i] | profiles[i]),
                 prefill_tok_s=Speed.of(prefill[i]),
                 decode_tok_s=Speed.of(steps[i]),
+                read_gb_s=Speed.of([speed for own in reads[i] for speed in own]) if all(reads[i]) else None,
+                read_share=_shares(reads[i], steps[i], loaded[i]["bytes_per_token"]),
             )
             for i in range(len(paths))
         ),
     )
+
+
+def _shares(reads: Sequence[Sequence[float]], steps: Sequence[float], bytes_per_token: int) -> Speed | None:
+    """Of what was read at in each turn, the share that the steps of that turn took; None where it is not known."""
+    if not all(reads):
+        return None
+    rates = [1e-9 * bytes_per_token * speed for speed in steps]
+    return Speed.of([rate / statistics.mean(own) for rate, own in zip(rates, reads, strict=True)])
 
 
 def _answer(worker: Child, order: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,13 @@ the time of both goes, "memory" how much was used.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mossquant.checkpoint.locate import Located, locate
-from mossquant.eval.machine import peak_rss_mb
+from mossquant.eval.machine import peak_rss_mb, read_bandwidth
 from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance
 from mossquant.model.config import MossNetConfig
@@ -27,14 +27,21 @@ _SEED = 0
 def main() -> None:
     """Answer orders until there are no more."""
     runners: list[Runner] = []
+    reads: list[Callable[[], float]] = []
 
     def answer(order: Mapping[str, Any]) -> dict[str, Any]:
         if order["do"] == "open":
             runner, opened = _open(order)
             runners.append(runner)
-            return opened
+            path = target_of(locate(order["path"])).mapped(runner)
+            if path is None:
+                return opened
+            mapped = np.memmap(path, np.uint8, mode="r")
+            reads.append(lambda: read_bandwidth(mapped, order["threads"]))
+            reads[0]()  # its pages are mapped now
+            return opened | {"mapped_mb": mapped.nbytes / 1e6}
         if order["do"] == "turn":
-            return _turn(runners[0], prompt=order["prompt"], decode=order["decode"])
+            return _turn(runners[0], reads, prompt=order["prompt"], decode=order["decode"])
         if order["do"] == "profile":
             return _profile(runners[0], locate(order["path"]), prompt=order["prompt"], decode=order["decode"])
         return {"peak_rss_mb": peak_rss_mb()}
@@ -73,17 +80,23 @@ def _warm(located: Located) -> None:
                 pass
 
 
-def _turn(runner: Runner, *, prompt: int, decode: int) -> dict[str, Any]:
+def _turn(runner: Runner, reads: Sequence[Callable[[], float]], *, prompt: int, decode: int) -> dict[str, Any]:
     tokens = np.random.default_rng(_SEED).integers(0, runner.info.vocab_size, (1, prompt), np.int64)
     state = runner.initial_state(1)
     start = time.perf_counter()
     logits, state = advance(runner, tokens, state)
     prefill_seconds = time.perf_counter() - start
+    before = [read() for read in reads]
     start = time.perf_counter()
     for _ in range(decode):
         token = np.array([[int(np.argmax(logits[0, -1]))]], np.int64)
         logits, state = runner(token, state, logits="last")
-    return {"prefill": prefill_seconds, "decode": time.perf_counter() - start}
+    decode_seconds = time.perf_counter() - start
+    return {
+        "prefill": prefill_seconds,
+        "decode": decode_seconds,
+        "read_gb_s": [*before, *(read() for read in reads)],
+    }
 
 
 def _profile(runner: Runner, located: Located, *, prompt: int, decode: int) -> dict[str, Any]:

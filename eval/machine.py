@@ -9,13 +9,17 @@ import timeit
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from mossquant.kernels import _native
 from mossquant.targets.target import runtimes
 
 _COPY_BYTES = 256 << 20
 """Size of the copied block: far above every cache."""
 _COPIES = 5
+_READS = 4
 
 
 def cpu_count() -> int:
@@ -60,6 +64,11 @@ def copy_bandwidth(threads: int) -> float:
     finally:
         torch.set_num_threads(before)
     return 2 * _COPY_BYTES / best / 1e9
+
+
+def read_bandwidth(data: NDArray[np.uint8], threads: int) -> float:
+    """Bytes read a second, in 10⁹: as many threads go through `data` [n], each through its own part of it."""
+    return _native.read_bandwidth(data, threads=threads, passes=_READS)
 
 
 def peak_rss_mb() -> float:

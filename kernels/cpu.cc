@@ -12,7 +12,7 @@ CpuFlags detect_cpu_flags() {
   CpuFlags flags = kBaseline;
 #if defined(MOSS_X86_KERNELS)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) flags |= kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) flags |= kAvx2;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) flags |= kAvx512;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")) {

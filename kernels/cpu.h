@@ -21,7 +21,7 @@ using CpuFlags = std::uint32_t;
 // One bit a feature set that some kernel is compiled for.
 enum CpuFlag : CpuFlags {
   kBaseline = 0,      // what the compiler assumes without being asked
-  kAvx2 = 1u << 0,    // AVX2 and FMA
+  kAvx2 = 1u << 0,    // AVX2, FMA and F16C
   kAvx512 = 1u << 1,  // AVX-512F and FMA
   kAvx512Vnni = 1u << 2,  // AVX-512F, BW, VL and VNNI, and FMA
   kDotprod = 1u << 3,  // Arm: sdot

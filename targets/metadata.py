@@ -38,7 +38,7 @@ class ProgramMetadata(BaseModel):
         release: of mossquant, that wrote it.
         config: the model's config, as in `config.json`.
         weights: name of the recipe, or the stored type of a full-precision checkpoint.
-        state_format: format in which the state is carried.
+        state_format: format in which the state is carried; where arrays have several, all of them.
         parameters: parameters of the full-precision model, a tied table once.
         payload_bytes: bytes of codes, padding, scales and kept tensors in the checkpoint that was lowered.
         source_kind: "checkpoint" or "quantized checkpoint".
@@ -58,7 +58,7 @@ class ProgramMetadata(BaseModel):
     release: str
     config: dict[str, Any]
     weights: str
-    state_format: Literal["fp32"] = "fp32"
+    state_format: str = "fp32"
     parameters: Count
     payload_bytes: Count
     source_kind: Literal["checkpoint", "quantized checkpoint"]

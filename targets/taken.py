@@ -69,5 +69,5 @@ def check_held(weights: Weights, targets: Iterable[str], *, planned_activations:
         tensors.append((spec, number_format.name, None))
         if spec.site is not None and planned_activations:
             sites[spec.site] = weights.activation(spec.site)
-    states = [(spec.name, weights.state(spec.name)) for spec in state_specs(weights.config)]
+    states = [(spec.name, spec.role, weights.state(spec.name)) for spec in state_specs(weights.config)]
     check(Held(f"recipe {weights.origin.name}", weights.config, tensors, list(sites.items()), states), targets)

@@ -104,6 +104,10 @@ class Target:
         """Seconds of each part of the model in what work() runs on a Runner of this target; None: nobody can tell."""
         return None
 
+    def mapped(self, runner: Runner) -> Path | None:
+        """The file whose mapping the weights of a step are read from; None: they lie elsewhere, or nobody can tell."""
+        return None
+
     def info(self, located: Located) -> InfoReport:
         """Say what is there, running nothing. Raises `InputError`: it is damaged, or not what its manifest says."""
         report: InfoReport = self._module("info").info(located)

@@ -56,6 +56,10 @@ rounding tie may upset single ones."""
 NATIVE_CUT = 1e-6
 """Relative: one text read by libmoss in other pieces or batches; kernels for more rows may sum in another order."""
 
+STATE_TURNED = 0.002
+"""Of the values of a rounded state, the median over steps: fp32 leaves 1e-7 of a value open, more where terms cancel; a
+step of fp16 is 5e-4 of it or more. A wrong hash or token turns half of them."""
+
 FORGOTTEN = 0.25
 """Of what forgetting the state does to the logits: the most that a state carried between two arithmetics may do."""
 OPEN_BYTES = 1 << 24

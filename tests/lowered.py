@@ -106,9 +106,24 @@ state:
 _ONE_INPUT = _MIXED.replace("  - {match: layers.1.mixer.out_proj.input, format: fp32}\n", "").replace(
     "mixed", "one-input"
 )
+_INT8_STATES = f"""version: 1
+name: int8-states
+targets: [torch, native]
+weights: {_REST}
+  - {{role: "*", format: int4_g32}}
+activations:
+  - {{role: "*", format: int8_block}}
+state:
+  - {{role: ssm.ssm_state, format: int8}}
+  - {{role: "*", format: fp32}}
+"""
 RECIPES = {
     **{"int4": "int4-uniform", "int8": "int8-uniform", "g128": _G128},
     **{"mixed": _MIXED, "by expert": _BY_EXPERT, "one input": _ONE_INPUT},
+    **{
+        "int8 states": _INT8_STATES,
+        "fp16 states": _INT8_STATES.replace("ssm_state, format: int8", "ssm_state, format: fp16"),
+    },
 }
 """Name → recipe; "mixed", "by expert" and "one input" have another format for every other expert, as .onnx, .pte and
 .moss hold them."""

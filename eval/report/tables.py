@@ -136,6 +136,23 @@ def bench_table(report: BenchReport) -> Table:
     return grid([*left(""), *columns], rows, caption=caption)
 
 
+def bandwidth_tables(report: BenchReport) -> list[Table]:
+    """How near decode is to what memory gives, of artifacts that read their weights from a mapping; or nothing."""
+    rows = [
+        (
+            timing.path,
+            f"{timing.mapped_mb:.1f}",
+            _megabytes(timing.bytes_per_token),
+            f"{timing.read_gb_s.median:.1f}",
+            f"{100 * timing.read_share.median:.0f}",
+        )
+        for timing in report.artifacts
+        if timing.mapped_mb is not None and timing.read_gb_s is not None and timing.read_share is not None
+    ]
+    columns = right("mapped,\nMB", "MB read\na token", "mapping is\nread at, GB/s", "decode,\n% of that")
+    return [grid([*left(""), *columns], rows)] if rows else []
+
+
 def profile_tables(report: BenchReport) -> list[Table | str]:
     """Where the time of each artifact goes, by part of the model; a line for those that do not say."""
     results: list[Table | str] = []

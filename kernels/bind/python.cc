@@ -102,4 +102,5 @@ NB_MODULE(_native, module) {
   module.def("selected", &moss::selected, "op"_a, "numbers"_a, "flags"_a);
   moss::bind_sequence(module);
   moss::bind_linear(module);
+  moss::bind_memory(module);
 }

@@ -11,6 +11,7 @@ namespace moss {
 
 void bind_sequence(nanobind::module_& module);
 void bind_linear(nanobind::module_& module);
+void bind_memory(nanobind::module_& module);
 
 }  // namespace moss
 

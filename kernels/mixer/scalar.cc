@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "mixer.h"
+#include "rounding.h"
 
 namespace moss {
 namespace {
@@ -26,20 +27,53 @@ void conv(const MixerConvArgs& args, std::int64_t b, std::int64_t begin, std::in
   }
 }
 
+void draw(const std::uint32_t* places, std::int64_t count, std::int64_t token, std::uint32_t* drawn) {
+  const Draw own = Draw::of(token);
+  for (std::int64_t i = 0; i < count; ++i) drawn[i] = own.at(places[i]);
+}
+
+template <StateName kFormat>
 void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end) {
-  const std::int64_t T = args.time, E = args.channels, N = args.states;
+  const std::int64_t T = args.time, E = args.channels, N = args.states, strips = strip_count(E);
+  const std::int64_t first = b * strips * N * kMaxLanes;
   for (std::int64_t t = 0; t < T; ++t) {
     const std::int64_t row = (b * T + t) * E;
     const float* const Bm = args.Bm + (b * T + t) * args.bc_stride;
     const float* const Cm = args.Cm + (b * T + t) * args.bc_stride;
+    const Draw draw = Draw::of(args.position + t);
+    const auto hash = [&](std::int64_t at) { return args.drawn && t == 0 ? args.drawn[at] : draw.at(args.places[at]); };
     for (std::int64_t e = begin; e < end; ++e) {
       const float x = args.x[row + e], dt = args.dt[row + e], z = args.z[row + e];
       const float delta = std::fmax(dt, 0.0f) + std::log1p(std::exp(-std::fabs(dt)));
-      float y = args.D[e] * x;
-      for (std::int64_t n = 0; n < N; ++n) {
-        float& h = args.h[b * strip_count(E) * N * kMaxLanes + in_strips(e, n, N)];
+      float y = args.D[e] * x, largest = 0;
+      const auto advance = [&](float h, std::int64_t n) {
         h = std::exp2(delta * args.rate[in_strips(e, n, N)]) * h + delta * x * Bm[n];
         y += h * Cm[n];
+        return h;
+      };
+      for (std::int64_t n = 0; n < N; ++n) {
+        const std::int64_t at = in_strips(e, n, N);
+        if constexpr (kFormat == StateName::fp32) {
+          float& h = static_cast<float*>(args.h)[first + at];
+          h = advance(h, n);
+        } else if constexpr (kFormat == StateName::fp16) {
+          std::uint16_t& h = static_cast<std::uint16_t*>(args.h)[first + at];
+          h = to_half(rounded_to_half(advance(from_half(h), n), hash(at)));
+        } else {
+          const float scale = args.scales[b * strips * kMaxLanes + e];
+          args.scratch[n] = advance(static_cast<std::int8_t*>(args.h)[first + at] * scale, n);
+          const float magnitude = std::fabs(args.scratch[n]);
+          if (!(magnitude <= largest)) largest = magnitude;  // NaN stays
+        }
+      }
+      if constexpr (kFormat == StateName::int8) {
+        const float reciprocal = code_reciprocal(largest);
+        for (std::int64_t n = 0; n < N; ++n) {
+          const std::int64_t at = in_strips(e, n, N);
+          const float code = rounded_to_code(args.scratch[n], reciprocal, hash(at));
+          static_cast<std::int8_t*>(args.h)[first + at] = static_cast<std::int8_t>(std::isnan(code) ? 0.0f : code);
+        }
+        args.scales[b * strips * kMaxLanes + e] = largest / 127;
       }
       args.y[row + e] = y * (z / (1 + std::exp(-z)));
     }
@@ -48,6 +82,7 @@ void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::in
 
 }  // namespace
 
-const MixerKernel moss_mixer_f32_scalar = {kBaseline, "moss_mixer_f32_scalar", conv, scan};
+const MixerKernel moss_mixer_f32_scalar = {
+    kBaseline, "moss_mixer_f32_scalar", conv, draw, {scan<StateName::fp32>, scan<StateName::fp16>, scan<StateName::int8>}};
 
 }  // namespace moss

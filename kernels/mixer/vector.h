@@ -3,8 +3,9 @@
 // Convolution and scan on vectors of neighbouring channels, a template on the vector type. Formulas, shapes: mixer.h.
 //
 // One vector of channels goes through a chunk of steps at a time. Within it the states are taken a few at a time
-// (kStates), which stay in registers over the chunk's steps; what does not depend on the state is computed first, once
-// a step. The order of the sum over states is that of a single step, so that cutting time changes no bit.
+// (kStates), which stay in registers over the chunk's steps, or all after one another where they share a scale; what
+// does not depend on the state is computed first, once a step. The order of the sum over states is that of a single
+// step, so that cutting time changes no bit.
 
 #ifndef MOSS_KERNELS_MIXER_VECTOR_H_
 #define MOSS_KERNELS_MIXER_VECTOR_H_
@@ -14,6 +15,7 @@
 #include "../vec/channels.h"
 #include "../vec/math.h"
 #include "mixer.h"
+#include "rounding.h"
 
 namespace moss {
 
@@ -41,58 +43,169 @@ void mixer_conv(const MixerConvArgs& args, std::int64_t b, std::int64_t begin, s
   }
 }
 
-// kStates states of one vector through the steps of a chunk. rate, h: at state n of the vector's channels; Bm, Cm: at
-// state n of the first step; delta, input (delta x), y: [steps, lanes], y is added to.
-template <typename Vec, int kStates>
-inline void mixer_states(std::int64_t steps, std::int64_t bc_stride, const float* rates, const float* Bm,
-                         const float* Cm, const float* delta, const float* input, float* h, float* y) {
-  Vec state[kStates], rate[kStates];
-  for (int j = 0; j < kStates; ++j) {
-    state[j] = Vec::load(h + j * kMaxLanes);
-    rate[j] = Vec::load(rates + j * kMaxLanes);
+// How the states of a format lie in memory. Tags, and what is done with the values of a vector.
+namespace {
+
+struct Fp32 {
+  using Stored = float;
+  template <typename Vec>
+  static Vec load(const float* p) {
+    return Vec::load(p);
   }
-  for (std::int64_t s = 0; s < steps; ++s) {
-    const std::int64_t at = s * Vec::kLanes, row = s * bc_stride;
-    const Vec step_delta = Vec::load(delta + at), step_input = Vec::load(input + at);
-    Vec sum = Vec::load(y + at);
-    for (int j = 0; j < kStates; ++j) {
-      state[j] = fma(exp2_product(step_delta, rate[j]), state[j], step_input * Vec::set(Bm[row + j]));
-      sum = fma(state[j], Vec::set(Cm[row + j]), sum);
-    }
-    sum.store(y + at);
+  template <typename Vec>
+  static void store(Vec h, float* p) {
+    h.store(p);
   }
-  for (int j = 0; j < kStates; ++j) state[j].store(h + j * kMaxLanes);
-}
+};
+
+struct Fp16 {
+  using Stored = std::uint16_t;
+  template <typename Vec>
+  static Vec load(const std::uint16_t* p) {
+    return Vec::load_half(p);
+  }
+  template <typename Vec>
+  static void store(Vec h, std::uint16_t* p) {
+    h.store_half(p);
+  }
+};
+
+struct Int8 {
+  using Stored = std::int8_t;
+};
+
+}  // namespace
+
+// A chunk of steps of one vector of channels.
+struct MixerSteps {
+  std::int64_t count;
+  std::int64_t states;
+  std::int64_t position;  // of the first
+  const float* delta;     // [count, lanes]
+  const float* input;     // [count, lanes]: delta x
+  float* y;               // [count, lanes]; is added to
+  const float* Bm;        // [count] rows of N
+  const float* Cm;        // [count] rows of N
+  std::int64_t bc_stride;
+  const float* rate;            // these, at the vector's channels of state 0
+  const std::uint32_t* places;
+  const std::uint32_t* drawn;  // of the first step; may be null
+};
 
 template <typename Vec>
+void mixer_draw(const std::uint32_t* places, std::int64_t count, std::int64_t token, std::uint32_t* drawn) {
+  const Draw own = Draw::of(token);
+  for (std::int64_t i = 0; i < count; i += Vec::kLanes) Vec::store_bits(drawn_bits<Vec>(places + i, own), drawn + i);
+}
+
+// What rounds state n at a step.
+template <typename Vec>
+inline typename Vec::Bits drawn_at(const MixerSteps& steps, std::int64_t s, std::int64_t n, Draw draw) {
+  if (steps.drawn && s == 0) return Vec::load_bits(steps.drawn + n * kMaxLanes);
+  return drawn_bits<Vec>(steps.places + n * kMaxLanes, draw);
+}
+
+// kStates states from the n-th on through the steps; h at state 0.
+template <typename Vec, typename Format, int kStates>
+inline void mixer_states(const MixerSteps& steps, std::int64_t n, typename Format::Stored* h) {
+  constexpr bool kRounds = !std::is_same_v<Format, Fp32>;
+  Vec state[kStates], rate[kStates];
+  for (int j = 0; j < kStates; ++j) {
+    state[j] = Format::template load<Vec>(h + (n + j) * kMaxLanes);
+    rate[j] = Vec::load(steps.rate + (n + j) * kMaxLanes);
+  }
+  for (std::int64_t s = 0; s < steps.count; ++s) {
+    const std::int64_t at = s * Vec::kLanes, row = s * steps.bc_stride + n;
+    const Vec step_delta = Vec::load(steps.delta + at), step_input = Vec::load(steps.input + at);
+    Vec sum = Vec::load(steps.y + at);
+    for (int j = 0; j < kStates; ++j) {
+      state[j] = fma(exp2_product(step_delta, rate[j]), state[j], step_input * Vec::set(steps.Bm[row + j]));
+      sum = fma(state[j], Vec::set(steps.Cm[row + j]), sum);
+    }
+    sum.store(steps.y + at);
+    if constexpr (kRounds) {
+      const Draw draw = Draw::of(steps.position + s);
+      for (int j = 0; j < kStates; ++j) {
+        state[j] = rounded_to_half<Vec>(state[j], drawn_at<Vec>(steps, s, n + j, draw));
+      }
+    }
+  }
+  for (int j = 0; j < kStates; ++j) Format::store(state[j], h + (n + j) * kMaxLanes);
+}
+
+// All states through the steps: a channel's scale depends on all of them. They are values in scratch [N, lanes].
+template <typename Vec>
+inline void mixer_codes(const MixerSteps& steps, std::int8_t* h, float* scales, float* scratch) {
+  constexpr std::int64_t L = Vec::kLanes;
+  const std::int64_t N = steps.states;
+  Vec scale = Vec::load(scales);
+  for (std::int64_t n = 0; n < N; ++n) (Vec::load_codes(h + n * kMaxLanes) * scale).store(scratch + n * L);
+  for (std::int64_t s = 0; s < steps.count; ++s) {
+    const float* const Bm = steps.Bm + s * steps.bc_stride;
+    const float* const Cm = steps.Cm + s * steps.bc_stride;
+    const Vec delta = Vec::load(steps.delta + s * L), input = Vec::load(steps.input + s * L);
+    const typename Vec::Bits magnitude = Vec::set_bits(0x7fffffffu);
+    Vec sum = Vec::load(steps.y + s * L);
+    typename Vec::Bits most = Vec::set_bits(0);  // as integers, among which NaN is the largest
+    for (std::int64_t n = 0; n < N; ++n) {
+      const Vec rate = Vec::load(steps.rate + n * kMaxLanes);
+      const Vec state = fma(exp2_product(delta, rate), Vec::load(scratch + n * L), input * Vec::set(Bm[n]));
+      sum = fma(state, Vec::set(Cm[n]), sum);
+      most = Vec::larger(most, state.bits() & magnitude);
+      state.store(scratch + n * L);
+    }
+    sum.store(steps.y + s * L);
+    const Vec largest = Vec::of_bits(most), reciprocal = code_reciprocal(largest);
+    const Draw draw = Draw::of(steps.position + s);
+    scale = largest / Vec::set(127.0f);
+    for (std::int64_t n = 0; n < N; ++n) {
+      const Vec code = rounded_to_code(Vec::load(scratch + n * L), reciprocal, drawn_at<Vec>(steps, s, n, draw));
+      code.store_codes(h + n * kMaxLanes);
+      (code * scale).store(scratch + n * L);
+    }
+  }
+  scale.store(scales);
+}
+
+template <typename Vec, typename Format>
 void mixer_scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t L = Vec::kLanes;
-  const std::int64_t T = args.time, E = args.channels, N = args.states;
+  const std::int64_t T = args.time, E = args.channels, N = args.states, strips = strip_count(E);
   alignas(kScratchAlignmentBytes) float delta[kChunk * kMaxLanes], input[kChunk * kMaxLanes], y[kChunk * kMaxLanes];
-  float* const h = args.h + b * strip_count(E) * N * kMaxLanes;
+  auto* const h = static_cast<typename Format::Stored*>(args.h) + b * strips * N * kMaxLanes;
   for (std::int64_t t0 = 0; t0 < T; t0 += kChunk) {
-    const std::int64_t steps = chunk_steps(t0, T), first = b * T + t0;
-    const float* const Bm = args.Bm + first * args.bc_stride;
-    const float* const Cm = args.Cm + first * args.bc_stride;
+    const std::int64_t count = chunk_steps(t0, T), first = b * T + t0;
     for (std::int64_t e = begin; e < end; e += L) {
       const auto vector = Channels<Vec>::of(e, end);
       const Vec D = vector.load(args.D);
-      for (std::int64_t s = 0; s < steps; ++s) {
+      for (std::int64_t s = 0; s < count; ++s) {
         const Vec x = vector.load(args.x + (first + s) * E);
         const Vec step = softplus(vector.load(args.dt + (first + s) * E));
         step.store(delta + s * L);
         (step * x).store(input + s * L);
         (D * x).store(y + s * L);
       }
-      const auto states = [&](auto count, std::int64_t n) {
-        const std::int64_t at = in_strips(e, n, N);
-        mixer_states<Vec, decltype(count)::value>(steps, args.bc_stride, args.rate + at, Bm + n, Cm + n, delta, input,
-                                                  h + at, y);
-      };
-      std::int64_t n = 0;
-      for (; n + 4 <= N; n += 4) states(std::integral_constant<int, 4>(), n);
-      for (; n < N; ++n) states(std::integral_constant<int, 1>(), n);
-      for (std::int64_t s = 0; s < steps; ++s) {
+      const std::int64_t at = in_strips(e, 0, N);
+      const MixerSteps steps = {count,
+                                N,
+                                args.position + t0,
+                                delta,
+                                input,
+                                y,
+                                args.Bm + first * args.bc_stride,
+                                args.Cm + first * args.bc_stride,
+                                args.bc_stride,
+                                args.rate + at,
+                                args.places ? args.places + at : nullptr,
+                                args.drawn && t0 == 0 ? args.drawn + at : nullptr};
+      if constexpr (std::is_same_v<Format, Int8>) {
+        mixer_codes<Vec>(steps, h + at, args.scales + b * strips * kMaxLanes + e, args.scratch);
+      } else {
+        std::int64_t n = 0;
+        for (; n + 4 <= N; n += 4) mixer_states<Vec, Format, 4>(steps, n, h + at);
+        for (; n < N; ++n) mixer_states<Vec, Format, 1>(steps, n, h + at);
+      }
+      for (std::int64_t s = 0; s < count; ++s) {
         const Vec z = vector.load(args.z + (first + s) * E);
         vector.store(Vec::load(y + s * L) * (z * logistic(z)), args.y + (first + s) * E);
       }

@@ -200,11 +200,12 @@ def bench(
     Example: mossquant bench tiny tiny-int4-onnx
     """
     from mossquant.eval.bench import bench as run
-    from mossquant.eval.report.tables import bench_table, profile_tables
+    from mossquant.eval.report.tables import bandwidth_tables, bench_table, profile_tables
 
     options.check_json(json, *paths)
     with terminal.bar("timing") as shown:
         report = run(
             paths, threads=threads, prompt=prompt, decode=decode, repeats=repeats, profile=profile, progress=shown
         )
-    options.finish(json, report, bench_table(report), *(profile_tables(report) if profile else ()))
+    shown_after = [*bandwidth_tables(report), *(profile_tables(report) if profile else ())]
+    options.finish(json, report, bench_table(report), *shown_after)

@@ -77,13 +77,24 @@ def _drawn_for(value: Tensor, token: int, bits: int) -> Tensor:
     return drawn(token, math.prod(shape[:-1]), shape[-1], bits=bits, device=value.device).view(shape)
 
 
-def fp16(value: Tensor, token: int) -> Tensor:
-    """value [B, …, N] as fp16 carries it; same shape and type."""
+def fp16_step(value: Tensor) -> Tensor:
+    """The spacing of fp16 at each value, fp32."""
     exact = value.float()
     exponent = torch.frexp(exact).exponent - _FP16_DIGITS
-    step = torch.ldexp(torch.ones_like(exact), exponent.clamp(min=_FP16_LEAST))
+    return torch.ldexp(torch.ones_like(exact), exponent.clamp(min=_FP16_LEAST))
+
+
+def fp16(value: Tensor, token: int) -> Tensor:
+    """value [B, …, N] as fp16 carries it; same shape and type."""
+    exact, step = value.float(), fp16_step(value)
     rounded: Tensor = torch.floor(exact / step + _drawn_for(value, token, _FP16_DRAWN)) * step
     return rounded.clamp(-_FP16_MAX, _FP16_MAX).to(value.dtype)
+
+
+def int8_step(value: Tensor) -> Tensor:
+    """The scale of each value's channel, fp32 [B, …, N]."""
+    largest: Tensor = torch.linalg.vector_norm(value.float(), torch.inf, -1, keepdim=True)
+    return (largest / 127).expand(value.shape)
 
 
 def int8(value: Tensor, token: int) -> Tensor:
@@ -104,12 +115,14 @@ class StateFormat:
         bits: of a value.
         scaled: whether a channel has a scale in fp32.
         rounding: (value [B, …, N], token) → the values that are carried; None where they are carried as they are.
+        step: value [B, …, N] → how far apart the values are between which each is rounded; None like `rounding`.
     """
 
     name: str
     bits: int
     scaled: bool
     rounding: Callable[[Tensor, int], Tensor] | None
+    step: Callable[[Tensor], Tensor] | None = None
 
     def apply(self, value: Tensor, token: int) -> Tensor:
         """value [B, …, N] after the token of that index, as it is carried; gradients straight through."""
@@ -127,8 +140,8 @@ STATE_FORMATS: dict[str, StateFormat] = {
     known.name: known
     for known in (
         StateFormat("fp32", 32, False, None),
-        StateFormat("fp16", 16, False, fp16),
-        StateFormat("int8", 8, True, int8),
+        StateFormat("fp16", 16, False, fp16, fp16_step),
+        StateFormat("int8", 8, True, int8, int8_step),
     )
 }
 """Every state format, by the name that recipes use."""

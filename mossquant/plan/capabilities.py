@@ -7,7 +7,7 @@ and matrices never. Lowering never changes a value: what a target cannot hold is
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mossquant.errors import InputError
@@ -45,9 +45,10 @@ class Capabilities:
         activations: activation formats of the inputs of linear layers whose weights are quantized.
         dynamic_int8: the one of them that stands in for a planned int8 format that the target does not have, and that
             "int8" asks for; such formats round at run time, so nothing is lost by the change.
-        state: state formats.
+        state: state formats, of every state that `states` does not name.
         limits: batch and chunk lengths.
         suffix: of its program files; None where it has none.
+        states: role of a state → its state formats.
     """
 
     name: str
@@ -59,6 +60,11 @@ class Capabilities:
     state: tuple[str, ...]
     limits: Limits
     suffix: str | None
+    states: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def carries(self, role: str) -> tuple[str, ...]:
+        """The formats in which it carries states of a role."""
+        return self.states.get(role, self.state)
 
     def holds(self, spec: TensorSpec) -> list[str]:
         """The number formats in which it holds a tensor."""
@@ -137,6 +143,7 @@ CAPABILITIES: dict[str, Capabilities] = {
             ("fp32",),
             Limits(),
             ".moss",
+            {"ssm.ssm_state": tuple(STATE_FORMATS)},
         ),
     )
 }
@@ -165,14 +172,14 @@ class Held:
         config: the model's shape.
         tensors: (what it is, number format or None, type in which it is kept or None) of every tensor.
         sites: (name, activation format) of every input of a linear with quantized weights.
-        states: (name, state format) of every state array.
+        states: (name, role, state format) of every state array.
     """
 
     what: str
     config: MossNetConfig
     tensors: Sequence[tuple[TensorSpec, str | None, str | None]]
     sites: Sequence[tuple[str, str]]
-    states: Sequence[tuple[str, str]]
+    states: Sequence[tuple[str, str, str]]
 
     @classmethod
     def by(cls, plan: Plan, config: MossNetConfig) -> "Held":
@@ -186,7 +193,7 @@ class Held:
                 for site in plan.activations
                 if any(plan.by_name[name].kept is None for name in site.tensors)
             ],
-            [(state.name, state.format) for state in plan.state],
+            [(state.name, state.role, state.format) for state in plan.state],
         )
 
 
@@ -229,6 +236,6 @@ def _offenders(held: Held, target: Capabilities) -> Iterator[str]:
     for name, activation in held.sites:
         if target.taken(activation) is None:
             yield f"{target.name} cannot take {activation} at {name} (it takes {', '.join(target.activations)})"
-    for name, state in held.states:
-        if state not in target.state:
-            yield f"{target.name} cannot carry {name} in {state}"
+    for name, role, state in held.states:
+        if state not in target.carries(role):
+            yield f"{target.name} cannot carry {name} in {state} (it carries it in {', '.join(target.carries(role))})"

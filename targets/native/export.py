@@ -53,9 +53,16 @@ def prepare(
     layout = host_layout() if isa == "host" else isa
     formats = {name: _storage(weights, name) for name in weights.specs}
     sizes = {name: stored_bytes(spec, formats[name], layout) for name, spec in weights.specs.items()}
-    said = {"activations": activations_of(taken), "layout": layout, "weight_bytes": sum(sizes.values())}
+    states = {spec.name: weights.state(spec.name) for spec in state_specs(weights.config)}
+    rounded = {name: state for name, state in states.items() if state != "fp32"}
+    said = {
+        "activations": activations_of(taken),
+        "layout": layout,
+        "weight_bytes": sum(sizes.values()),
+        "state_format": ", ".join(sorted(set(states.values()))),
+    }
     metadata = Metadata.model_validate(common_metadata(weights) | said)
-    to_runtime = json.dumps(runtime_metadata(weights.config, layout, formats), separators=(",", ":"))
+    to_runtime = json.dumps(runtime_metadata(weights.config, layout, formats, rounded), separators=(",", ":"))
     header = header_bytes({METADATA_KEY: metadata.model_dump_json(), RUNTIME_KEY: to_runtime}, sizes)
 
     def write(folder: Path) -> Exported:

@@ -50,6 +50,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "moss_state_size": (_Int64, [_Handle, _Int64]),
     "moss_state_read": (_Int32, [_Handle, _Int64, _Written]),
     "moss_state_write": (_Int32, [_Handle, _Int64, _Floats]),
+    "moss_state_set_position": (_Int32, [_Handle, _Int64]),
     "moss_profile": (_Int32, [_Handle, _Int32]),
     "moss_profile_parts": (_Int64, []),
     "moss_profile_name": (_Text, [_Int64]),
@@ -187,6 +188,10 @@ class ModelState:
     def write(self, array: int, values: NDArray[np.float32]) -> None:
         """Copy `values` [B, …] to an array of it."""
         _checked(self._library.moss_state_write(self._handle, array, values) == 0)
+
+    def set_position(self, position: int) -> None:
+        """Say how many tokens were read since it began, which matters to arrays that were written."""
+        _checked(self._library.moss_state_set_position(self._handle, position) == 0)
 
     def forward(self, tokens: NDArray[np.int64], which: int, logits: NDArray[np.float32]) -> None:
         """Read tokens [B, T] and advance; logits [B, T, V] (`ALL`) or [B, 1, V] (`LAST`) are filled in."""

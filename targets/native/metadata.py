@@ -10,7 +10,8 @@ from mossquant.targets.metadata import Count, ProgramMetadata
 METADATA_KEY, RUNTIME_KEY = "mossquant", "moss"
 RUNTIME_MINIMUM = "0.1.0"
 """Oldest release whose libmoss runs these files."""
-FILE_VERSION = 1
+FILE_VERSIONS = (1, 2)
+"""The second is of files whose states are rounded, which a libmoss that knows no such thing must not run."""
 
 Layout = Literal["x86", "arm", "rows"]
 """How matrices are packed (`kernels/linear/layout.h`)."""
@@ -31,11 +32,20 @@ class Metadata(ProgramMetadata):
     weight_bytes: Count
 
 
-def runtime_metadata(config: MossNetConfig, layout: Layout, formats: Mapping[str, str]) -> dict[str, Any]:
-    """All that libmoss needs to know of a model; `formats` is tensor name → format, or type that it is kept in."""
+def runtime_metadata(
+    config: MossNetConfig, layout: Layout, formats: Mapping[str, str], states: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that libmoss needs to know of a model.
+
+    Args:
+        config: its shape.
+        layout: how its matrices are packed.
+        formats: tensor name → format, or type that it is kept in.
+        states: state array's name → format, of those that are rounded.
+    """
     layers = range(config.num_hidden_layers)
     return {
-        "version": FILE_VERSION,
+        "version": FILE_VERSIONS[1] if states else FILE_VERSIONS[0],
         "layout": layout,
         "config": {
             "vocab_size": config.vocab_size,
@@ -54,4 +64,5 @@ def runtime_metadata(config: MossNetConfig, layout: Layout, formats: Mapping[str
             "mlp_chosen": [config.mlp_chosen(layer) for layer in layers],
         },
         "formats": dict(formats),
+        **({"states": dict(states)} if states else {}),
     }

@@ -2,7 +2,7 @@
 """Whether a .moss holds the weights of its checkpoint: code for code, scale for scale, kept tensors bit for bit.
 
 Every tensor is unpacked and compared in blocks of rows. Unpacking passes over what fills a strip or a line up, which is
-compared too: what was unpacked is packed again, and must be the bytes of the file.
+compared too: what was unpacked is packed again, and must be the bytes of the file. So are the formats of states.
 """
 
 import numpy as np
@@ -15,6 +15,7 @@ from mossquant.errors import InputError
 from mossquant.files.space import row_blocks
 from mossquant.formats import QuantizedTensor
 from mossquant.formats.dtypes import FLOAT_DTYPES, dtype_name
+from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
 from mossquant.targets.native.metadata import Layout
 from mossquant.targets.native.open import Opened, open_program
@@ -40,6 +41,10 @@ def read_back(weights: Weights, located: Located) -> WeightsReport:
         line = _compare(opened, weights, spec)
         if line is not None:
             differences.append(f"{spec.name}: {line}")
+    for state in state_specs(weights.config):
+        held, own = opened.states.get(state.name, "fp32"), weights.state(state.name)
+        if held != own:
+            differences.append(f"{state.name}: is carried in {held}, the checkpoint says {own}")
     return WeightsReport.of(located.given, weights, opened.metadata.source_files, differences)
 
 

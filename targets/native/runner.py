@@ -50,6 +50,7 @@ class NativeRunner:
         """
         program = locate(path).require("native", verb="the native Runner")
         opened = open_to_run(program)
+        self._path = program
         self._specs, self._vocab_size = state_specs(opened.config), opened.config.vocab_size
         try:
             self._model = Model(program, threads=threads or 0, isa=isa)
@@ -69,6 +70,11 @@ class NativeRunner:
         return self._info
 
     @property
+    def path(self) -> Path:
+        """The program."""
+        return self._path
+
+    @property
     def model(self) -> Model:
         """What libmoss says of the model: its kernel, whether weights were repacked, memory."""
         return self._model
@@ -84,6 +90,7 @@ class NativeRunner:
         batch, time = ids.shape
         carried: ModelState = state.take()
         wanted = np.empty((batch, time if logits == "all" else 1, self._vocab_size), np.float32)
+        carried.set_position(state.position)
         try:
             carried.forward(ids, ALL if logits == "all" else LAST, wanted)
         except MossError as error:

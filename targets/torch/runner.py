@@ -22,6 +22,7 @@ from mossquant.checkpoint.locate import Located
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
+from mossquant.formats.states import STATE_FORMATS, StateFormat
 from mossquant.model.forward import Activation, Forward, Reroute
 from mossquant.model.mossnet import MossNet, state_specs
 from mossquant.model.routing import Routing
@@ -60,6 +61,7 @@ class TorchRunner:
         self._model, self._info = model, info
         self._dtype, self._device = model.norm_f.dtype, model.norm_f.device
         self._specs = state_specs(model.config)
+        self._states = {spec.name: STATE_FORMATS["fp32"] for spec in self._specs}
         self._forward = Forward(scan=scan or ("kernel" if self._device.type == "cpu" else "chunked"))
 
     @classmethod
@@ -100,6 +102,7 @@ class TorchRunner:
             torch.set_num_threads(threads)
         runner = cls(load_model(weights, dtype=dtype).to(device), _info(weights, activations, dtype), scan=scan)
         runner._forward = replace(runner._forward, state=state_model(weights))
+        runner._states = {spec.name: STATE_FORMATS[weights.state(spec.name)] for spec in runner._specs}
         if activations != "fp32":
             activation, way = activation_model(weights, activations), expert_input_model(weights, activations)
             runner._forward = replace(runner._forward, activation=activation, expert_input=way)
@@ -118,6 +121,11 @@ class TorchRunner:
         return self._model
 
     @property
+    def states(self) -> Mapping[str, StateFormat]:
+        """The format in which each state array is carried, by name."""
+        return self._states
+
+    @property
     def activation(self) -> Activation | None:
         """What it models of the inputs of the linears; None: nothing."""
         return self._forward.activation
@@ -127,6 +135,7 @@ class TorchRunner:
         info = replace(self._info, activations=name)
         runner = TorchRunner(self._model, info)
         runner._forward = replace(self._forward, activation=activation, product=None)
+        runner._states = self._states
         return runner
 
     def initial_state(self, batch: int = 1) -> State:

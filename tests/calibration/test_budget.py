@@ -17,9 +17,10 @@ from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.model.mossnet import activation_sites
+from mossquant.plan.capabilities import Held, check
 from mossquant.plan.groups import groups_of
 from mossquant.plan.plan import make_plan
-from mossquant.plan.recipe import RECIPES, Budget, Recipe
+from mossquant.plan.recipe import RECIPES, Budget, Recipe, rewritten
 
 CHOOSING = [name for name in RECIPES if Recipe.named(name).chooses]
 
@@ -50,6 +51,17 @@ def made_up(weights: Weights, recipe: Recipe, *, together: float = 2.0) -> Sensi
     files = dict(weights.origin.files)
     levels = (Level(smallest, together * smallest),)
     return Sensitivities("measured", files, "made up", (), 1, levels, tuple(groups))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_target_that_a_recipe_names_takes_it(name: str, model: Path) -> None:
+    """Whatever is chosen of what it leaves open."""
+    weights, recipe = weights_of(model), Recipe.named(name)
+    groups = open_groups(weights, recipe, recipe.targets)
+    for end in (0, -1):
+        choices = {group.group: list(group.bytes)[end] for group in groups}
+        chosen = rewritten(recipe, choices, targets=recipe.targets, why="a test") if groups else recipe
+        check(Held.by(make_plan(weights.config, dtypes_of(weights), chosen), weights.config), recipe.targets)
 
 
 def test_groups_are_whole_and_readers_of_a_site_agree(model: Path) -> None:

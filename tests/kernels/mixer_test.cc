@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Every mixer, swiglu and dense kernel that this machine can run against the formulas in float64, at sizes around the
-// vector, the chunk and the number of states that stay in registers; and that no cut of time or of channels changes a
-// bit.
+// vector, the chunk and the number of states that stay in registers; that no cut of time or of channels changes a bit;
+// and that rounded states are those of the scalar form.
 
 #include "mixer/mixer.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "compare.h"
 #include "dense/dense.h"
+#include "mixer/rounding.h"
 #include "swiglu/swiglu.h"
 
 namespace moss_tests {
@@ -129,7 +131,7 @@ bool test_scan_of(const moss::MixerKernel& kernel, const Shape& shape) {
                                           bc.data() + first * stride,   bc.data() + first * stride + N,
                                           stride,                       D.data(),    own.data() + b * of_strips,
                                           y.data() + from};
-        for_units({1, T, E, N, W}, cut, [&](auto, auto begin, auto last) { kernel.scan(args, 0, begin, last); });
+        for_units({1, T, E, N, W}, cut, [&](auto, auto begin, auto last) { kernel.scan[0](args, 0, begin, last); });
       }
     }
     *end = own;
@@ -158,9 +160,9 @@ bool test_batch(const moss::MixerKernel& kernel) {
     for_units({count, T, E, N, W}, E, [&](auto b, auto begin, auto end) {
       kernel.conv({T, E, W, x.data() + at, weight.data(), bias.data(), window.data(), c.data()}, b, begin, end);
       const float* const Bm = bc.data() + first * T * 2 * N;
-      kernel.scan({T, E, N, c.data(), dt.data() + at, x.data() + at, rate.data(), Bm, Bm + N, 2 * N, D.data(), h.data(),
-                   y.data()},
-                  b, begin, end);
+      kernel.scan[0]({T, E, N, c.data(), dt.data() + at, x.data() + at, rate.data(), Bm, Bm + N, 2 * N, D.data(),
+                      h.data(), y.data()},
+                     b, begin, end);
     });
     return y;
   };
@@ -170,6 +172,123 @@ bool test_batch(const moss::MixerKernel& kernel) {
     one_by_one.insert(one_by_one.end(), own.begin(), own.end());
   }
   return same(kernel.name, "the batch", run(0, B), one_by_one);
+}
+
+// A scan whose states are rounded: its inputs, and what it makes of them.
+struct Rounded {
+  moss::StateName format;
+  std::int64_t batch, time, channels, states;
+  Floats x, dt, z, rate, bc, D;
+  std::vector<std::uint32_t> places;
+  std::vector<std::uint8_t> h;  // [B, strips, N, kMaxLanes]
+  Floats scales, y;
+
+  // With `exact` every state before it is rounded is the same in all forms: nothing decays, delta is 64.
+  Rounded(moss::StateName format, std::int64_t B, std::int64_t T, std::int64_t E, std::int64_t N, bool exact)
+      : format(format), batch(B), time(T), channels(E), states(N) {
+    Random random(static_cast<unsigned>(B + 7 * T + 131 * E + N));
+    const std::int64_t of_strips = moss::strip_count(E) * N * moss::kMaxLanes;
+    x = random.normal(B * T * E), dt = random.normal(B * T * E, 1, -2), z = random.normal(B * T * E);
+    rate = Floats(static_cast<std::size_t>(of_strips), 0.0f);
+    bc = random.normal(B * T * 2 * N), D = random.normal(E);
+    // Some states far smaller than others: subnormals of fp16 among them.
+    for (std::size_t i = 0; i < bc.size(); i += 3) bc[i] *= 1e-8f;
+    if (exact) {
+      std::fill(dt.begin(), dt.end(), 64.0f);
+      for (float& value : x) value = value < 0 ? -0.25f : 0.5f;
+    } else {
+      for (float& value : rate) value = -0.1f - std::fabs(random.normal(1)[0]);
+    }
+    places.resize(static_cast<std::size_t>(of_strips));
+    moss::state_places(E, N, places.data());
+    h.resize(static_cast<std::size_t>(B * of_strips * moss::kStateFormats[static_cast<int>(format)].bytes));
+    scales.resize(static_cast<std::size_t>(B * moss::strip_count(E) * moss::kMaxLanes));
+    y.resize(x.size());
+  }
+
+  // Steps in pieces of `piece`, channels cut at `cut`; the first is the token 5.
+  void run(const moss::MixerKernel& kernel, std::int64_t piece, std::int64_t cut) {
+    const std::int64_t T = time, E = channels, N = states, strips = moss::strip_count(E);
+    const std::int64_t own = strips * N * moss::kMaxLanes * moss::kStateFormats[static_cast<int>(format)].bytes;
+    for (std::int64_t b = 0; b < batch; ++b) {
+      for (std::int64_t t = 0; t < T; t += piece) {
+        const std::int64_t from = (b * T + t) * E, row = (b * T + t) * 2 * N;
+        Floats scratch = unset<float>(N * moss::kMaxLanes);
+        // Single steps are given what they are rounded with; others compute it.
+        std::vector<std::uint32_t> drawn(piece == 1 ? places.size() : 0);
+        if (piece == 1) kernel.draw(places.data(), static_cast<std::int64_t>(places.size()), 5 + t, drawn.data());
+        const moss::MixerScanArgs args = {
+            std::min(piece, T - t), E, N, x.data() + from, dt.data() + from, z.data() + from, rate.data(),
+            bc.data() + row, bc.data() + row + N, 2 * N, D.data(), h.data() + b * own, y.data() + from, 5 + t,
+            places.data(), piece == 1 ? drawn.data() : nullptr, scales.data() + b * strips * moss::kMaxLanes, scratch.data()};
+        for_units({1, T, E, N, 1}, cut, [&](auto, auto begin, auto end) {
+          kernel.scan[static_cast<int>(format)](args, 0, begin, end);
+        });
+      }
+    }
+  }
+
+  std::size_t channel(std::size_t i) const {
+    return i / static_cast<std::size_t>(states * moss::kMaxLanes) * moss::kMaxLanes + i % moss::kMaxLanes;
+  }
+  // How far its neighbours are.
+  double step(std::size_t i) const {
+    if (format == moss::StateName::int8) return static_cast<double>(scales[channel(i)]);
+    return std::fmax(std::fabs(value(i)) / 1024, 0x1p-24);
+  }
+  double value(std::size_t i) const {
+    if (format == moss::StateName::fp16) {
+      std::uint16_t half;
+      std::memcpy(&half, h.data() + 2 * i, 2);
+      return static_cast<double>(moss::from_half(half));
+    }
+    return static_cast<double>(static_cast<float>(static_cast<std::int8_t>(h[i])) * scales[channel(i)]);
+  }
+  std::size_t count() const { return h.size() / static_cast<std::size_t>(value_bytes()); }
+  std::int64_t value_bytes() const { return moss::kStateFormats[static_cast<int>(format)].bytes; }
+};
+
+// The same codes and scales as the scalar form where nothing before the rounding differs; elsewhere, after one step
+// from the same state, nearly all the same, and none off by more than a step of its format.
+bool test_rounded_of(const moss::MixerKernel& kernel, moss::StateName format, std::int64_t T, std::int64_t E,
+                     std::int64_t N) {
+  const moss::MixerKernel& scalar = **(moss::mixer_kernels().end() - 1);
+  char what[160];
+  std::snprintf(what, sizeof(what), "%s %s T %d E %d N %d", kernel.name,
+                moss::kStateFormats[static_cast<int>(format)].name, static_cast<int>(T), static_cast<int>(E),
+                static_cast<int>(N));
+  Rounded expected(format, 2, T, E, N, true), found = expected;
+  expected.run(scalar, T, E);
+  found.run(kernel, T, E);
+  if (found.h != expected.h || found.scales != expected.scales) {
+    std::printf("FAILED %s: states are not those of the scalar form\n", what);
+    return false;
+  }
+  Rounded whole(format, 2, T, E, N, false), steps = whole, one(format, 2, 1, E, N, false);
+  whole.run(kernel, T, E);
+  steps.run(kernel, 1, 16);
+  if (whole.h != steps.h || whole.scales != steps.scales || whole.y != steps.y) {
+    std::printf("FAILED %s: cutting time or channels changes a bit\n", what);
+    return false;
+  }
+  one.h = whole.h;
+  one.scales = whole.scales;
+  Rounded reference = one;
+  one.run(kernel, 1, E);
+  reference.run(scalar, 1, E);
+  std::size_t differing = 0;
+  double most = 0;
+  for (std::size_t i = 0; i < one.count(); ++i) {
+    const double off = std::fabs(one.value(i) - reference.value(i));
+    if (off == 0) continue;
+    most = std::fmax(most, off / reference.step(i));
+    differing += off > 0.5 * reference.step(i);
+  }
+  if (most > 1.01 || differing > 2 + one.count() / 100) {
+    std::printf("FAILED %s: %zu of %zu states differ, by up to %g steps\n", what, differing, one.count(), most);
+    return false;
+  }
+  return close(what, one.y, doubles(reference.y));
 }
 
 bool test_swiglu_of(const moss::SwigluKernel& kernel) {
@@ -222,6 +341,13 @@ bool test_mixer() {
       for (std::int64_t E : {1, 4, 17, 48, 70}) {
         for (std::int64_t W : {1, 2, 4}) passed = test_conv_of(*kernel, {2, T, E, 1, W}) && passed;
         for (std::int64_t N : {1, 4, 7, 16}) passed = test_scan_of(*kernel, {2, T, E, N, 1}) && passed;
+      }
+    }
+    for (const moss::StateName format : {moss::StateName::fp16, moss::StateName::int8}) {
+      for (std::int64_t T : {1, 2, 33}) {
+        for (std::int64_t E : {1, 17, 48}) {
+          for (std::int64_t N : {1, 16, 17}) passed = test_rounded_of(*kernel, format, T, E, N) && passed;
+        }
       }
     }
     passed = test_batch(*kernel) && passed;

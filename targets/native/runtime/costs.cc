@@ -5,8 +5,10 @@
 //
 //     moss-costs MODEL.moss [THREADS] > costs.json
 //
-// A linear is timed over copies that lie apart, together larger than kRingBytes, so that each is read from where the
-// weights of a model are. What is not a linear is timed in a real step of the model, less its linears.
+// A linear is timed over copies that lie one after the other, together as large as the model that is given, and all of
+// that is read before: so much of them is in the caches as is of the model's own weights when a step begins. What is
+// not a linear is timed in real steps of the model, less its linears. Everything takes turns, and of each the least
+// time counts, so that other work on the machine falls away.
 
 #include <algorithm>
 #include <chrono>
@@ -14,14 +16,19 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <exception>
 #include <fstream>
 #include <iterator>
 #include <string>
-#include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "forward.h"
+#include "memory.h"
 #include "model.h"
 #include "state.h"
 #include "tiles.h"
@@ -29,25 +36,48 @@
 namespace moss {
 namespace {
 
-constexpr std::int64_t kRingBytes = 192 << 20;  // above the last cache of what a phone has, and of most others
-constexpr int kRepeats = 5;
-constexpr int kSteps = 24;
+constexpr int kRounds = 15;
+constexpr int kSteps = 3;  // of the model in a round, after one that brings it back into the caches
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// The least of several times of run(), in seconds.
+// Seconds of run(); of one thread those of its processor, in which nothing else ran.
 template <typename Run>
-double least_seconds(const Run& run) {
-  double least = 1e30;
-  for (int i = 0; i < kRepeats; ++i) {
-    const double begin = now();
-    run();
-    least = std::min(least, now() - begin);
-  }
-  return least;
+double seconds_of(int threads, const Run& run) {
+  const auto clock = [&] {
+    if (threads > 1) return now();
+    timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  };
+  const double begin = clock();
+  run();
+  return clock() - begin;
 }
+
+// Memory with something in it, in small pages like a mapped file.
+class Ring {
+ public:
+  Ring(std::int64_t bytes, std::int64_t allocated) : bytes_(bytes), memory_(allocate_aligned(allocated)) {
+#if defined(__linux__)
+    const std::uintptr_t page = 4096, begin = (reinterpret_cast<std::uintptr_t>(data()) + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(begin), static_cast<std::size_t>(allocated) - page, MADV_NOHUGEPAGE);
+#endif
+    std::memset(memory_.get(), 0x11, static_cast<std::size_t>(allocated));  // codes and scales of every format
+  }
+
+  std::uint8_t* data() const { return memory_.get(); }
+  // Leaves in the caches what a step leaves there that reads as much.
+  void read() const { read_memory(memory_.get(), static_cast<std::size_t>(bytes_)); }
+  // How often so many bytes are in it.
+  std::int64_t copies(std::int64_t bytes) const { return std::max<std::int64_t>(1, bytes_ / bytes); }
+
+ private:
+  std::int64_t bytes_;
+  Memory memory_;
+};
 
 struct Shape {
   std::int64_t outputs, columns;
@@ -64,19 +94,18 @@ void share_out(Pool& pool, const Shape& shape, std::int64_t strip, const Run& ru
   });
 }
 
-double time_quantized(Model& model, const Shape& shape, WeightName name) {
+double time_quantized(Model& model, const Ring& ring, const Shape& shape, WeightName name) {
   const WeightFormat& format = weight_format(name);
   const LinearKernel& kernel = select(linear_kernels(LinearInput::int8_block, name), model.kernels().flags);
   const std::int64_t K = shape.columns, own = shape.outputs / shape.parts, blocks = block_count(format, K);
   const std::int64_t bytes = packed_bytes(*kernel.layout, format, own, K);
-  const std::int64_t copies = std::max<std::int64_t>(2, kRingBytes / (bytes * shape.parts) + 1);
-  const Memory ring = allocate_aligned(copies * shape.parts * bytes);
-  std::memset(ring.get(), 0x11, static_cast<std::size_t>(copies * shape.parts * bytes));
+  const std::int64_t copies = ring.copies(bytes * shape.parts);
   const std::vector<std::int8_t> codes(static_cast<std::size_t>(blocks * format.block), 1);
   const std::vector<float> scales(static_cast<std::size_t>(blocks), 1.0f);
   const std::vector<std::int32_t> sums(scales.size(), static_cast<std::int32_t>(format.block));
   std::vector<float> y(static_cast<std::size_t>(shape.outputs));
-  return least_seconds([&] {
+  ring.read();
+  return seconds_of(model.pool().threads(), [&] {
            for (std::int64_t i = 0; i < copies; ++i) {
              share_out(model.pool(), shape, kernel.layout->strip,
                        [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
@@ -85,7 +114,7 @@ double time_quantized(Model& model, const Shape& shape, WeightName name) {
                                      codes.data(),
                                      scales.data(),
                                      sums.data(),
-                                     ring.get() + (i * shape.parts + part) * bytes,
+                                     ring.data() + (i * shape.parts + part) * bytes,
                                      nullptr,
                                      y.data() + part * own},
                                     begin, end);
@@ -95,15 +124,17 @@ double time_quantized(Model& model, const Shape& shape, WeightName name) {
          static_cast<double>(copies);
 }
 
-double time_kept(Model& model, const Shape& shape) {
+double time_kept(Model& model, const Ring& ring, const Shape& shape) {
   const std::int64_t K = shape.columns, own = shape.outputs / shape.parts, count = shape.outputs * K;
-  const std::int64_t copies = std::max<std::int64_t>(2, kRingBytes / (count * 4) + 1);
-  const std::vector<float> ring(static_cast<std::size_t>(copies * count), 1.0f), x(static_cast<std::size_t>(K), 1.0f);
+  const std::int64_t copies = ring.copies(count * 4);
+  const auto* const values = reinterpret_cast<const float*>(ring.data());
+  const std::vector<float> x(static_cast<std::size_t>(K), 1.0f);
   std::vector<float> y(static_cast<std::size_t>(shape.outputs));
-  return least_seconds([&] {
+  ring.read();
+  return seconds_of(model.pool().threads(), [&] {
            for (std::int64_t i = 0; i < copies; ++i) {
              share_out(model.pool(), shape, 1, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
-               model.kernels().dense->run({1, K, own, x.data(), ring.data() + i * count + part * own * K, nullptr,
+               model.kernels().dense->run({1, K, own, x.data(), values + i * count + part * own * K, nullptr,
                                            y.data() + part * own},
                                           begin, end);
              });
@@ -116,26 +147,28 @@ constexpr Part kLinears[] = {Part::in_proj, Part::x_proj, Part::dt_proj, Part::o
                              Part::w1_w3,   Part::w2,     Part::head};
 
 // Of a step of the model: in all, and without its linears.
-std::pair<double, double> time_step(Model& model) {
-  State state(model, 1);
+struct Step {
+  double whole = 1e30, rest = 1e30;
+};
+
+// Keeps the least times.
+void time_steps(Model& model, State& state, Step* least) {
   std::vector<float> logits(static_cast<std::size_t>(model.config().vocabulary));
   Wanted wanted;
   wanted.last = logits.data();
   const std::int64_t token = 0;
-  double least = 1e30, rest = 0;
-  for (int i = 0; i < kSteps; ++i) {
+  for (int i = 0; i <= kSteps; ++i) {
     model.profile() = {};
     model.profile().on = true;
-    const double begin = now();
+    const double begin = now();  // as the parts are timed
     forward(model, state, &token, 1, wanted);
-    const double taken = now() - begin;
-    if (taken >= least) continue;
-    least = rest = taken;
-    for (const Part part : kLinears) {
-      rest -= model.profile().seconds[static_cast<int>(part)];
-    }
+    const double whole = now() - begin;
+    if (i == 0) continue;
+    double rest = whole;
+    for (const Part part : kLinears) rest -= model.profile().seconds[static_cast<int>(part)];
+    least->whole = std::min(least->whole, whole);
+    least->rest = std::min(least->rest, rest);
   }
-  return {least, rest};
 }
 
 std::string processor() {
@@ -159,25 +192,35 @@ void run(const char* path, int threads) {
     shapes.push_back({config.mlp_hidden, config.hidden, 1});
     shapes.push_back({config.hidden, config.mlp_hidden, 1});
   }
-  const auto [step, rest] = time_step(model);
+  std::int64_t largest = model.mapped_bytes();
+  for (const Shape& shape : shapes) largest = std::max(largest, shape.outputs * shape.columns * 4 + 4096);
+  const Ring ring(model.mapped_bytes(), largest);
+  State state(model, 1);
+  const std::size_t formats = std::size(kWeightFormats) + 1;  // the last: kept
+  Step step;
+  std::vector<double> times(shapes.size() * formats, 1e30);
+  for (int round = 0; round < kRounds; ++round) {
+    time_steps(model, state, &step);
+    for (std::size_t i = 0; i < times.size(); ++i) {
+      const Shape& shape = shapes[i / formats];
+      const bool kept = i % formats + 1 == formats;
+      const double taken = kept ? time_kept(model, ring, shape)
+                                : time_quantized(model, ring, shape, static_cast<WeightName>(i % formats));
+      times[i] = std::min(times[i], taken);
+    }
+  }
   std::string name;
   for (const char character : processor()) {
     if (character != '"' && character != '\\') name += character;
   }
-  std::printf("{\"version\": 1, \"machine\": \"%s\", \"threads\": %d,\n", name.c_str(), threads);
-  std::printf(" \"step_ns\": %.0f, \"fixed_ns\": %.0f,\n \"linears\": [", step * 1e9, rest * 1e9);
-  const char* comma = "\n";
-  for (const Shape& shape : shapes) {
-    const auto print = [&](const char* format, double seconds) {
-      std::printf("%s  {\"format\": \"%s\", \"outputs\": %lld, \"columns\": %lld, \"ns\": %.0f}", comma, format,
-                  static_cast<long long>(shape.outputs), static_cast<long long>(shape.columns), seconds * 1e9);
-      std::fflush(stdout);
-      comma = ",\n";
-    };
-    for (std::size_t i = 0; i < std::size(kWeightFormats); ++i) {
-      print(kWeightFormats[i].name, time_quantized(model, shape, static_cast<WeightName>(i)));
-    }
-    print("float32", time_kept(model, shape));
+  std::printf("{\"version\": 1, \"machine\": \"%s\", \"threads\": %d, \"ring_bytes\": %lld,\n", name.c_str(), threads,
+              static_cast<long long>(model.mapped_bytes()));
+  std::printf(" \"step_ns\": %.0f, \"fixed_ns\": %.0f,\n \"linears\": [", step.whole * 1e9, step.rest * 1e9);
+  for (std::size_t i = 0; i < times.size(); ++i) {
+    const Shape& shape = shapes[i / formats];
+    const char* const format = i % formats + 1 == formats ? "float32" : kWeightFormats[i % formats].name;
+    std::printf("%s\n  {\"format\": \"%s\", \"outputs\": %lld, \"columns\": %lld, \"ns\": %.0f}", i ? "," : "", format,
+                static_cast<long long>(shape.outputs), static_cast<long long>(shape.columns), times[i] * 1e9);
   }
   std::printf("\n ]}\n");
 }

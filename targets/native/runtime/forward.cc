@@ -85,6 +85,8 @@ class Pass {
     for (std::int64_t t0 = 0; t0 < time; t0 += length) {
       const Arena::Mark mark = arena_.mark();
       steps_ = std::min(length, time - t0);
+      position_ = state_.position() + t0;
+      draw();
       rows_ = B * steps_;
       residual_ = arena_.take<float>(rows_ * config_.hidden);
       {
@@ -95,7 +97,7 @@ class Pass {
       }
       for (std::int64_t i = 0; i < config_.layers; ++i) {
         const Layer& layer = model_.layers()[static_cast<std::size_t>(i)];
-        ssm(layer.ssm, state_.window(i), state_.ssm(i));
+        ssm(layer.ssm, state_.window(i), state_.scanned(i));
         if (!layer.mlp.w1.empty()) mlp(layer.mlp);
       }
       if (wanted.all) {
@@ -105,10 +107,21 @@ class Pass {
       }
       arena_.release(mark);
     }
+    state_.set_position(state_.position() + time);
   }
 
  private:
   int threads() const { return model_.pool().threads(); }
+
+  // How states are rounded after a single step, once for all layers and sequences.
+  void draw() {
+    drawn_ = nullptr;
+    if (model_.state_places() == nullptr || steps_ != 1) return;
+    const Timed timed = time_of(Part::scan);
+    const std::int64_t count = strip_count(config_.inner) * kMaxLanes * config_.states;
+    drawn_ = arena_.take<std::uint32_t>(count);
+    model_.kernels().mixer->draw(model_.state_places(), count, position_, drawn_);
+  }
 
   Timed time_of(Part part) const { return Timed(&model_.profile(), part); }
 
@@ -312,7 +325,7 @@ class Pass {
     });
   }
 
-  void ssm(const Ssm& ssm, float* window, float* h) {
+  void ssm(const Ssm& ssm, float* window, const Scanned& state) {
     const Arena::Mark mark = arena_.mark();
     const std::int64_t M = rows_, E = config_.inner, N = config_.states, R = config_.rank, P = config_.projected();
     const float* const u = normed(residual_, M, ssm.norm);
@@ -370,9 +383,14 @@ class Pass {
     sum_experts(groups, ssm.dt_proj, deltas, &ssm.dt_bias, false, false, dt, Part::dt_proj);
 
     float* const y = x;
+    const std::int64_t of_strips = strip_count(E) * N * kMaxLanes;
+    float* const scratch = state.format == StateName::int8 ? arena_.take<float>(state_.batch() * of_strips) : nullptr;
     for_channels(Part::scan, [&](std::int64_t b, std::int64_t begin, std::int64_t end) {
-      model_.kernels().mixer->scan(
-          {steps_, E, N, c, dt, z, ssm.rate, bc, bc + N, bc_stride, ssm.D, h, y}, b, begin, end);
+      float* const own = scratch ? scratch + b * of_strips + in_strips(begin, 0, N) : nullptr;
+      model_.kernels().mixer->scan[static_cast<int>(state.format)](
+          {steps_, E, N, c, dt, z, ssm.rate, bc, bc + N, bc_stride, ssm.D, state.h, y, position_,
+           model_.state_places(), drawn_, state.scales, own},
+          b, begin, end);
     });
     Input leaving = {y, M, E, {}};
     quantize(&leaving, ssm.out_proj);
@@ -491,6 +509,8 @@ class Pass {
   Arena& arena_;
   std::int64_t steps_ = 0;     // of each sequence in the piece
   std::int64_t rows_ = 0;      // M
+  std::int64_t position_ = 0;  // of the piece's first step
+  std::uint32_t* drawn_ = nullptr;
   float* residual_ = nullptr;  // [M, D]
 };
 

@@ -6,12 +6,15 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <map>
 #include <stdexcept>
+
+#include "mixer/rounding.h"
 
 namespace moss {
 namespace {
 
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kVersion = 1, kVersionOfStates = 2;  // the second where states are rounded
 constexpr std::int64_t kMostValue = std::int64_t{1} << 22;  // of a field of the config: nothing multiplies out of range
 constexpr std::int64_t kMostExperts = 1 << 10;
 
@@ -30,19 +33,6 @@ std::int64_t float_bytes(const std::string& format) {
   if (format == "float32") return 4;
   if (format == "bfloat16" || format == "float16") return 2;
   throw std::runtime_error("number format '" + format + "' is not known to this release");
-}
-
-float from_half(std::uint16_t half) {
-  const int exponent = half >> 10 & 0x1f, fraction = half & 0x3ff;
-  float value;
-  if (exponent == 0x1f) {
-    value = fraction ? NAN : HUGE_VALF;
-  } else if (exponent == 0) {
-    value = std::ldexp(static_cast<float>(fraction), -24);
-  } else {
-    value = std::ldexp(static_cast<float>(fraction | 0x400), exponent - 25);
-  }
-  return half >> 15 ? -value : value;
 }
 
 float from_upper(std::uint16_t upper) {
@@ -95,9 +85,10 @@ Model::Model(const std::string& path, CpuFlags flags, int threads) : file_(path)
   const auto header = file_.metadata().find("moss");
   if (header == file_.metadata().end()) throw std::runtime_error("it is no .moss: its header has no 'moss'");
   const Json own = parse_json(header->second);
-  if (own.at("version").integer("version", 1, kMostValue) != kVersion) {
-    throw std::runtime_error("its version is not " + std::to_string(kVersion) +
-                             "; open it with the release that wrote it");
+  const std::int64_t version = own.at("version").integer("version", 1, kMostValue);
+  if (version != kVersion && version != kVersionOfStates) {
+    throw std::runtime_error("its version is not " + std::to_string(kVersion) + " or " +
+                             std::to_string(kVersionOfStates) + "; open it with the release that wrote it");
   }
   layout_name_ = own.at("layout").text("layout");
   for (const LinearLayout* layout : kLinearLayouts) {
@@ -106,6 +97,8 @@ Model::Model(const std::string& path, CpuFlags flags, int threads) : file_(path)
   if (layout_ == nullptr) throw std::runtime_error("layout '" + layout_name_ + "' is not known to this release");
   formats_ = own.at("formats");
   read_config(own.at("config"));
+  config_.ssm_states.assign(static_cast<std::size_t>(config_.layers), StateName::fp32);
+  if (version == kVersionOfStates) read_states(own.at("states"));
   read_tensors();
   set_threads(threads);
 }
@@ -135,6 +128,27 @@ void Model::read_config(const Json& json) {
                         (config_.mlp_chosen[i] > 0) == (config_.mlp_experts[i] > 0);
     if (!routes) throw std::runtime_error("layer " + std::to_string(i) + " chooses other experts than it has");
   }
+}
+
+// State array's name -> format, of those that are not carried in fp32.
+void Model::read_states(const Json& json) {
+  std::map<std::string, Json> left = json.object;
+  for (std::int64_t i = 0; i < config_.layers; ++i) {
+    const auto found = left.find("layers." + std::to_string(i) + ".mixer.ssm");
+    if (found == left.end()) continue;
+    const std::string& name = found->second.text("the format of " + found->first);
+    const auto format = std::find_if(std::begin(kStateFormats), std::end(kStateFormats),
+                                     [&](const StateFormat& known) { return name == known.name; });
+    if (format == std::end(kStateFormats)) {
+      throw std::runtime_error("state format '" + name + "' is not known to this release");
+    }
+    config_.ssm_states[static_cast<std::size_t>(i)] = static_cast<StateName>(format - std::begin(kStateFormats));
+    left.erase(found);
+  }
+  if (!left.empty()) throw std::runtime_error(left.begin()->first + " is no state that can be rounded");
+  const std::int64_t count = strip_count(config_.inner) * kMaxLanes * config_.states;
+  state_places_ = reinterpret_cast<std::uint32_t*>(allocate(count * 4));
+  moss::state_places(config_.inner, config_.states, state_places_);
 }
 
 std::uint8_t* Model::allocate(std::int64_t bytes) {

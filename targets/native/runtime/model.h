@@ -39,6 +39,7 @@ struct Config {
   float eps;
   bool tied;
   std::vector<std::int64_t> ssm_experts, ssm_chosen, mlp_experts, mlp_chosen;  // of each layer
+  std::vector<StateName> ssm_states;                                           // the same
 
   std::int64_t projected() const { return rank + 2 * states; }  // rows of x_proj: delta, B, C
 };
@@ -116,6 +117,8 @@ class Model {
   const Matrix& head() const { return config_.tied ? table_ : head_; }
   const float* norm() const { return norm_; }
   const std::vector<Layer>& layers() const { return layers_; }
+  // What rounding of states hashes them to (mixer/mixer.h); null where none is rounded.
+  const std::uint32_t* state_places() const { return state_places_; }
 
   Profile& profile() { return profile_; }
   const Profile& profile() const { return profile_; }
@@ -127,6 +130,7 @@ class Model {
 
  private:
   void read_config(const Json& header);
+  void read_states(const Json& header);
   void read_tensors();
   std::string format_of(const std::string& name) const;
   // A matrix of `parts` pieces of the same height, each packed by itself.
@@ -152,6 +156,7 @@ class Model {
   Matrix table_, head_;
   const float* norm_ = nullptr;
   std::vector<Layer> layers_;
+  std::uint32_t* state_places_ = nullptr;
   std::vector<Memory> memory_;
   Arena arena_;
   Profile profile_;

@@ -173,6 +173,17 @@ int32_t moss_state_write(moss_state* state, int64_t array, const float* values) 
   });
 }
 
+int64_t moss_state_position(const moss_state* state) { return state->state.position(); }
+
+int32_t moss_state_set_position(moss_state* state, int64_t position) {
+  return guarded<int32_t>(MOSS_ERROR, [&] {
+    check(state != nullptr, "a null pointer was given");
+    check(position >= 0, "a position must be 0 or more");
+    state->state.set_position(position);
+    return MOSS_OK;
+  });
+}
+
 int32_t moss_forward(moss_model* model, moss_state* state, const int64_t* tokens, int64_t time, int32_t which,
                      float* logits) {
   return guarded<int32_t>(MOSS_ERROR, [&] {

@@ -75,11 +75,17 @@ MOSS_API void moss_state_free(moss_state* state);
 MOSS_API int64_t moss_state_batch(const moss_state* state);
 
 /* The arrays of a state: of layer i, array 2 i is the last inputs of the convolution [d_inner, conv - 1], oldest first,
- * and array 2 i + 1 the state of the SSM [d_inner, states]; batch comes before both. Values are copied. */
+ * and array 2 i + 1 the state of the SSM [d_inner, states]; batch comes before both. Values are copied, in fp32
+ * whatever format the model carries its states in: those that were read are written as they were, others are rounded to
+ * the nearest that the format has. */
 MOSS_API int64_t moss_state_arrays(const moss_model* model);
 MOSS_API int64_t moss_state_size(const moss_model* model, int64_t array); /* of one sequence */
 MOSS_API int32_t moss_state_read(const moss_state* state, int64_t array, float* values);
 MOSS_API int32_t moss_state_write(moss_state* state, int64_t array, const float* values);
+/* Tokens that were read since it began. How a state is rounded depends on it: arrays that are written to a new state go
+ * on as they would have gone if the position is set as well. */
+MOSS_API int64_t moss_state_position(const moss_state* state);
+MOSS_API int32_t moss_state_set_position(moss_state* state, int64_t position);
 
 /* Reads tokens [batch, time] and advances the state. logits [batch, time, vocab] (MOSS_ALL), or [batch, vocab] of the
  * last position (MOSS_LAST). Where a token is not of the vocabulary nothing is read and the state stays. */

@@ -104,6 +104,13 @@ def test_bench() -> None:
     text = _text(tables.bench_table(report))
     assert "(1000–2000)" in text
     assert "8.38" in text
+    assert tables.bandwidth_tables(report) == []
+    read = Timing(
+        "own", "native", "int4", "int8_block", speed, speed, 1.0, 2.0, 1.0, 7, 73.2, speed, Speed(0.5, 0.4, 0.6)
+    )
+    text = _text(*tables.bandwidth_tables(replace(report, artifacts=(timing, read))))
+    assert "tiny" not in text
+    assert all(word in text for word in ("own", "mapped", "73.2", "1234.4", "50"))
 
 
 def test_info_and_plan(byte_model: Path, tmp_path: Path) -> None:

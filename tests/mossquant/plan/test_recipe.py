@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mossquant.errors import InputError
+from mossquant.plan.capabilities import TARGETS
 from mossquant.plan.recipe import RECIPES, Recipe, first_match, load_recipe
 
 MINIMAL = """\
@@ -129,7 +130,7 @@ def test_patterns_do_not_explode() -> None:
 def test_shipped(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.targets == ["torch", "onnx", "executorch"]
+    assert recipe.targets == list(TARGETS)
     assert recipe.solver == ("gptq" if name == "int4-best" else "nearest-mse")
     assert all(rule.why for rule in recipe.weights if rule.keep)
 

@@ -63,7 +63,7 @@ def _runtime(**values: Any) -> Callable[[dict[str, Any]], None]:
     def edit(header: dict[str, Any]) -> None:
         said = json.loads(header["__metadata__"]["moss"])
         for key, value in values.items():
-            said[key] = {**said[key], **value} if isinstance(value, dict) else value
+            said[key] = {**said.get(key, {}), **value} if isinstance(value, dict) else value
         header["__metadata__"]["moss"] = json.dumps(said)
 
     return edit
@@ -81,7 +81,7 @@ def _tensor(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda header: header[name].update(values)
 
 
-D = "backbone.layers.0.mixer.D"
+D, S, W = "backbone.layers.0.mixer.D", "layers.0.mixer.ssm", "layers.1.mixer.conv"
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "nothing": (lambda header: None, ""),
     "more is said": (_runtime(config={"later": 1}, later=[1]), ""),
@@ -96,7 +96,15 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "the other way": (_tensor(D, data_offsets=[64, 0], shape=[-64]), "mixer.D is no row of bytes"),
     "over another": (_tensor(D, data_offsets=[0, 64], shape=[64]), "does not follow the tensor before it"),
     "a list": (lambda header: header.update({D: [1]}), "mixer.D is no row of bytes"),
-    "another version": (_runtime(version=2), "is of another version than 1"),
+    "another version": (_runtime(version=3), "is of another version than 1 and 2"),
+    "rounded states": (_runtime(states={S: "int8"}), "says another version to libmoss than its metadata does"),
+    "states it does not say": (
+        _runtime(version=2, states={S: "int8"}),
+        "its states are fp32, int8, its metadata says fp32",
+    ),
+    "an unknown state": (_runtime(version=2, states={S: "int3"}), "mixer.ssm is carried in 'int3', which libmoss"),
+    "a rounded window": (_runtime(version=2, states={W: "int8"}), "mixer.conv is carried in 'int8', which libmoss"),
+    "no states": (_runtime(version=2, states=[1]), "does not say how its states are carried"),
     "another layout": (_runtime(layout="sparc"), "says another layout to libmoss than its metadata does"),
     "another config": (_runtime(config={"state_size": 6}), "says another config to libmoss than its metadata does"),
     "no config": (_runtime(config=None), "says another config to libmoss"),

@@ -84,7 +84,7 @@ def test_a_saved_state_goes_on_where_it_stood(folder: Path, tmp_path: Path) -> N
         np.testing.assert_array_equal(runner.read(restored)[name], value)
 
 
-@pytest.mark.parametrize("target", ["onnx", "executorch", "native"])
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
 def test_no_other_target_is_given_it(folder: Path, tmp_path: Path, target: str) -> None:
     with pytest.raises(InputError, match=f"{target} cannot carry layers.0.mixer.ssm in int8"):
         quantize(folder / "model", tmp_path / "out", recipe=_recipe(tmp_path, target))
