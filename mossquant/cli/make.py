@@ -214,6 +214,10 @@ def export(
         Literal["host", "x86", "arm", "rows"] | None,
         typer.Option(help="of native: packed for this machine (host, if not given), x86, arm, or none in particular"),
     ] = None,
+    kernels: Annotated[
+        Literal["stock", "mossquant"] | None,
+        typer.Option(help="of executorch: its own and XNNPACK's (stock, if not given), or ours, packed as --isa says"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
     force: options.Force = False,
 ) -> None:
@@ -230,7 +234,8 @@ def export(
 
     targets = [name.strip() for name in target.split(",")]
     if dry_run:
-        terminal.show(needs_table(export_needs(model, target=targets, activations=activations, scales=scales, isa=isa)))
+        needs = export_needs(model, target=targets, activations=activations, scales=scales, isa=isa, kernels=kernels)
+        terminal.show(needs_table(needs))
         return
     if output is None:
         raise InputError(options.NO_OUTPUT)
@@ -242,6 +247,7 @@ def export(
             activations=activations,
             scales=scales,
             isa=isa,
+            kernels=kernels,
             force=force,
             progress=shown,
         )
