@@ -51,7 +51,7 @@ class Method:
         self._last: ReferenceType[Carried] | None = None
 
     def __call__(self, tokens: Tensor, carried: Carried) -> tuple[Floats, Carried]:
-        """tokens [1, T], a state, which is used up → logits, the state after them."""
+        """tokens [1, T], a state, which is used up → logits, to be read before the next call; the state after them."""
         if not self._in_place:
             logits, *after = self._method([tokens, *carried.arrays])
             return logits.numpy(), Carried(after)
@@ -61,7 +61,7 @@ class Method:
         logits, *after = self._method([tokens, *carried.arrays], clone_outputs=False)
         found = Carried(after, self)
         self._last = ref(found)
-        return logits.numpy().copy(), found
+        return logits.numpy(), found
 
 
 def zeros(shapes: list[tuple[int, ...]]) -> Carried:

@@ -89,17 +89,15 @@ class ExecutorchRunner:
         """Advance by tokens [1, T]; see `mossquant.runner.Runner`."""
         checked_tokens(tokens, state, self._vocab_size)
         ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
-        states: Carried = state.take()
-        if ids.shape[1] == 1:
-            last, states = self._execute("decode", ids, states)
-            return last, State(states, 1)
-        parts: list[Floats] = []
+        carried: Carried = state.take()
+        every = logits == "all"
+        found = np.empty((1, ids.shape[1] if every else 1, self._vocab_size), np.float32)
         for start in range(0, ids.shape[1], self._chunk):
             piece = ids[:, start : start + self._chunk].contiguous()
-            method = "decode" if piece.shape[1] == 1 else "score" if logits == "all" else "prefill"
-            wanted, states = self._execute(method, piece, states)
-            parts = [*parts, wanted] if logits == "all" else [wanted]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts, 1)), State(states, 1)
+            method = "decode" if piece.shape[1] == 1 else "score" if every else "prefill"
+            part, carried = self._execute(method, piece, carried)
+            found[:, slice(start, start + piece.shape[1]) if every else slice(None)] = part
+        return found, State(carried, 1)
 
     def copy(self, state: State) -> State:
         """An independent copy."""

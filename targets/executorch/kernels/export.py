@@ -12,8 +12,8 @@ from mossquant.plan.capabilities import OWN_KERNELS, Activations
 from mossquant.progress import Progress
 from mossquant.targets.executorch.kernels.calls import Matrix, Small, calls
 from mossquant.targets.executorch.kernels.constants import form
-from mossquant.targets.executorch.kernels.library import compiled
-from mossquant.targets.executorch.kernels.lower import lower
+from mossquant.targets.executorch.kernels.library import check_compiler, compiled
+from mossquant.targets.executorch.kernels.lower import begins, lower
 from mossquant.targets.executorch.metadata import Metadata
 from mossquant.targets.executorch.open import open_program, open_to_run
 from mossquant.targets.executorch.record import PROGRAM, program_record
@@ -37,20 +37,21 @@ def prepare(
     """Prepare to lower weights; what writes the program also opens it, and runs it where this machine can.
 
     Raises:
-        InputError: fp32 activations are asked for with quantized weights; the operators cannot be compiled.
+        InputError: fp32 activations are asked for with quantized weights; there is no compiler for the operators.
     """
     asked = activations if weights.origin.recipe is not None else None
     taken = Taken(weights, CAPABILITIES, asked)
     layout = host_layout() if isa == "host" else isa
     runs_here = layout == host_layout()
     if runs_here:
-        if progress is not None:
-            progress("compiling the operators, once", 0, 1)
-        compiled()
+        check_compiler()
     formats = {name: "float32" if (own := weights.format(name)) is None else own.name for name in weights.specs}
     chunk = CAPABILITIES.limits.max_chunk or 1
 
     def write(folder: Path) -> Exported:
+        if runs_here:
+            begins(progress, "compiling the operators, once")
+            compiled()
         said = {"activations": activations_of(taken), "max_chunk": chunk, "layout": layout}
         metadata = Metadata.model_validate(common_metadata(weights) | said)
         lower(taken, formats, layout, chunk, metadata.model_dump(), folder / PROGRAM, progress)

@@ -49,16 +49,12 @@ def load_operators() -> None:
 
 
 def compiled() -> Path:
-    """The library of operators, compiled if it is not yet; as `load_operators`."""
+    """The library of operators, compiled if it is not yet. Raises `InputError` as `load_operators`."""
     check_packages()
     operators = _place()
     if operators.is_file():
         return operators
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise InputError(
-            f"a .pte with kernels of ours takes a C++20 compiler, once, and none was found; {_ADVICE} and run again"
-        )
+    compiler = _compiler()
     try:
         operators.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=operators.parent) as aside:
@@ -69,6 +65,21 @@ def compiled() -> Path:
         reason = error.strerror or error
         raise InputError(f"{operators.parent} cannot be written ({reason}); set XDG_CACHE_HOME to a folder") from None
     return operators
+
+
+def check_compiler() -> None:
+    """Whether the operators are there or can be compiled. Raises `InputError`: there is no compiler."""
+    if not _place().is_file():
+        _compiler()
+
+
+def _compiler() -> str:
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise InputError(
+            f"a .pte with kernels of ours takes a C++20 compiler, once, and none was found; {_ADVICE} and run again"
+        )
+    return compiler
 
 
 def _place() -> Path:

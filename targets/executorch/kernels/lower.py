@@ -25,7 +25,14 @@ from mossquant.targets.program import METHODS, MethodName
 _EXAMPLE = 16
 _ALIGNMENT = 64
 """Of constants: a line of the cache, and the widest vector."""
-_STAGES = ("packing tensors", "tracing", "planning memory", "writing", "written")
+_STAGES = (
+    "compiling the operators, once",
+    "packing tensors",
+    "tracing",
+    "planning memory",
+    "writing",
+    "written",
+)
 
 
 class _Constants(nn.Module):
@@ -94,32 +101,34 @@ def lower(
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
     from executorch.exir.passes import MemoryPlanningPass
 
-    def begins(stage: str) -> None:
-        if on_stage is not None:
-            on_stage(stage, _STAGES.index(stage), len(_STAGES) - 1)
-
-    begins("packing tensors")
+    begins(on_stage, "packing tensors")
     constants, specs = _Constants(weights, layout), state_specs(weights.config)
     modules = {}
     for name in METHODS:
         chain = calls(weights.config, last=name != "score")
         modules[name] = _Method(constants, [(call, call.packed(formats, layout)) for call in chain])
-    begins("tracing")
+    begins(on_stage, "tracing")
     with torch.no_grad():
         programs = {name: _exported(module, name, specs, chunk) for name, module in modules.items()}
         config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         said = {METADATA: json.dumps(metadata, sort_keys=True)}
         edge = to_edge(programs, constant_methods=said, compile_config=config)
-    begins("planning memory")
+    begins(on_stage, "planning memory")
     # The caller's own arrays are read and written: states are not copied into memory of a method and out of it.
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     lowered = edge.to_executorch(
         ExecutorchBackendConfig(memory_planning_pass=planning, constant_tensor_alignment=_ALIGNMENT)
     )
-    begins("writing")
+    begins(on_stage, "writing")
     with path.open("wb") as file:
         lowered.write_to_file(file)
-    begins("written")
+    begins(on_stage, "written")
+
+
+def begins(on_stage: Progress | None, stage: str) -> None:
+    """Say which stage begins."""
+    if on_stage is not None:
+        on_stage(stage, _STAGES.index(stage), len(_STAGES) - 1)
 
 
 def _exported(
