@@ -4,7 +4,7 @@
 What a method gives lies in its own memory, which its next call writes to; ExecuTorch's binding copies it out, unless it
 is told not to. Where inputs and outputs of a program are memory of the caller's (`kernels/lower.py`), states stay where
 they are: the call that takes one up brings it up to date in place, and only where another one comes first it is copied
-out. The binding's copies would be a quarter of the time of a token (docs/executorch.md).
+out. What that saves is in docs/executorch.md.
 """
 
 from typing import Any
