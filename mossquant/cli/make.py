@@ -212,7 +212,10 @@ def export(
     ] = None,
     isa: Annotated[
         Literal["host", "x86", "arm", "rows"] | None,
-        typer.Option(help="of native: packed for this machine (host, if not given), x86, arm, or none in particular"),
+        typer.Option(
+            help="of native, and of executorch with kernels of ours: packed for this machine (host, if not given), "
+            "x86, arm, or none in particular"
+        ),
     ] = None,
     kernels: Annotated[
         Literal["stock", "mossquant"] | None,

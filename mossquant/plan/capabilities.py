@@ -145,7 +145,7 @@ CAPABILITIES: dict[str, Capabilities] = {
 OWN_KERNELS: dict[str, Capabilities] = {
     "executorch": replace(
         CAPABILITIES["native"],
-        **{field: getattr(CAPABILITIES["executorch"], field) for field in ("name", "limits", "suffix")},
+        **{field: getattr(CAPABILITIES["executorch"], field) for field in ("name", "state", "limits", "suffix")},
     )
 }
 """Targets that can also be lowered to with our own kernels in place of the runtime's (`export --kernels mossquant`)."""
