@@ -159,11 +159,30 @@ def test_threads_change_no_bit(workshop: Workshop) -> None:
         np.testing.assert_array_equal(first, second)
 
 
-def test_int8_g32_is_held(workshop: Workshop, tmp_path: Path) -> None:
-    """A format of matrices that XNNPACK does not have."""
+def test_the_stock_kernels_stay_the_default(workshop: Workshop, tmp_path: Path) -> None:
+    """They do not have `int8_g32` matrices, which `test_the_same_bits_as_libmoss` runs."""
     checkpoint = workshop.checkpoint("wide", "one input")
     with pytest.raises(InputError, match=r"executorch cannot hold .* in int8_g32"):
         export(checkpoint, tmp_path / "stock", target="executorch")
+
+
+def test_compiling_is_shown_and_done_once(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stages: list[str] = []
+    checkpoint = workshop.checkpoint("mamba", "int4")
+    export(
+        checkpoint,
+        tmp_path / "out",
+        target="executorch",
+        kernels="mossquant",
+        progress=lambda stage, done, total: stages.append(stage),
+    )
+    assert stages[0] == "compiling the operators, once"
+    assert stages[-1] == "written"
+    (made,) = (tmp_path / "cache").rglob("*.so")
+    before = made.stat().st_mtime_ns
+    assert library.compiled() == made
+    assert made.stat().st_mtime_ns == before
 
 
 def test_without_a_compiler_there_is_one_line(
