@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times llama.cpp against libmoss, onnxruntime and XNNPACK on the same weights, in one run.
 
-    python bench/peers.py FOLDER [--llama DIR] [--artifact int4-native=FILE …] [--threads 1,2] [--repeats 9]
-        [--json FILE] [--markdown docs/performance.md]            about an hour the first time, on two idle cores
+    python bench/peers.py FOLDER [--llama DIR] [--targets native,executorch-kernels,…] [--artifact int4-native=FILE …]
+        [--threads 1,2] [--repeats 9] [--json FILE] [--markdown docs/performance.md]
+
+About an hour the first time, on two idle cores.
 
 FOLDER keeps what is made, and what is there already is used again: a random Mamba (`--preset`; speed does not depend on
 the values), our checkpoints of it (`int4-uniform`, `int8-uniform`), their artifacts, and GGUFs of the same weights:
@@ -55,7 +57,9 @@ from mossquant.targets.target import get_target
 from mossquant.targets.torch.runner import TorchRunner
 from mossquant.targets.trial import passed
 
-PROGRAMS = {"native": "model.moss", "onnx": "model.onnx", "executorch": "model.pte"}
+PROGRAMS = {"native": "model.moss", "onnx": "model.onnx", "executorch": "model.pte", "executorch-kernels": "model.pte"}
+OWN_KERNELS = "-kernels"
+"""At the end of a target: with kernels of ours (`export --kernels mossquant`)."""
 AGAINST = {"int4": "llama.cpp Q4_0, 4-bit head", "int8": "llama.cpp Q8_0"}
 CHECKED = 64
 """Tokens whose logits are compared."""
@@ -135,9 +139,11 @@ def our_contestants(folder: Path, targets: Sequence[str], given: Mapping[str, Pa
             program = artifact / PROGRAMS[target] if artifact.is_dir() else artifact
             if not program.is_file():
                 raise InputError(f"{program} is not there; give the program or its folder, as {key}=PATH")
-            if target != "native":  # tried once, here, and not by each process that opens it
-                get_target(target).warm(Located(str(program), program, target))
-            found.append(Contestant(f"{program.suffix} {recipe}", target, program, AGAINST[recipe]))
+            kind, own, _ = target.partition(OWN_KERNELS)
+            if kind != "native":  # tried once, here, and not by each process that opens it
+                get_target(kind).warm(Located(str(program), program, kind))
+            name = f"{program.suffix} {recipe}{', our kernels' if own else ''}"
+            found.append(Contestant(name, kind, program, AGAINST[recipe]))
     return found
 
 
@@ -145,10 +151,9 @@ def made_artifact(folder: Path, recipe: str, target: str) -> Path:
     """FOLDER/RECIPE-TARGET."""
 
     def lower(path: Path) -> None:
-        full = folder / "full"
-        export(
-            made(folder / recipe, lambda path: quantize(full, path, recipe=f"{recipe}-uniform")), path, target=target
-        )
+        full, (kind, own, _) = folder / "full", target.partition(OWN_KERNELS)
+        checkpoint = made(folder / recipe, lambda path: quantize(full, path, recipe=f"{recipe}-uniform"))
+        export(checkpoint, path, target=kind, kernels="mossquant" if own else None)
 
     return made(folder / f"{recipe}-{target}", lower)
 
@@ -300,7 +305,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--libmoss", type=Path, help="instead of the installed one")
     parser.add_argument("--artifact", action="append", default=[], metavar="RECIPE-TARGET=PATH")
-    parser.add_argument("--targets", default=",".join(PROGRAMS), help="those of ours that take part")
+    default = ",".join(name for name in PROGRAMS if not name.endswith(OWN_KERNELS))
+    parser.add_argument("--targets", default=default, help=f"those of ours that take part: {', '.join(PROGRAMS)}")
     parser.add_argument("--preset", default="mamba-130m")
     parser.add_argument("--layers", type=int, help="cut the preset to so many")
     parser.add_argument("--threads", default="1,2")

@@ -15,7 +15,6 @@ from mossquant.checkpoint.locate import Located, locate
 from mossquant.eval.machine import peak_rss_mb, read_bandwidth
 from mossquant.eval.open import open_model
 from mossquant.eval.scores import advance
-from mossquant.model.config import MossNetConfig
 from mossquant.runner import Runner
 from mossquant.targets.child import serve
 from mossquant.targets.target import target_of
@@ -58,13 +57,12 @@ def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:
     opened = open_model(located, threads=order["threads"])
     load_ms = (time.perf_counter() - start) * 1e3
     info = opened.runner.info
-    config = MossNetConfig.from_json(info.config, where=info.path)
     return opened.runner, {
         "path": opened.path,
         "kind": info.kind,
         "weights": info.weights,
         "activations": info.activations,
-        "bytes_per_token": round(info.weight_bytes * target_of(located).active_share(config)),
+        "bytes_per_token": round(info.weight_bytes * target_of(located).active_share_of(opened.runner)),
         "load_ms": load_ms,
         "idle_rss_mb": idle,
     }

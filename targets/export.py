@@ -55,10 +55,11 @@ def export_needs(
     activations: Activations | None = None,
     scales: str | None = None,
     isa: str | None = None,
+    kernels: str | None = None,
 ) -> Needs:
     """What `export` would need; arguments and errors are those of `export`. Writes nothing."""
     names = _named(target)
-    options = _checked_options(names, scales=scales, isa=isa)
+    options = _checked_options(names, scales=scales, isa=isa, kernels=kernels)
     weights = open_weights(model, verb="export", check_codes=True)
     return _needs(weights, _prepare(weights, names, activations, None, options))
 
@@ -71,6 +72,7 @@ def export(
     activations: Activations | None = None,
     scales: str | None = None,
     isa: str | None = None,
+    kernels: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -89,8 +91,11 @@ def export(
             says one that it does not have.
         scales: of onnx: "folded", which None is too: in their own type, made fp32 when onnxruntime folds constants; or
             "initializers": larger, as fast without folding (docs/onnx.md).
-        isa: of native: what matrices are packed for: "host", which None is too, the machine that exports; "x86", "arm",
-            or "rows", for none in particular. Any of them runs on any machine, which packs anew if it wants another.
+        isa: of native, and of executorch with kernels of ours: what matrices are packed for: "host", which None is too,
+            the machine that exports; "x86", "arm", or "rows", for none in particular. A .moss of any of them runs on
+            any machine, which packs anew if it wants another; a .pte runs on those that want this.
+        kernels: of executorch: "stock", which None is too: XNNPACK and ExecuTorch's own; or "mossquant": libmoss', as
+            operators that an app has to link (docs/executorch.md).
         force: replace what is at `output`.
         progress: called after each tensor, or stage.
 
@@ -103,7 +108,7 @@ def export(
             work.
     """
     names, destination = _named(target), Path(output)
-    options = _checked_options(names, scales=scales, isa=isa)
+    options = _checked_options(names, scales=scales, isa=isa, kernels=kernels)
     inputs = [locate(model).path] if isinstance(model, str | Path) else []
     check_free(destination, force=force, inputs=inputs)
     weights = open_weights(model, verb="export", check_codes=True)
@@ -159,7 +164,7 @@ def _checked_options(names: Sequence[str], **given: str | None) -> dict[str, str
     """
     options = {option: value for option, value in given.items() if value is not None}
     for option, value in options.items():
-        having = {name: own[option] for name in program_targets() if option in (own := get_target(name).options)}
+        having = {name: own for name in program_targets() if (own := get_target(name).choices(option, options))}
         known = [choice for name, choices in having.items() if name in names for choice in choices]
         if not known:
             raise InputError(f"--{option} is for {', '.join(having)} and not for {', '.join(names)}; leave it out")
@@ -182,7 +187,8 @@ def _prepare(
             f"{origin.path} is not quantized, and int8 activations meet quantized weights only; "
             "leave --activations out, or run `mossquant quantize` first"
         )
-    check_held(weights, names, planned_activations=activations is None)
+    held = [get_target(name).capabilities(options) for name in names]
+    check_held(weights, held, planned_activations=activations is None)
     return {
         name: get_target(name).prepare(weights, activations=activations, progress=progress, options=options)
         for name in names

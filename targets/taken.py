@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights as a target takes them: the formats of the linears' inputs are the target's own."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from mossquant.checkpoint.weights import View, Weights
 from mossquant.formats.dtypes import dtype_name
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec
-from mossquant.plan.capabilities import Activations, Capabilities, Held, check
+from mossquant.plan.capabilities import Activations, Capabilities, Held, check_all
 
 
 class Taken(View):
@@ -47,12 +47,12 @@ def changed_inputs(weights: Weights, taken: Weights) -> tuple[str, ...]:
     return tuple(f"inputs are {now} in place of the planned {was}" for was, now in sorted(pairs) if was != now)
 
 
-def check_held(weights: Weights, targets: Iterable[str], *, planned_activations: bool) -> None:
+def check_held(weights: Weights, targets: Sequence[Capabilities], *, planned_activations: bool) -> None:
     """Check weights against the targets that they are lowered to.
 
     Args:
         weights: what is lowered.
-        targets: names of targets.
+        targets: what these can hold.
         planned_activations: whether the inputs of linears are as planned; those that are overridden need not be any
             that a target can take.
 
@@ -70,4 +70,4 @@ def check_held(weights: Weights, targets: Iterable[str], *, planned_activations:
         if spec.site is not None and planned_activations:
             sites[spec.site] = weights.activation(spec.site)
     states = [(spec.name, spec.role, weights.state(spec.name)) for spec in state_specs(weights.config)]
-    check(Held(f"recipe {weights.origin.name}", weights.config, tensors, list(sites.items()), states), targets)
+    check_all(Held(f"recipe {weights.origin.name}", weights.config, tensors, list(sites.items()), states), targets)

@@ -18,7 +18,7 @@ from mossquant.errors import InputError
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import experts_of, parameter_count, tensor_specs
 from mossquant.model.tensors import Use, outside_blocks
-from mossquant.plan.capabilities import CAPABILITIES, Activations
+from mossquant.plan.capabilities import CAPABILITIES, Activations, Capabilities, get_capabilities
 from mossquant.progress import Progress
 from mossquant.runner import Runner
 from mossquant.targets.artifact import ProgramRecord
@@ -86,9 +86,18 @@ class Target:
         Raises:
             InputError: a package is missing, or the target does not have these activations.
         """
-        own = {name: value for name, value in (options or {}).items() if name in self.options}
+        given = options or {}
+        own = {name: value for name, value in given.items() if self.choices(name, given)}
         prepared: Prepared = self._module("export").prepare(weights, activations=activations, progress=progress, **own)
         return prepared
+
+    def choices(self, option: str, given: Mapping[str, str]) -> Sequence[str]:
+        """The values of an option of `export`, the default first; none where it has none, with those that are given."""
+        return self.options.get(option, ())
+
+    def capabilities(self, given: Mapping[str, str]) -> Capabilities:
+        """What it can hold with the options of `export` that are given."""
+        return get_capabilities(self.name)
 
     def open(self, source: Located | Weights, *, activations: str | None, threads: int | None) -> Runner:
         """Open what it runs. Raises `InputError`: it cannot be opened, or not with these activations."""
@@ -122,6 +131,10 @@ class Target:
         """
         report: WeightsReport = self._module("read_back").read_back(weights, located)
         return report
+
+    def active_share_of(self, runner: Runner) -> float:
+        """Share of the parameters that a decode step of a Runner of this target reads."""
+        return self.active_share(MossNetConfig.from_json(runner.info.config, where=runner.info.path))
 
     def active_share(self, config: MossNetConfig) -> float:
         """Share of the parameters that a decode step reads."""

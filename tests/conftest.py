@@ -75,6 +75,13 @@ def pte_folder(quantized_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def own_kernels_folder(quantized_folder: Path) -> Path:
+    """The .pte of that with kernels of ours. Not to be changed."""
+    folder = quantized_folder.with_name("tiny-int4-executorch-own")
+    return once(folder, lambda made: export(quantized_folder, made, target="executorch", kernels="mossquant"))
+
+
+@pytest.fixture(scope="session")
 def moss_folder(quantized_folder: Path) -> Path:
     """The .moss of that. Not to be changed."""
     folder = quantized_folder.with_name("tiny-int4-native")

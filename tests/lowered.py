@@ -170,7 +170,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made: dict[tuple[str, str | None, Activations | None, str, str | None, str | None], Lowered] = {}
+        self._made: dict[tuple[str | None, ...], Lowered] = {}
 
     def __call__(
         self,
@@ -181,15 +181,22 @@ class Workshop:
         target: str = "onnx",
         scales: str | None = None,
         isa: str | None = None,
+        kernels: str | None = None,
     ) -> Lowered:
         """The model lowered; without a recipe in full precision (its checkpoint is stored in bf16)."""
-        key = (model, recipe, activations, target, scales, isa)
+        key = (model, recipe, activations, target, scales, isa, kernels)
         if key not in self._made:
             checkpoint = self.checkpoint(model, recipe)
             artifact = once(
-                checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}-{scales}-{isa}"),
+                checkpoint.with_name(f"{checkpoint.name}-{activations}-{target}-{scales}-{isa}-{kernels}"),
                 lambda folder: export(
-                    checkpoint, folder, target=target, activations=activations, scales=scales, isa=isa
+                    checkpoint,
+                    folder,
+                    target=target,
+                    activations=activations,
+                    scales=scales,
+                    isa=isa,
+                    kernels=kernels,
                 ),
             )
             self._made[key] = Lowered(MODELS[model], checkpoint, artifact, target)

@@ -212,7 +212,14 @@ def export(
     ] = None,
     isa: Annotated[
         Literal["host", "x86", "arm", "rows"] | None,
-        typer.Option(help="of native: packed for this machine (host, if not given), x86, arm, or none in particular"),
+        typer.Option(
+            help="of native, and of executorch with kernels of ours: packed for this machine (host, if not given), "
+            "x86, arm, or none in particular"
+        ),
+    ] = None,
+    kernels: Annotated[
+        Literal["stock", "mossquant"] | None,
+        typer.Option(help="of executorch: its own and XNNPACK's (stock, if not given), or ours, packed as --isa says"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the disk and memory needed; write nothing")] = False,
     force: options.Force = False,
@@ -230,7 +237,8 @@ def export(
 
     targets = [name.strip() for name in target.split(",")]
     if dry_run:
-        terminal.show(needs_table(export_needs(model, target=targets, activations=activations, scales=scales, isa=isa)))
+        needs = export_needs(model, target=targets, activations=activations, scales=scales, isa=isa, kernels=kernels)
+        terminal.show(needs_table(needs))
         return
     if output is None:
         raise InputError(options.NO_OUTPUT)
@@ -242,6 +250,7 @@ def export(
             activations=activations,
             scales=scales,
             isa=isa,
+            kernels=kernels,
             force=force,
             progress=shown,
         )

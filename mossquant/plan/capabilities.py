@@ -7,7 +7,7 @@ and matrices never. Lowering never changes a value: what a target cannot hold is
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mossquant.errors import InputError
@@ -149,6 +149,14 @@ CAPABILITIES: dict[str, Capabilities] = {
 }
 """Every target, by name."""
 
+_OF_KERNELS = ("blocks", "formats", "kept", "activations", "dynamic_int8")
+OWN_KERNELS: dict[str, Capabilities] = {
+    "executorch": replace(
+        CAPABILITIES["executorch"], **{field: getattr(CAPABILITIES["native"], field) for field in _OF_KERNELS}
+    )
+}
+"""Targets that can also be lowered to with our own kernels in place of the runtime's (`export --kernels mossquant`)."""
+
 TARGETS = tuple(CAPABILITIES)
 
 
@@ -208,9 +216,14 @@ def check(held: Held, targets: Iterable[str]) -> None:
     unknown = [f"unknown target {name[:40]!r}" for name in names if name not in CAPABILITIES]
     if unknown:
         raise InputError.listing(held.what, unknown, f"Known targets: {', '.join(TARGETS)}.")
-    for name in names:
-        _check_blocks(held.config, CAPABILITIES[name])
-    offenders = [offender for name in names for offender in _offenders(held, CAPABILITIES[name])]
+    check_all(held, [CAPABILITIES[name] for name in names])
+
+
+def check_all(held: Held, targets: Sequence[Capabilities]) -> None:
+    """`check` against what targets can hold. Raises `InputError`."""
+    for target in targets:
+        _check_blocks(held.config, target)
+    offenders = [offender for target in targets for offender in _offenders(held, target)]
     if offenders:
         advice = "Change the recipe's rules, or take the target out of its list."
         raise InputError.listing(f"{held.what} does not fit its targets", offenders, advice)

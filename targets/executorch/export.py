@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a .pte: one program with prefill, score and decode, its linears delegated to XNNPACK."""
+"""Writes a .pte: one program with prefill, score and decode, its linears delegated to XNNPACK or its blocks ours."""
 
 from pathlib import Path
+from typing import Literal
 
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
-from mossquant.model.config import MossNetConfig
-from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import TensorSpec, Use
 from mossquant.plan.capabilities import Activations, get_capabilities
 from mossquant.progress import Progress
-from mossquant.targets.artifact import MethodPorts, Port, ProgramRecord, Runtime
+from mossquant.targets.executorch.kernels import export as own_kernels
 from mossquant.targets.executorch.lower import CHUNK, lower
 from mossquant.targets.executorch.metadata import Metadata
 from mossquant.targets.executorch.open import open_to_run
-from mossquant.targets.executorch.packages import EXECUTORCH, check_packages
+from mossquant.targets.executorch.packages import check_packages
 from mossquant.targets.executorch.read_back import check_linears
+from mossquant.targets.executorch.record import PROGRAM, program_record
 from mossquant.targets.metadata import activations_of, common_metadata
-from mossquant.targets.program import METHODS, MethodName
+from mossquant.targets.native.export import Isa
 from mossquant.targets.taken import Taken, changed_inputs
 from mossquant.targets.target import Exported, Prepared
 
-PROGRAM = "model.pte"
+Kernels = Literal["stock", "mossquant"]
+"""What computes a program: XNNPACK and ExecuTorch's own kernels, or libmoss."""
 
 _LAYER_BYTES, _LINEAR_BYTES = 1 << 17, 1 << 13
 """Nodes and values of three methods and their delegates, of a layer and of each of its linears."""
@@ -29,13 +30,23 @@ _LOWERING_BYTES, _WEIGHT_BYTES = 10**9, 8
 """PyTorch's graphs with all that hangs on them; and codes, one a byte, in the copies that passes make."""
 
 
-def prepare(weights: Weights, *, activations: Activations | None, progress: Progress | None) -> Prepared:
+def prepare(
+    weights: Weights,
+    *,
+    activations: Activations | None,
+    progress: Progress | None,
+    kernels: Kernels = "stock",
+    isa: Isa = "host",
+) -> Prepared:
     """Prepare to lower weights; what writes the program also reads it back and runs it.
 
     Raises:
-        InputError: packages are missing, or fp32 activations are asked for with quantized weights.
+        InputError: packages are missing, or fp32 activations are asked for with quantized weights; with kernels of
+            ours, there is no compiler for them.
     """
     check_packages()
+    if kernels == "mossquant":
+        return own_kernels.prepare(weights, activations=activations, progress=progress, isa=isa)
     asked = activations if weights.origin.recipe is not None else None
     taken = Taken(weights, get_capabilities("executorch"), asked)
     specs = list(weights.specs.values())
@@ -45,23 +56,11 @@ def prepare(weights: Weights, *, activations: Activations | None, progress: Prog
         metadata = Metadata.model_validate(common_metadata(weights) | said)
         lower(taken, specs, metadata.model_dump(), folder / PROGRAM, progress)
         try:
-            file = open_to_run(folder / PROGRAM).file
-            check_linears(file, taken, specs)
+            opened = open_to_run(folder / PROGRAM)
+            check_linears(opened.file, taken, specs)
         except InputError as error:  # a fault of the lowering, not of the user
             raise RuntimeError(f"what was lowered cannot be used: {error}") from error
-        operators: dict[str, set[str]] = {}
-        for method in file.methods.values():
-            for name in method.operators:
-                domain, _, operator = name.partition("::")
-                operators.setdefault(domain, set()).add(operator)
-        runtime = Runtime(
-            name="executorch",
-            minimum=EXECUTORCH,
-            domains={},
-            operators={"delegates": ["XnnpackBackend"]} | {key: sorted(names) for key, names in operators.items()},
-        )
-        methods: dict[str, MethodPorts] = {name: _ports(weights.config, name) for name in METHODS}
-        record = ProgramRecord(file=PROGRAM, methods=methods, runtime=runtime, model=metadata.model_dump())
+        record = program_record(opened)
         changed = changed_inputs(weights, taken) if activations is None else ()
         return Exported(record, tuple(f"{PROGRAM}: {note}" for note in changed))
 
@@ -88,13 +87,3 @@ def _disk_bytes(weights: Weights, specs: list[TensorSpec]) -> int:
 def _memory_bytes(specs: list[TensorSpec]) -> int:
     """Memory that lowering takes, beside the interpreter with its imports: graphs, and weights some times over."""
     return _LOWERING_BYTES + _WEIGHT_BYTES * sum(spec.count for spec in specs)
-
-
-def _ports(config: MossNetConfig, method: MethodName) -> MethodPorts:
-    length: int | str = 1 if method == "decode" else "T"
-    positions: int | str = "T" if method == "score" else 1
-    states = [Port(name=spec.name, type="float", shape=[1, *spec.shape]) for spec in state_specs(config)]
-    tokens = Port(name="tokens", type="int64", shape=[1, length])
-    logits = Port(name="logits", type="float", shape=[1, positions, config.vocab_size])
-    after = [Port(name=f"{state.name}.out", type="float", shape=state.shape) for state in states]
-    return MethodPorts(inputs=[tokens, *states], outputs=[logits, *after])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mossquant.targets.executorch.kernels.library import load_operators
 from mossquant.targets.executorch.packages import load_method, load_program, load_runtime
 
 _FEW = 3
@@ -17,13 +18,15 @@ _FEW = 3
 load_runtime()
 
 
-def run(path: Path, methods: Sequence[str]) -> None:
+def run(path: Path, methods: Sequence[str], *, own_kernels: bool = False) -> None:
     """Run every method, on few tokens and on as many as it takes, from the table's first row to its last, and on zeros.
 
     Raises:
         RuntimeError: the runtime refuses the program.
         ValueError: it gives arrays of other shapes than it should, or values that are not finite.
     """
+    if own_kernels:
+        load_operators()
     program = load_program(path)
     for name in methods:
         method = load_method(program, name)

@@ -38,6 +38,11 @@ class Table:
         at = self._at(slot)
         return default if at is None else int(_scalar(self.data, at, kind))
 
+    def real(self, slot: int) -> float:
+        """A number in float64."""
+        at = self._at(slot)
+        return 0.0 if at is None else float(_scalar(self.data, at, "<f8"))
+
     def table(self, slot: int) -> "Table | None":
         """A table, None where it is absent."""
         at = self._at(slot)

@@ -9,11 +9,16 @@ from mossquant.errors import InputError
 from mossquant.files.outputs import file_sha256
 from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
+from mossquant.model.tensors import StateSpec
 from mossquant.targets.artifact import check_beside
+from mossquant.targets.executorch.kernels.chain import differences
+from mossquant.targets.executorch.kernels.library import load_operators
+from mossquant.targets.executorch.kernels.states import held_shape
 from mossquant.targets.executorch.metadata import Metadata
 from mossquant.targets.executorch.packages import load_runtime
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, PlanMethod, ProgramFile
 from mossquant.targets.metadata import parsed
+from mossquant.targets.native.export import host_layout
 from mossquant.targets.program import METHODS
 from mossquant.targets.trial import EXTRA_BYTES, start, try_apart
 
@@ -38,6 +43,15 @@ class Opened:
     metadata: Metadata
     config: MossNetConfig
     hashes: dict[str, str]
+
+    @property
+    def own_kernels(self) -> bool:
+        """Whether its blocks are operators of ours."""
+        return self.metadata.layout is not None
+
+    def state_shape(self, spec: StateSpec) -> tuple[int, ...]:
+        """The shape in which methods take and give a state array, without the batch axis."""
+        return held_shape(spec) if self.own_kernels else spec.shape
 
 
 def read_metadata(file: ProgramFile) -> Metadata:
@@ -78,14 +92,28 @@ def open_to_run(path: Path) -> Opened:
     start(_RUN, sha256)
     load_runtime()  # while the child process does so too
     opened = open_program(path, sha256=sha256)
-    try_apart(path, sha256, _RUN, arguments={"methods": METHODS}, extra_bytes=extra)
+    if opened.own_kernels:
+        _check_layout(opened)
+        load_operators()
+    arguments = {"methods": METHODS, "own_kernels": opened.own_kernels}
+    try_apart(path, sha256, _RUN, arguments=arguments, extra_bytes=extra)
     return opened
+
+
+def _check_layout(opened: Opened) -> None:
+    """Weights must be packed as this machine's kernels want them: a .pte has no second place to pack them to."""
+    own, layout = host_layout(), opened.metadata.layout
+    if layout != own:
+        raise InputError(
+            f"{opened.file.path} is packed for {layout}, and the kernels of this machine want {own}; "
+            f"export it again with --isa {own}"
+        )
 
 
 def _check_ports(opened: Opened) -> None:
     """Inputs and outputs of every method must be those of a model of the config in the metadata."""
     methods, chunk, vocabulary = opened.file.methods, opened.metadata.max_chunk, opened.config.vocab_size
-    states = [("<f4", (1, *spec.shape)) for spec in state_specs(opened.config)]
+    states = [("<f4", (1, *opened.state_shape(spec))) for spec in state_specs(opened.config)]
     offenders = [f"{name} is missing" for name in METHODS if name not in methods]
     for name, method in methods.items():
         length = 1 if name == "decode" else chunk
@@ -95,6 +123,8 @@ def _check_ports(opened: Opened) -> None:
             offenders.append(f"{name[:80]} is unexpected")
         elif list(method.inputs) != inputs or list(method.outputs) != outputs:
             offenders.append(f"{name} takes or gives other arrays than the model's")
+        elif opened.own_kernels:
+            offenders += differences(opened.file, name, opened.config, opened.metadata.layout)
         elif not _has_table(method, opened.config):
             offenders.append(f"{name} has no table of {vocabulary} rows")
     if offenders:
@@ -114,6 +144,8 @@ def _has_table(method: PlanMethod, config: MossNetConfig) -> bool:
 
 def weight_bytes(opened: Opened) -> int:
     """Bytes of codes, padding, scales and values in the program; a tied table, which is there twice, once."""
+    if opened.own_kernels:
+        return opened.file.sections[CONSTANTS]
     total, vocabulary = opened.file.sections[WEIGHTS] + opened.file.sections[CONSTANTS], opened.config.vocab_size
     decode = opened.file.methods["decode"]
     linears = [linear for delegate in decode.delegates for linear in delegate.linears]

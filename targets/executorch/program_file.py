@@ -31,7 +31,7 @@ WEIGHTS, CONSTANTS = "weights of the delegates", "tables and small tensors"
 """Names of the sections that hold weights."""
 
 _HEADER = slice(8, 40)
-_STRING, _TENSOR = 6, 5  # of the union KernelTypes
+_NULL, _INT, _BOOL, _DOUBLE, _TENSOR, _STRING, _INTS, _TENSORS = 1, 2, 3, 4, 5, 6, 7, 10  # of the union KernelTypes
 _KERNEL, _DELEGATE, _JUMP = 1, 2, 4  # of the union InstructionArguments
 _SEGMENT = 1  # DataLocation
 _TYPES = {0: "u1", 1: "i1", 3: "<i4", 4: "<i8", 6: "<f4", 11: "?"}  # ScalarType
@@ -59,6 +59,35 @@ class PlanMethod:
     delegates: tuple[Delegate, ...]
     constants: tuple[NDArray[Any], ...]
     planned_bytes: int
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A tensor that is given to a method, or computed by it: its number among the method's values."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A call of an operator.
+
+    Attributes:
+        operator: its name.
+        arguments: constants, variables, numbers, None, and lists of them; outputs come last.
+    """
+
+    operator: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A method that is nothing but calls of operators, one after the other."""
+
+    inputs: tuple[Variable, ...]
+    outputs: tuple[Variable, ...]
+    calls: tuple[KernelCall, ...]
 
 
 class ProgramFile:
@@ -152,6 +181,41 @@ class ProgramFile:
                 raise DamagedError("its sections overlap")
             return sections | {"alignment": rest}
 
+    def chain(self, name: str) -> Chain:
+        """The calls of a method. Raises `InputError`: it does other things than to call operators."""
+        with _reading(self.path):
+            (plan,) = [plan for plan in self._program.tables(1) if plan.string(0) == name]
+            operators = [f"{operator.string(0)}.{operator.string(1)}" for operator in plan.tables(6)]
+            values = list(plan.tables(2))
+            calls = []
+            for instructions in plan.tables(5):
+                for instruction in instructions.tables(2):
+                    kind, call = instruction.union(1)
+                    if kind != _KERNEL or call is None:
+                        raise DamagedError(f"{name} does other things than to call operators")
+                    arguments = [self._argument(values, int(number)) for number in call.numbers(1, "<i4")]
+                    calls.append(KernelCall(operators[call.number(0)], tuple(arguments)))
+            inputs, outputs = (tuple(Variable(int(number)) for number in plan.numbers(slot, "<i4")) for slot in (3, 4))
+            return Chain(inputs, outputs, tuple(calls))
+
+    def _argument(self, values: list[Table], number: int, *, in_list: bool = False) -> Any:
+        if not 0 <= number < len(values):
+            raise DamagedError("an operator takes what is not there")
+        kind, value = values[number].union(1)
+        if value is None or kind == _NULL:
+            return None
+        if kind == _TENSOR:
+            index = value.number(5)
+            return self._constant(value, index) if index else Variable(number)
+        if kind in (_INT, _BOOL):
+            return value.number(0, "<i8") if kind == _INT else bool(value.number(0, "u1"))
+        if kind == _DOUBLE:
+            return value.real(0)
+        if kind in (_INTS, _TENSORS) and not in_list:  # numbers of values, both
+            items = value.numbers(0, "<i8" if kind == _INTS else "<i4")
+            return [self._argument(values, int(item), in_list=True) for item in items]
+        raise DamagedError("an operator takes what mossquant does not write")
+
     def _method(self, plan: Table) -> PlanMethod:
         _check_calls(plan)
         constants = []
@@ -203,6 +267,9 @@ def read(path: Path) -> None:
     file = ProgramFile(path)
     for part in (file.methods, file.sections, file.metadata):
         assert part is not None
+    for method in file.methods.values():
+        if not method.delegates:
+            file.chain(method.name)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from mossquant.errors import InputError
 from mossquant.model.tensors import TensorSpec
 from mossquant.targets.executorch.delegate import Linear
 from mossquant.targets.executorch.expected import Expected, Held, expected_constants, expected_linears
+from mossquant.targets.executorch.kernels.read_back import compare as compare_own
 from mossquant.targets.executorch.open import open_program
 from mossquant.targets.executorch.program_file import PlanMethod, ProgramFile
 from mossquant.targets.program import METHODS
@@ -39,6 +40,8 @@ def read_back(weights: Weights, located: Located) -> WeightsReport:
         raise InputError(
             f"{located.given} is a model of another shape than {origin.path}; give what it was lowered from"
         )
+    if program.own_kernels:
+        return WeightsReport.of(located.given, weights, metadata.source_files, list(compare_own(program, weights)))
     specs = list(weights.specs.values())
     linears, constants = expected_linears(weights, specs), expected_constants(weights, specs)
     differences = [f"method {name} is missing" for name in METHODS if name not in file.methods]

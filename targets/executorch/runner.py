@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a .pte of ours on the ExecuTorch runtime (XNNPACK, CPU); nothing but its path is needed.
+"""Runs a .pte of ours on the ExecuTorch runtime (CPU); nothing but its path is needed.
 
 The state goes in and comes out as tensors; one stream at a time. Letters as in `mossquant.model`.
 """
 
 from pathlib import Path
-from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -28,8 +27,10 @@ from mossquant.runner import (
     checked_batch,
     checked_tokens,
 )
+from mossquant.targets.executorch.kernels.states import from_held, to_held
+from mossquant.targets.executorch.method import Carried, Method, zeros
 from mossquant.targets.executorch.open import open_to_run, weight_bytes
-from mossquant.targets.executorch.packages import check_packages, load_method, load_program, set_threads
+from mossquant.targets.executorch.packages import check_packages, load_program, set_threads
 from mossquant.targets.metadata import runner_info
 
 
@@ -42,7 +43,7 @@ class ExecutorchRunner:
         Args:
             path: the file, or the artifact's folder.
             given: how the user named it, the path if not given.
-            threads: threads of XNNPACK, for the whole process and all its .pte programs; None leaves them.
+            threads: threads of ExecuTorch, for the whole process and all its .pte programs; None leaves them.
 
         Raises:
             InputError: no .pte of ours; one that is damaged or cut short, or contradicts its metadata or the manifest
@@ -53,6 +54,8 @@ class ExecutorchRunner:
         opened = open_to_run(self._path)
         metadata = opened.metadata
         self._specs, self._vocab_size = state_specs(opened.config), opened.config.vocab_size
+        self._shapes = [opened.state_shape(spec) for spec in self._specs]
+        self.config, self.own_kernels = opened.config, opened.own_kernels
         self._chunk = metadata.max_chunk
         self._info = runner_info(
             metadata,
@@ -70,7 +73,7 @@ class ExecutorchRunner:
 
     def _load(self) -> None:
         self._program = load_program(self._path)
-        self._methods: dict[str, Any] = {}
+        self._methods: dict[str, Method] = {}
 
     @property
     def info(self) -> RunnerInfo:
@@ -80,47 +83,48 @@ class ExecutorchRunner:
     def initial_state(self, batch: int = 1) -> State:
         """The state before the first token: zeros."""
         _one_stream(checked_batch(batch))
-        return State([spec.zeros(1) for spec in self._specs], 1)
+        return State(zeros(self._shapes), 1)
 
     def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
         """Advance by tokens [1, T]; see `mossquant.runner.Runner`."""
         checked_tokens(tokens, state, self._vocab_size)
         ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
-        states: list[Tensor] = state.take()
-        if ids.shape[1] == 1:
-            last, states = self._execute("decode", ids, states)
-            return last, State(states, 1)
-        parts: list[Floats] = []
+        carried: Carried = state.take()
+        every = logits == "all"
+        found = np.empty((1, ids.shape[1] if every else 1, self._vocab_size), np.float32)
         for start in range(0, ids.shape[1], self._chunk):
             piece = ids[:, start : start + self._chunk].contiguous()
-            method = "decode" if piece.shape[1] == 1 else "score" if logits == "all" else "prefill"
-            wanted, states = self._execute(method, piece, states)
-            parts = [*parts, wanted] if logits == "all" else [wanted]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts, 1)), State(states, 1)
+            method = "decode" if piece.shape[1] == 1 else "score" if every else "prefill"
+            part, carried = self._execute(method, piece, carried)
+            found[:, slice(start, start + piece.shape[1]) if every else slice(None)] = part
+        return found, State(carried, 1)
 
     def copy(self, state: State) -> State:
-        """An independent copy; a call never changes a state array in place, so that sharing them is enough."""
-        return State(list(state.peek()), 1)
+        """An independent copy."""
+        carried: Carried = state.peek()
+        return State(carried.copy(), 1)
 
     def read(self, state: State) -> dict[str, NDArray[np.float32]]:
         """The state as named fp32 arrays [1, …]."""
-        payload: list[Tensor] = state.peek()
-        return {spec.name: value.numpy().copy() for spec, value in zip(self._specs, payload, strict=True)}
+        carried: Carried = state.peek()
+        arrays = zip(self._specs, carried.arrays, strict=True)
+        if not self.own_kernels:
+            return {spec.name: array.numpy().copy() for spec, array in arrays}
+        return {spec.name: from_held(spec, array[0].numpy())[None] for spec, array in arrays}
 
     def write(self, arrays: Arrays) -> State:
         """The inverse of `read`."""
         _one_stream(checked_arrays(arrays, self._specs))
-        # Copied into tensors of PyTorch's own: the runtime ends the process over the strides of an empty array.
-        states = [spec.zeros(1) for spec in self._specs]
-        for spec, state in zip(self._specs, states, strict=True):
-            state.copy_(torch.tensor(arrays[spec.name]))
-        return State(states, 1)
+        carried = zeros(self._shapes)
+        for spec, state in zip(self._specs, carried.arrays, strict=True):
+            array = np.array(arrays[spec.name], np.float32)
+            state.copy_(torch.from_numpy(to_held(spec, array[0])[None] if self.own_kernels else array))
+        return State(carried, 1)
 
-    def _execute(self, name: str, tokens: Tensor, states: list[Tensor]) -> tuple[Floats, list[Tensor]]:
+    def _execute(self, name: str, tokens: Tensor, carried: Carried) -> tuple[Floats, Carried]:
         if name not in self._methods:
-            self._methods[name] = load_method(self._program, name)
-        logits, *after = self._methods[name]([tokens, *states])
-        return logits.numpy(), after
+            self._methods[name] = Method(self._program, name, in_place=self.own_kernels)
+        return self._methods[name](tokens, carried)
 
 
 def open_runner(located: Located, *, threads: int | None) -> ExecutorchRunner:

@@ -28,7 +28,7 @@ from mossquant.targets.native.metadata import (
     Metadata,
     runtime_metadata,
 )
-from mossquant.targets.native.stored import blocks, kept_bytes, layout_of, pack, stored_bytes
+from mossquant.targets.native.stored import kept_bytes, packed_blocks, stored_bytes
 from mossquant.targets.taken import Taken, changed_inputs
 from mossquant.targets.target import Exported, Prepared
 
@@ -105,10 +105,7 @@ def _data(weights: Weights, spec: TensorSpec, layout: Layout) -> Iterator[NDArra
     if number_format is None:
         yield kept_bytes(weights.kept(spec.name))
         return
-    tensor = weights.quantized(spec.name)
-    codes = tensor.codes.numpy()[:, : tensor.columns]
-    for rows, _ in blocks(spec, number_format, layout):
-        yield pack(number_format, codes[rows], tensor.scales[rows], layout_of(spec, layout))
+    yield from packed_blocks(weights.quantized(spec.name), spec, layout)
 
 
 def _memory_bytes(weights: Weights, header: int) -> int:

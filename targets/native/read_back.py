@@ -56,7 +56,7 @@ def _compare(opened: Opened, weights: Weights, spec: TensorSpec) -> str | None:
     stored = opened.stored(spec.name)
     if number_format is None:
         return _compare_kept(stored, kept_bytes(weights.kept(spec.name)), spec, held)
-    return _compare_codes(stored, weights.quantized(spec.name), spec, opened.metadata.layout)
+    return compare_codes(stored, weights.quantized(spec.name), spec, opened.metadata.layout)
 
 
 def _compare_kept(stored: NDArray[np.uint8], expected: NDArray[np.uint8], spec: TensorSpec, dtype: str) -> str | None:
@@ -71,9 +71,10 @@ def _compare_kept(stored: NDArray[np.uint8], expected: NDArray[np.uint8], spec: 
     return first_difference(held, wanted, "value")
 
 
-def _compare_codes(
+def compare_codes(
     stored: NDArray[np.uint8], expected: QuantizedTensor, spec: TensorSpec, file_layout: Layout
 ) -> str | None:
+    """The first place where a packed tensor differs from codes and scales, in words; padding is compared too."""
     number_format, layout = expected.format, layout_of(spec, file_layout)
     wanted = expected.codes.numpy()[:, : expected.columns]
     codes, scales, end = np.empty_like(wanted, order="C"), torch.empty_like(expected.scales), 0

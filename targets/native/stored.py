@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mossquant.files.space import BLOCK_WEIGHTS
-from mossquant.formats import FORMATS, NumberFormat
+from mossquant.formats import FORMATS, NumberFormat, QuantizedTensor
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.kernels import _native
 from mossquant.model.tensors import TensorSpec, Use
@@ -53,8 +53,12 @@ def stored_bytes(spec: TensorSpec, storage: str, layout: Layout) -> int:
     """
     if storage in FLOAT_DTYPES:
         return _padded(spec.count * FLOAT_DTYPES[storage].itemsize)
-    number_format = FORMATS[storage]
-    return _padded(sum(_packed_bytes(spec, number_format, layout, rows) for rows in _parts(spec)))
+    return _padded(packed_size(spec, FORMATS[storage], layout))
+
+
+def packed_size(spec: TensorSpec, number_format: NumberFormat, layout: Layout) -> int:
+    """Bytes of a quantized tensor, without the padding behind it."""
+    return sum(_packed_bytes(spec, number_format, layout, rows) for rows in _parts(spec))
 
 
 def blocks(spec: TensorSpec, number_format: NumberFormat, layout: Layout) -> Iterator[Block]:
@@ -67,6 +71,13 @@ def blocks(spec: TensorSpec, number_format: NumberFormat, layout: Layout) -> Ite
             end = begin + _packed_bytes(spec, number_format, layout, rows)
             yield Block(rows, slice(begin, end))
             begin = end
+
+
+def packed_blocks(tensor: QuantizedTensor, spec: TensorSpec, layout: Layout) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a quantized tensor, without the padding behind it, block by block."""
+    codes = tensor.codes.numpy()[:, : tensor.columns]
+    for rows, _ in blocks(spec, tensor.format, layout):
+        yield pack(tensor.format, codes[rows], tensor.scales[rows], layout_of(spec, layout))
 
 
 def pack(number_format: NumberFormat, codes: NDArray[np.int8], scales: Tensor, layout: Layout) -> NDArray[np.uint8]:

@@ -62,6 +62,7 @@ KINDS = (
     Kind("external", "model.onnx", mutate_onnx, "program", weight=2),
     Kind("external", "model.onnx.data", mutate_bytes, "program"),
     Kind("artifact-pte", "model.pte", mutate_flatbuffer, "stream", weight=6),
+    Kind("artifact-pte-own", "model.pte", mutate_flatbuffer, "stream", weight=4),
     Kind("artifact-pte", "manifest.json", mutate_json, "stream"),
     Kind("artifact-pte", "tokenizer.json", mutate_tokenizer, "stream"),
     Kind("artifact-native", "model.moss", mutate_moss, "program", weight=4),

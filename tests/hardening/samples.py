@@ -53,8 +53,8 @@ def _set(module: Any, **values: int) -> Iterator[None]:
 
 
 def make_samples(folder: Path) -> None:
-    """checkpoint, sharded, quantized, quantized-shards, artifact, artifact-pte, artifact-native, external, mamba,
-    original, recipe, statistics.
+    """checkpoint, sharded, quantized, quantized-shards, artifact, artifact-pte, artifact-pte-own, artifact-native,
+    external, mamba, original, recipe, statistics.
     """
     checkpoint = write_model(
         folder / "checkpoint", random_model(CONFIG, seed=7, dtype=torch.float32), dtype=torch.bfloat16
@@ -77,6 +77,7 @@ def make_samples(folder: Path) -> None:
     mossquant.quantize(checkpoint, folder / "quantized", recipe="int4-uniform")
     mossquant.export(folder / "quantized", folder / "artifact")
     mossquant.export(folder / "quantized", folder / "artifact-pte", target="executorch")
+    mossquant.export(folder / "quantized", folder / "artifact-pte-own", target="executorch", kernels="mossquant")
     mossquant.export(folder / "quantized", folder / "artifact-native", target="native")
     with _set(onnx_save, EXTERNAL_ABOVE=0):
         mossquant.export(checkpoint, folder / "external")

@@ -43,7 +43,10 @@ def test_an_option_is_for_the_targets_that_have_it(checkpoint_folder: Path) -> N
     with pytest.raises(InputError, match="--isa is for native and not for onnx, executorch; leave it out"):
         export_needs(checkpoint_folder, target=["onnx", "executorch"], isa="x86")
     assert get_target("onnx").options == {"scales": ("folded", "initializers")}
+    with pytest.raises(InputError, match="--isa is for native and not for executorch; leave it out"):
+        export_needs(checkpoint_folder, target="executorch", kernels="stock", isa="x86")
     assert get_target("native").options == {"isa": ("host", "x86", "arm", "rows")}
+    assert get_target("executorch").options["kernels"] == ("stock", "mossquant")
 
 
 def test_active_share_counts_the_chosen_experts() -> None:

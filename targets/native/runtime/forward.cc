@@ -77,57 +77,83 @@ struct Group {
 
 class Pass {
  public:
-  Pass(Model& model, State& state) : model_(model), state_(state), config_(model.config()), arena_(model.arena()) {}
+  Pass(const Work& work, std::int64_t batch)
+      : kernels_(work.kernels),
+        shape_(work.shape),
+        arena_(work.arena),
+        profile_(work.profile),
+        pool_(work.pool),
+        batch_(batch) {}
 
-  void run(const std::int64_t* tokens, std::int64_t time, const Wanted& wanted) {
-    const std::int64_t B = state_.batch(), length = std::max<std::int64_t>(1, kPieceRows / B);
+  void run(const Model& model, State& state, const std::int64_t* tokens, std::int64_t time, const Wanted& wanted) {
+    const std::int64_t length = std::max<std::int64_t>(1, kPieceRows / batch_);
     arena_.clear();
     for (std::int64_t t0 = 0; t0 < time; t0 += length) {
       const Arena::Mark mark = arena_.mark();
-      steps_ = std::min(length, time - t0);
-      position_ = state_.position() + t0;
+      const std::int64_t steps = std::min(length, time - t0);
+      begin(arena_.take<float>(batch_ * steps * shape_.hidden), steps);
+      position_ = state.position() + t0;
+      state_places_ = model.state_places();
       draw();
-      rows_ = B * steps_;
-      residual_ = arena_.take<float>(rows_ * config_.hidden);
       {
         const Timed timed = time_of(Part::embedding);
         for (std::int64_t m = 0; m < rows_; ++m) {
-          model_.table().row(tokens[m / steps_ * time + t0 + m % steps_], residual_ + m * config_.hidden);
+          model.table().row(tokens[m / steps_ * time + t0 + m % steps_], residual_ + m * shape_.hidden);
         }
       }
-      for (std::int64_t i = 0; i < config_.layers; ++i) {
-        const Layer& layer = model_.layers()[static_cast<std::size_t>(i)];
-        ssm(layer.ssm, state_.window(i), state_.scanned(i));
+      for (std::int64_t i = 0; i < model.config().layers; ++i) {
+        const Layer& layer = model.layers()[static_cast<std::size_t>(i)];
+        ssm(layer.ssm, state.window(i), state.scanned(i));
         if (!layer.mlp.w1.empty()) mlp(layer.mlp);
       }
       if (wanted.all) {
-        all_logits(wanted.all, time, t0);
+        all_logits(model.norm(), model.head(), wanted.all, time, t0);
       } else if (t0 + length >= time) {
-        last_logits(wanted);
+        last_logits(model.norm(), model.head(), wanted);
       }
       arena_.release(mark);
     }
-    state_.set_position(state_.position() + time);
+    state.set_position(state.position() + time);
+  }
+
+  // Single blocks, on residual [B, steps, D].
+  void block(const Ssm& own, std::int64_t steps, float* residual, float* window, float* h) {
+    begin(residual, steps);
+    ssm(own, window, {StateName::fp32, h, nullptr});
+  }
+  void block(const Mlp& own, std::int64_t steps, float* residual) {
+    begin(residual, steps);
+    mlp(own);
+  }
+  void head(const float* norm, const Matrix& matrix, std::int64_t steps, float* residual, float* logits) {
+    begin(residual, steps);
+    all_logits(norm, matrix, logits, steps, 0);
   }
 
  private:
-  int threads() const { return model_.pool().threads(); }
+  void begin(float* residual, std::int64_t steps) {
+    residual_ = residual;
+    steps_ = steps;
+    rows_ = batch_ * steps;
+  }
 
   // How states are rounded after a single step, once for all layers and sequences.
   void draw() {
     drawn_ = nullptr;
-    if (model_.state_places() == nullptr || steps_ != 1) return;
+    if (state_places_ == nullptr || steps_ != 1) return;
     const Timed timed = time_of(Part::scan);
-    const std::int64_t count = strip_count(config_.inner) * kMaxLanes * config_.states;
+    const std::int64_t count = strip_count(shape_.inner) * kMaxLanes * shape_.states;
     drawn_ = arena_.take<std::uint32_t>(count);
-    model_.kernels().mixer->draw(model_.state_places(), count, position_, drawn_);
+    kernels_.mixer->draw(state_places_, count, position_, drawn_);
   }
 
-  Timed time_of(Part part) const { return Timed(&model_.profile(), part); }
+  int threads() const { return pool_.threads(); }
+
+  Timed time_of(Part part) const { return Timed(&profile_, part); }
 
   template <typename Run>
   void for_units(std::int64_t units, const Run& run) {
-    model_.pool().for_units(units, run);
+    pool_.for_units(units, run);
   }
 
   // run(first, count) for ranges of rows.
@@ -143,8 +169,8 @@ class Pass {
   template <typename Run>
   void for_channels(Part part, const Run& run) {
     const Timed timed = time_of(part);
-    const Tiles tiles(config_.inner, kTile, threads());
-    for_units(state_.batch() * tiles.count(), [&](std::int64_t unit) {
+    const Tiles tiles(shape_.inner, kTile, threads());
+    for_units(batch_ * tiles.count(), [&](std::int64_t unit) {
       const std::int64_t i = unit % tiles.count();
       run(unit / tiles.count(), tiles.begin(i), tiles.end(i));
     });
@@ -152,10 +178,10 @@ class Pass {
 
   float* normed(const float* x, std::int64_t rows, const float* weight) {
     const Timed timed = time_of(Part::norm);
-    const std::int64_t D = config_.hidden;
+    const std::int64_t D = shape_.hidden;
     float* const y = arena_.take<float>(rows * D);
     for_rows(rows, [&](std::int64_t first, std::int64_t count) {
-      model_.kernels().rms_norm->run({count, D, x + first * D, weight, config_.eps, y + first * D});
+      kernels_.rms_norm->run({count, D, x + first * D, weight, shape_.eps, y + first * D});
     });
     return y;
   }
@@ -172,9 +198,8 @@ class Pass {
     own.scales = arena_.take<float>(input->rows * blocks);
     own.sums = arena_.take<std::int32_t>(input->rows * blocks);
     for_rows(input->rows, [&](std::int64_t first, std::int64_t count) {
-      model_.kernels().quantize->run({count, input->columns, kBlocks[i], input->x + first * input->columns,
-                                      own.codes + first * columns, own.scales + first * blocks,
-                                      own.sums + first * blocks});
+      kernels_.quantize->run({count, input->columns, kBlocks[i], input->x + first * input->columns,
+                              own.codes + first * columns, own.scales + first * blocks, own.sums + first * blocks});
     });
   }
 
@@ -210,7 +235,7 @@ class Pass {
     const Matrix& matrix = *linear.matrix;
     const Input& input = *linear.input;
     if (!matrix.quantized()) {
-      model_.kernels().dense->run(
+      kernels_.dense->run(
           {input.rows, matrix.columns, matrix.outputs, input.x, matrix.values, linear.bias, linear.y}, begin, end);
       return;
     }
@@ -251,9 +276,9 @@ class Pass {
     const Timed timed = time_of(Part::router);
     float* const logits = arena_.take<float>(M * experts);
     for_rows(M, [&](std::int64_t first, std::int64_t count) {
-      model_.kernels().dense->run({count, config_.hidden, experts, x + first * config_.hidden, router.values, nullptr,
-                                   logits + first * experts},
-                                  0, experts);
+      kernels_.dense->run({count, shape_.hidden, experts, x + first * shape_.hidden, router.values, nullptr,
+                           logits + first * experts},
+                          0, experts);
     });
     auto* const rows = arena_.take<std::int32_t>(M * experts);  // [X, M]; the first counts[e] of expert e
     float* const gates = arena_.take<float>(M * experts);
@@ -327,9 +352,9 @@ class Pass {
 
   void ssm(const Ssm& ssm, float* window, const Scanned& state) {
     const Arena::Mark mark = arena_.mark();
-    const std::int64_t M = rows_, E = config_.inner, N = config_.states, R = config_.rank, P = config_.projected();
+    const std::int64_t M = rows_, E = shape_.inner, N = shape_.states, R = shape_.rank, P = shape_.projected();
     const float* const u = normed(residual_, M, ssm.norm);
-    Input entering = {u, M, config_.hidden, {}};
+    Input entering = {u, M, shape_.hidden, {}};
     quantize(&entering, ssm.in_x);
     float* const x = arena_.take<float>(M * E);
     float* const z = arena_.take<float>(M * E);
@@ -338,7 +363,7 @@ class Pass {
 
     float* const c = arena_.take<float>(M * E);
     for_channels(Part::conv, [&](std::int64_t b, std::int64_t begin, std::int64_t end) {
-      model_.kernels().mixer->conv({steps_, E, config_.width, x, ssm.conv, ssm.conv_bias, window, c}, b, begin, end);
+      kernels_.mixer->conv({steps_, E, shape_.width, x, ssm.conv, ssm.conv_bias, window, c}, b, begin, end);
     });
 
     Input convolved = {c, M, E, {}};
@@ -384,12 +409,12 @@ class Pass {
 
     float* const y = x;
     const std::int64_t of_strips = strip_count(E) * N * kMaxLanes;
-    float* const scratch = state.format == StateName::int8 ? arena_.take<float>(state_.batch() * of_strips) : nullptr;
+    float* const scratch = state.format == StateName::int8 ? arena_.take<float>(batch_ * of_strips) : nullptr;
     for_channels(Part::scan, [&](std::int64_t b, std::int64_t begin, std::int64_t end) {
       float* const own = scratch ? scratch + b * of_strips + in_strips(begin, 0, N) : nullptr;
-      model_.kernels().mixer->scan[static_cast<int>(state.format)](
-          {steps_, E, N, c, dt, z, ssm.rate, bc, bc + N, bc_stride, ssm.D, state.h, y, position_,
-           model_.state_places(), drawn_, state.scales, own},
+      kernels_.mixer->scan[static_cast<int>(state.format)](
+          {steps_, E, N, c, dt, z, ssm.rate, bc, bc + N, bc_stride, ssm.D, state.h, y, position_, state_places_, drawn_,
+           state.scales, own},
           b, begin, end);
     });
     Input leaving = {y, M, E, {}};
@@ -400,7 +425,7 @@ class Pass {
 
   void add_to_residual(Linear linear, Part part) {
     const Timed timed = time_of(part);
-    const std::int64_t D = config_.hidden;
+    const std::int64_t D = shape_.hidden;
     linear.y = arena_.take<float>(rows_ * D);
     const Tiles tiles(D, linear.matrix->strip(), threads());
     for_units(tiles.count(), [&](std::int64_t unit) {
@@ -414,10 +439,10 @@ class Pass {
 
   void mlp(const Mlp& mlp) {
     const Arena::Mark mark = arena_.mark();
-    const std::int64_t F = config_.mlp_hidden;
+    const std::int64_t F = shape_.mlp_hidden;
     const float* const u = normed(residual_, rows_, mlp.norm);
     const std::vector<Group> groups = routed(mlp.router, static_cast<std::int64_t>(mlp.w1.size()), mlp.chosen, u);
-    Input entering = {u, rows_, config_.hidden, {}};
+    Input entering = {u, rows_, shape_.hidden, {}};
     std::vector<Input> own, hidden;
     std::vector<Linear> linears;
     own.reserve(groups.size());
@@ -433,7 +458,7 @@ class Pass {
       const float* const b = linears[2 * g + 1].y;
       const Timed timed = time_of(Part::swiglu);
       for_rows(groups[g].count, [&](std::int64_t first, std::int64_t count) {
-        model_.kernels().swiglu->run({count * F, a + first * F, b + first * F, a + first * F});
+        kernels_.swiglu->run({count * F, a + first * F, b + first * F, a + first * F});
       });
       hidden.push_back({a, groups[g].count, F, {}});
       quantize(&hidden.back(), mlp.w2[static_cast<std::size_t>(groups[g].expert)]);
@@ -442,23 +467,23 @@ class Pass {
     arena_.release(mark);
   }
 
-  void all_logits(float* logits, std::int64_t time, std::int64_t t0) {
-    Input entering = {normed(residual_, rows_, model_.norm()), rows_, config_.hidden, {}};
-    quantize(&entering, model_.head());
-    for (std::int64_t b = 0; b < state_.batch(); ++b) {
+  void all_logits(const float* norm, const Matrix& head, float* logits, std::int64_t time, std::int64_t t0) {
+    Input entering = {normed(residual_, rows_, norm), rows_, shape_.hidden, {}};
+    quantize(&entering, head);
+    for (std::int64_t b = 0; b < batch_; ++b) {
       const Input own = entering.from(b * steps_, steps_);
-      run({{&model_.head(), &own, nullptr, logits + (b * time + t0) * config_.vocabulary}}, Part::head);
+      run({{&head, &own, nullptr, logits + (b * time + t0) * head.outputs}}, Part::head);
     }
   }
 
-  void last_logits(const Wanted& wanted) {
-    const std::int64_t B = state_.batch(), D = config_.hidden, V = config_.vocabulary;
+  void last_logits(const float* norm, const Matrix& head, const Wanted& wanted) {
+    const std::int64_t B = batch_, D = shape_.hidden, V = head.outputs;
     float* const last = arena_.take<float>(B * D);
     for (std::int64_t b = 0; b < B; ++b) std::copy_n(residual_ + ((b + 1) * steps_ - 1) * D, D, last + b * D);
-    Input entering = {normed(last, B, model_.norm()), B, D, {}};
-    quantize(&entering, model_.head());
+    Input entering = {normed(last, B, norm), B, D, {}};
+    quantize(&entering, head);
     if (wanted.last) {
-      run({{&model_.head(), &entering, nullptr, wanted.last}}, Part::head);
+      run({{&head, &entering, nullptr, wanted.last}}, Part::head);
       return;
     }
     // Each unit keeps the largest of its tile.
@@ -476,7 +501,7 @@ class Pass {
     std::vector<std::vector<Top>> tops(static_cast<std::size_t>(tiles * B));
     for_units(tiles, [&](std::int64_t tile) {
       const std::int64_t begin = tile * kHeadTile, end = std::min(V, begin + kHeadTile);
-      const Matrix part = model_.head().outputs_from(begin, end - begin);
+      const Matrix part = head.outputs_from(begin, end - begin);
       std::vector<float> logits(static_cast<std::size_t>(B * part.outputs));
       run({&part, &entering, nullptr, logits.data()}, 0, part.outputs);
       for (std::int64_t b = 0; b < B; ++b) {
@@ -503,13 +528,16 @@ class Pass {
     }
   }
 
-  Model& model_;
-  State& state_;
-  const Config& config_;
+  const Kernels& kernels_;
+  const BlockShape& shape_;
   Arena& arena_;
+  Profile& profile_;
+  Pool& pool_;
+  const std::int64_t batch_;   // B
   std::int64_t steps_ = 0;     // of each sequence in the piece
   std::int64_t rows_ = 0;      // M
   std::int64_t position_ = 0;  // of the piece's first step
+  const std::uint32_t* state_places_ = nullptr;
   std::uint32_t* drawn_ = nullptr;
   float* residual_ = nullptr;  // [M, D]
 };
@@ -517,7 +545,22 @@ class Pass {
 }  // namespace
 
 void forward(Model& model, State& state, const std::int64_t* tokens, std::int64_t time, const Wanted& wanted) {
-  Pass(model, state).run(tokens, time, wanted);
+  const Work work = {model.kernels(), model.config(), model.arena(), model.profile(), model.pool()};
+  Pass(work, state.batch()).run(model, state, tokens, time, wanted);
+}
+
+void ssm_block(const Work& work, const Ssm& ssm, std::int64_t batch, std::int64_t time, float* residual, float* window,
+               float* h) {
+  Pass(work, batch).block(ssm, time, residual, window, h);
+}
+
+void mlp_block(const Work& work, const Mlp& mlp, std::int64_t rows, float* residual) {
+  Pass(work, 1).block(mlp, rows, residual);
+}
+
+void logits_of(const Work& work, const float* norm, const Matrix& head, std::int64_t rows, const float* residual,
+               float* logits) {
+  Pass(work, 1).head(norm, head, rows, const_cast<float*>(residual), logits);  // which only reads it
 }
 
 }  // namespace moss

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A model's pass over tokens.
+// A model's pass over tokens, and its blocks one by one.
 
 #ifndef MOSS_NATIVE_FORWARD_H_
 #define MOSS_NATIVE_FORWARD_H_
@@ -21,8 +21,26 @@ struct Wanted {
   float* top_logits = nullptr;         // [B, count]
 };
 
+// What a pass works with beside weights and states.
+struct Work {
+  const Kernels& kernels;
+  const BlockShape& shape;
+  Arena& arena;
+  Profile& profile;
+  Pool& pool;
+};
+
 // Reads tokens [B, T], each of the vocabulary, and advances the state.
 void forward(Model& model, State& state, const std::int64_t* tokens, std::int64_t time, const Wanted& wanted);
+
+// One block: residual [batch, time, D] += block(norm(residual)), states as in state.h. The arena grows with the rows.
+void ssm_block(const Work& work, const Ssm& ssm, std::int64_t batch, std::int64_t time, float* residual, float* window,
+               float* h);
+void mlp_block(const Work& work, const Mlp& mlp, std::int64_t rows, float* residual);
+
+// logits [rows, V] of the norm of residual [rows, D].
+void logits_of(const Work& work, const float* norm, const Matrix& head, std::int64_t rows, const float* residual,
+               float* logits);
 
 }  // namespace moss
 

@@ -26,22 +26,25 @@
 
 namespace moss {
 
-// Letters as in the kernels' headers.
-struct Config {
-  std::int64_t vocabulary;   // V
-  std::int64_t hidden;       // D
-  std::int64_t layers;
-  std::int64_t inner;        // E
-  std::int64_t states;       // N
-  std::int64_t width;        // W, of the convolution
-  std::int64_t rank;         // R, of dt
-  std::int64_t mlp_hidden;   // F
+// Of every block. Letters as in the kernels' headers.
+struct BlockShape {
+  std::int64_t hidden;      // D
+  std::int64_t inner;       // E
+  std::int64_t states;      // N
+  std::int64_t width;       // W, of the convolution
+  std::int64_t rank;        // R, of dt
+  std::int64_t mlp_hidden;  // F
   float eps;
+
+  std::int64_t projected() const { return rank + 2 * states; }  // rows of x_proj: delta, B, C
+};
+
+struct Config : BlockShape {
+  std::int64_t vocabulary;  // V
+  std::int64_t layers;
   bool tied;
   std::vector<std::int64_t> ssm_experts, ssm_chosen, mlp_experts, mlp_chosen;  // of each layer
   std::vector<StateName> ssm_states;                                           // the same
-
-  std::int64_t projected() const { return rank + 2 * states; }  // rows of x_proj: delta, B, C
 };
 
 // A matrix [N, K]: quantized, or in fp32.

@@ -4,15 +4,13 @@
 
 #include "moss.h"
 
-#include <exception>
-#include <iterator>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
 
 #include "cpu.h"
 #include "forward.h"
+#include "guarded.h"
 #include "model.h"
 #include "state.h"
 
@@ -24,45 +22,26 @@ struct moss_state {
   moss::State state;
 };
 
+namespace moss {
 namespace {
 
-constexpr std::int64_t kMostBatch = 1 << 16, kMostThreads = 1 << 10;
+constexpr std::int64_t kMostThreads = 1 << 10;
 
-thread_local std::string last_error;
+}  // namespace
 
-void refuse(const std::string& what) { throw std::runtime_error(what); }
-
-void check(bool holds, const char* what) {
-  if (!holds) refuse(what);
-}
-
-// What run() returns, or `failed` with the error noted.
-template <typename Result, typename Run>
-Result guarded(Result failed, const Run& run) {
-  try {
-    return run();
-  } catch (const std::bad_alloc&) {
-    last_error = "there is not enough memory";
-  } catch (const std::exception& error) {
-    last_error = error.what();
-  }
-  return failed;
-}
-
-// The flags of this machine that `isa` leaves; null leaves all.
-moss::CpuFlags allowed_flags(const char* isa) {
-  const moss::CpuFlags all = moss::detect_cpu_flags();
+CpuFlags allowed_flags(const char* isa) {
+  const CpuFlags all = detect_cpu_flags();
   if (isa == nullptr) return all;
   const struct {
     const char* name;
-    moss::CpuFlags flags;
+    CpuFlags flags;
   } known[] = {
-      {"baseline", moss::kBaseline},
-      {"avx2", moss::kAvx2},
-      {"avx512", moss::kAvx2 | moss::kAvx512},
-      {"avx512vnni", moss::kAvx2 | moss::kAvx512 | moss::kAvx512Vnni},
-      {"dotprod", moss::kDotprod},
-      {"i8mm", moss::kDotprod | moss::kI8mm},
+      {"baseline", kBaseline},
+      {"avx2", kAvx2},
+      {"avx512", kAvx2 | kAvx512},
+      {"avx512vnni", kAvx2 | kAvx512 | kAvx512Vnni},
+      {"dotprod", kDotprod},
+      {"i8mm", kDotprod | kI8mm},
   };
   std::string names;
   for (const auto& one : known) {
@@ -78,6 +57,16 @@ int thread_count(std::int32_t asked) {
   const unsigned cores = std::thread::hardware_concurrency();
   return asked > 0 ? asked : static_cast<int>(cores > 0 ? cores : 1);
 }
+
+}  // namespace moss
+
+namespace {
+
+using moss::check;
+using moss::guarded;
+using moss::refuse;
+
+constexpr std::int64_t kMostBatch = 1 << 16;
 
 void check_forward(const moss_model* model, const moss_state* state, const int64_t* tokens, int64_t time) {
   check(model && state && tokens, "a null pointer was given");
@@ -96,13 +85,13 @@ extern "C" {
 
 int32_t moss_abi_version(void) { return MOSS_ABI_VERSION; }
 
-const char* moss_last_error(void) { return last_error.c_str(); }
+const char* moss_last_error(void) { return moss::last_error.c_str(); }
 
 moss_model* moss_open(const char* path, const moss_options* options) {
   return guarded<moss_model*>(nullptr, [&] {
     check(path != nullptr, "a null pointer was given");
-    const moss::CpuFlags flags = allowed_flags(options ? options->isa : nullptr);
-    const int threads = thread_count(options ? options->threads : 0);
+    const moss::CpuFlags flags = moss::allowed_flags(options ? options->isa : nullptr);
+    const int threads = moss::thread_count(options ? options->threads : 0);
     try {
       return new moss_model{moss::Model(path, flags, threads)};
     } catch (const std::runtime_error& error) {
@@ -116,7 +105,7 @@ void moss_close(moss_model* model) { delete model; }
 int32_t moss_set_threads(moss_model* model, int32_t threads) {
   return guarded<int32_t>(MOSS_ERROR, [&] {
     check(model != nullptr, "a null pointer was given");
-    model->model.set_threads(thread_count(threads));
+    model->model.set_threads(moss::thread_count(threads));
     return MOSS_OK;
   });
 }
