@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "../memory.h"
+#include "../bandwidth.h"
 #include "arrays.h"
 #include "python.h"
 

@@ -27,8 +27,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "bandwidth.h"
 #include "forward.h"
-#include "memory.h"
 #include "model.h"
 #include "state.h"
 #include "tiles.h"

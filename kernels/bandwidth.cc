@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-#include "memory.h"
+#include "bandwidth.h"
 
 namespace moss {
 namespace {

@@ -2,8 +2,8 @@
 //
 // A read of memory at full speed, to measure others by.
 
-#ifndef MOSS_KERNELS_MEMORY_H_
-#define MOSS_KERNELS_MEMORY_H_
+#ifndef MOSS_KERNELS_BANDWIDTH_H_
+#define MOSS_KERNELS_BANDWIDTH_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -15,4 +15,4 @@ void read_memory(const std::uint8_t* data, std::size_t bytes);
 
 }  // namespace moss
 
-#endif  // MOSS_KERNELS_MEMORY_H_
+#endif  // MOSS_KERNELS_BANDWIDTH_H_
