@@ -142,10 +142,10 @@ CAPABILITIES: dict[str, Capabilities] = {
 }
 """Every target, by name."""
 
+_OF_KERNELS = ("blocks", "formats", "kept", "activations", "dynamic_int8")
 OWN_KERNELS: dict[str, Capabilities] = {
     "executorch": replace(
-        CAPABILITIES["native"],
-        **{field: getattr(CAPABILITIES["executorch"], field) for field in ("name", "state", "limits", "suffix")},
+        CAPABILITIES["executorch"], **{field: getattr(CAPABILITIES["native"], field) for field in _OF_KERNELS}
     )
 }
 """Targets that can also be lowered to with our own kernels in place of the runtime's (`export --kernels mossquant`)."""
