@@ -34,7 +34,7 @@ SCALED = 10
 """Groups that are measured to scale estimates."""
 LIBRARIES = 4 * 10**7
 """Bytes of what libraries set up when a model is first run, and of what encoding a text leaves."""
-_REACHED = 0.6
+REACHED = 0.6
 """The share of the blocks that comes after a group, with the group's own."""
 _TRAINED = 4.0
 """What a token costs forward and backward, in passes forward."""
@@ -159,7 +159,7 @@ def choosing(pace: Pace, jobs: Sequence[tuple[int, str]], tokens: int, *, window
     """
     rounding = sum(count * pace.rounding(storage) for count, storage in jobs)
     rounding *= 1 + levels / max(1, len({storage for _, storage in jobs}))
-    alone = tokens * (_REACHED * pace.blocks + 2 * pace.head + pace.compared)
+    alone = tokens * (REACHED * pace.blocks + 2 * pace.head + pace.compared)
     if windows is None:
         return rounding + tokens * pace.blocks + (len(jobs) + levels) * alone
     gradient = windows.shape[1] * (_TRAINED * pace.blocks + 3 * pace.head) + _LOOKED_UP * pace.table

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mossquant.calibration.effort import LIBRARIES, Effort, Pace, distilling, judging
+from mossquant.calibration.effort import LIBRARIES, REACHED, Effort, Pace, distilling, judging
 from mossquant.calibration.meter import WINDOW, Meter, interval, metering_bytes
 from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.recover import check_snapshot, recovery_bytes
@@ -191,7 +191,118 @@ def prune(
             routers of that kind; an output that cannot be written; work files of another run: before any work.
     """
     say, report = said or (lambda line: None), progress or (lambda name, done, total: None)
-    destination = Path(output)
+    request = _request(
+        model,
+        Path(output),
+        experts=experts,
+        keep=keep,
+        kind=kind,
+        by=by,
+        text=text,
+        tokens=tokens,
+        recover=recover,
+        device=device,
+        force=force,
+    )
+    weights, windows, trials = request.weights, request.windows, request.trials
+    effort = _effort(request)
+    check_space(request.destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
+    say(effort.said())
+    known = {worth.expert: worth for worth in worths(weights, windows, device=device, progress=progress)}
+    trials.measure_with(Meter(weights, windows, device=device))
+    if request.named is None:
+        candidates = [known[expert] for expert in request.candidates]
+        order = _chosen(by, candidates, request.counts, _room(weights), trials, seed, report)
+    else:
+        gone = request.named.gone(weights.config)
+        order = [expert for expert, worth in known.items() if expert.number in gone.get(worth.routing, ())]
+    removed = tuple(_removed(known[expert], trials) for expert in order)
+    trials.measure_with(None)  # its memory is needed now
+    kept = request.named or _kept(weights, order)
+    judged = request.judged.windows(max(1, len(request.judged) // WINDOW), WINDOW)
+    judge = Meter(weights, judged, device=device, from_start=True)
+    kl = judge.kl(gone=kept.gone(weights.config))
+    say(f"KL without them {kl.mean():.2e} nats a token")
+    stored, recovered = _distilled(request, Pruned(weights, kept), judge, kept, float(kl.mean()), say, progress)
+    found = Pruning(
+        model=weights.origin.path,
+        by=request.by,
+        text=request.learned.name,
+        text_sha256=request.learned.sha256,
+        tokens=windows.numel(),
+        keep=kept.to_json(weights.config),
+        removed=removed,
+        experts={of: (before, after) for of, before, after in _totals(weights, kept)},
+        parameters=(weights.origin.parameters, parameter_count(stored.config)),
+        judged_tokens=judge.windows.numel(),
+        kl=float(kl.mean()),
+        kl_ci95=interval(kl),
+        recovered_tokens=0 if recovered is None else recover,
+        recovered_kl=None if recovered is None else float(recovered.mean()),
+        recovered_ci95=None if recovered is None else interval(recovered),
+    )
+    with new_folder(request.destination, force=force) as partial:
+        _write(partial, weights, stored, found)
+    for file in request.work_files:
+        file.unlink(missing_ok=True)
+    return found
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked, of which model.
+
+    Attributes:
+        weights: the whole model.
+        destination: folder to write.
+        named: which experts are to stay; None: they are chosen.
+        by: how; None where they are named.
+        candidates: experts that may go.
+        counts: kind → how many of them are to go.
+        learned: text that is looked at and learned from.
+        judged: text that what is left is judged on.
+        windows: on which experts are looked at [W, T].
+        trials: what was measured.
+        tokens: to distil over.
+        device: where the model is run.
+        work_files: what was measured, and recovery's snapshot; removed at the end.
+    """
+
+    weights: Weights
+    destination: Path
+    named: Kept | None
+    by: By | None
+    candidates: Sequence[Expert]
+    counts: Mapping[str, int]
+    learned: CalibrationText
+    judged: CalibrationText
+    windows: Tensor
+    trials: "_Trials"
+    tokens: int
+    device: str
+    work_files: tuple[Path, Path]
+
+    @property
+    def snapshot(self) -> Path:
+        """Where recovery is kept."""
+        return self.work_files[1]
+
+
+def _request(
+    model: str | Path | Weights,
+    destination: Path,
+    *,
+    experts: float | None,
+    keep: str | Path | Kept | None,
+    kind: Kind,
+    by: By,
+    text: Sequence[str | Path | Text],
+    tokens: int,
+    recover: int,
+    device: str,
+    force: bool,
+) -> _Request:
+    """What is asked, opened and checked. Raises `InputError` as `prune`."""
     inputs = [Path(item) for item in text if not isinstance(item, Text)]
     inputs += [Path(keep)] if isinstance(keep, str | Path) else []
     if isinstance(model, str | Path):
@@ -206,110 +317,89 @@ def prune(
         check_free(file, force=True, as_file=True, inputs=inputs)
     _check(experts, keep, kind, by, tokens, recover)
     weights = open_weights(model, verb="prune")
-    origin, config = weights.origin, weights.config
-    if origin.recipe is not None:
-        raise InputError(f"{origin.path} is quantized; prune the full-precision model that it was made from")
+    if weights.origin.recipe is not None:
+        raise InputError(f"{weights.origin.path} is quantized; prune the full-precision model that it was made from")
     named = Kept.read(Path(keep)) if isinstance(keep, str | Path) else keep
-    candidates = _candidates(weights, kind)
-    if named is not None:
-        named.check(config)
-        if not named.gone(config):
-            raise InputError(f"every expert of {origin.path} is kept, so there is nothing to prune")
-    else:
+    candidates: list[Expert] = []
+    if named is None:
         assert experts is not None
-        counts = _counts(candidates, experts, _room(weights), origin.path)
-    check_snapshot(snapshot)
-    read = CalibrationText.of(weights, text)
-    learned, judged = read.split(JUDGED_TOKENS)
-    windows = learned.windows(max(1, tokens // WINDOW), WINDOW)
-    identity = _identity(weights, windows, device)
-    trials = _Trials(measured, identity)
-    going = sum(map(len, named.gone(config).values())) if named is not None else sum(counts.values())
-    effort = _effort(
-        weights, candidates, going, None if named is not None else by, windows, len(judged), recover, device
-    )
-    check_space(destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
-    say(effort.said())
-
-    known = {worth.expert: worth for worth in worths(weights, windows, device=device, progress=progress)}
-    trials.measure_with(Meter(weights, windows, device=device))
-    if named is not None:
-        gone = named.gone(config)
-        order = [expert for expert in known if expert.number in gone.get(known[expert].routing, ())]
+        candidates = _candidates(weights, kind)
+        counts = _counts(candidates, experts, _room(weights), weights.origin.path)
     else:
-        order = _chosen(by, [known[of] for of in candidates], counts, _room(weights), trials, seed, report)
-    removed = tuple(_removed(known[expert], trials) for expert in order)
-    trials.measure_with(None)
-    left = Pruned(weights, kept := named or _kept(weights, order))
-    judge = Meter(weights, judged.windows(max(1, len(judged) // WINDOW), WINDOW), device=device, from_start=True)
-    kl = judge.kl(gone=kept.gone(config))
-    say(f"KL without them {kl.mean():.2e} nats a token")
-    stored, recovered = _distilled(left, judge, kept, learned, recover, device, snapshot, say, progress)
-    found = Pruning(
-        model=origin.path,
-        by=None if named is not None else by,
-        text=read.name,
-        text_sha256=read.sha256,
-        tokens=windows.numel(),
-        keep=kept.to_json(config),
-        removed=removed,
-        experts={of: (before, after) for of, before, after in _totals(weights, kept)},
-        parameters=(origin.parameters, parameter_count(left.config)),
-        judged_tokens=judge.windows.numel(),
-        kl=float(kl.mean()),
-        kl_ci95=interval(kl),
-        recovered_tokens=recover,
-        recovered_kl=None if recovered is None else float(recovered.mean()),
-        recovered_ci95=None if recovered is None else interval(recovered),
+        named.check(weights.config)
+        counts = {of: before - after for of, before, after in _totals(weights, named)}
+        if not any(counts.values()):
+            raise InputError(f"every expert of {weights.origin.path} is kept, so there is nothing to prune")
+    check_snapshot(snapshot)
+    learned, judged = CalibrationText.of(weights, text).split(JUDGED_TOKENS)
+    windows = learned.windows(max(1, tokens // WINDOW), WINDOW)
+    return _Request(
+        weights=weights,
+        destination=destination,
+        named=named,
+        by=by if named is None else None,
+        candidates=candidates,
+        counts=counts,
+        learned=learned,
+        judged=judged,
+        windows=windows,
+        trials=_Trials(measured, _identity(weights, windows, device)),
+        tokens=recover,
+        device=device,
+        work_files=(measured, snapshot),
     )
-    # Of a model that mixes types the widest holds every value as it is.
-    types = set(dtypes_of(stored).values())
-    dtype = types.pop() if len(types) == 1 else torch.float32
-    with new_folder(destination, force=force) as partial:
-        training = _training(weights, found)
-        write_checkpoint(partial, left.config, lambda spec: stored.kept(spec.name), dtype=dtype, training=training)
-        for path in origin.beside:
-            if path.name != _TRAINING:
-                copyfile(path, partial / path.name)
-    for file in (measured, snapshot):
-        file.unlink(missing_ok=True)
-    return found
 
 
 def _distilled(
+    request: _Request,
     left: Pruned,
     judge: Meter,
     kept: Kept,
-    learned: CalibrationText,
-    tokens: int,
-    device: str,
-    snapshot: Path,
+    lost: float,
     say: Callable[[str], None],
     progress: Progress | None,
 ) -> tuple[Weights, NDArray[np.float64] | None]:
-    """What is stored, and its KL on each window of the judge; where nothing is asked what is left, as it is."""
-    if not tokens:
+    """What is stored, and its KL on each window of the judge; what is left as it is where that is not lower than before
+    (`lost`), or nothing is asked.
+    """
+    if not request.tokens:
         return left, None
-    whole = judge.model.config
+    whole, learned = judge.model.config, request.learned
     numbers = {experts.routing: kept.of(experts) for experts in experts_of(whole) if experts.routing is not None}
     plan = make_plan(left.config, dtypes_of(left), Recipe.parse(_KEPT, where="the recipe of pruning"))
-    say(f"distilling over {tokens:,} tokens of {learned.name}; a run that is stopped goes on from {snapshot}")
+    say(f"distilling over {request.tokens:,} tokens of {learned.name}")
+    say(f"a run that is stopped goes on from {request.snapshot}")
     made = recover_lost(
         left,
         plan,
         {},
         learned,
-        tokens=tokens,
-        device=device,
+        tokens=request.tokens,
+        device=request.device,
         model=judge.model,
         kept=numbers,
-        snapshot=snapshot,
+        snapshot=request.snapshot,
         progress=progress,
     )
     stored = Planned(left, plan, made)
-    kl = judge.kl_of(load_model(stored).to(device))
+    kl = judge.kl_of(load_model(stored).to(request.device))
+    if not kl.mean() < lost:
+        say(f"distilling raised KL from {lost:.2e} to {kl.mean():.2e}; it is left out")
+        return left, None
     say(f"KL after recovery {kl.mean():.2e} nats a token")
     return stored, kl
+
+
+def _write(folder: Path, whole: Weights, stored: Weights, found: Pruning) -> None:
+    """The checkpoint, with what lies beside the whole model's."""
+    # Of a model that mixes types the widest holds every value as it is.
+    types = set(dtypes_of(stored).values())
+    dtype = types.pop() if len(types) == 1 else torch.float32
+    training = _training(whole, found)
+    write_checkpoint(folder, stored.config, lambda spec: stored.kept(spec.name), dtype=dtype, training=training)
+    for path in whole.origin.beside:
+        if path.name != _TRAINING:
+            copyfile(path, folder / path.name)
 
 
 def _check(
@@ -511,32 +601,25 @@ def _training(weights: Weights, found: Pruning) -> dict[str, Any]:
     return record | {"text": [*record.get("text", []), *read], "pruned": pruned}
 
 
-def _effort(
-    weights: Weights,
-    candidates: Sequence[Expert],
-    going: int,
-    by: By | None,
-    windows: Tensor,
-    judged: int,
-    recover: int,
-    device: str,
-) -> Effort:
+def _effort(request: _Request) -> Effort:
     """What is to come."""
-    pace, tokens, parameters = Pace(weights, device=device), windows.numel(), weights.origin.parameters
-    measured = len(candidates) if by in ("leave-one-out", "greedy") else going
-    measured += _AGAIN * going if by == "greedy" else 0
-    alone = tokens * (0.6 * pace.blocks + 2 * pace.head + pace.compared)
-    routed = sum(of.count for of in experts_of(weights.config) if of.routing is not None)
-    blocks = sum(1 for _ in experts_of(weights.config))
+    weights, going, device = request.weights, sum(request.counts.values()), request.device
+    pace, tokens, parameters = Pace(weights, device=device), request.windows.numel(), weights.origin.parameters
+    measured = len(request.candidates) if request.by in ("leave-one-out", "greedy") else going
+    measured += _AGAIN * going if request.by == "greedy" else 0
+    alone = tokens * (REACHED * pace.blocks + 2 * pace.head + pace.compared)
+    blocks = experts_of(weights.config)
+    routed = sum(of.count for of in blocks if of.routing is not None)
     parts = {
-        "looking at experts": tokens * pace.blocks * (1 + routed / max(1, blocks)),
+        "looking at experts": tokens * pace.blocks * (1 + routed / len(blocks)),
         f"measuring {measured} times": tokens * pace.blocks + measured * alone,
-        "judging": judging(pace, judged, 2 if recover else 1),
+        "judging": judging(pace, len(request.judged), 2 if request.tokens else 1),
     }
-    if recover:
-        parts["distilling"] = distilling(pace, recover)
+    if request.tokens:
+        parts["distilling"] = distilling(pace, request.tokens)
     copied = sum(path.stat().st_size for path in weights.origin.beside)
-    disk = weights.origin.file_bytes + copied + (_SNAPSHOT * parameters if recover else 0)
-    held = LIBRARIES + 4 * parameters
-    running = held + max(metering_bytes(weights, tokens), metering_bytes(weights, judged, from_start=True))
-    return Effort(parts, disk, running + (recovery_bytes(weights) + 8 * parameters if recover else 0))
+    disk = weights.origin.file_bytes + copied + (_SNAPSHOT * parameters if request.tokens else 0)
+    looking = metering_bytes(weights, tokens)
+    held = LIBRARIES + 4 * parameters + max(looking, metering_bytes(weights, len(request.judged), from_start=True))
+    # Recovery holds the learner's shape beside the teacher, and what was learned is loaded once more.
+    return Effort(parts, disk, held + (recovery_bytes(weights) + 8 * parameters if request.tokens else 0))
