@@ -25,10 +25,10 @@ from scipy.stats import spearmanr
 
 from mossquant.calibration.meter import WINDOW, Meter
 from mossquant.calibration.prune import JUDGED_TOKENS, _chosen, _counts, _kept, _room, _Trials, prune
-from mossquant.calibration.saliency import Expert, Worth, worths
+from mossquant.calibration.saliency import Expert, Saliencies, saliencies
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
-from mossquant.checkpoint.pruned import Kept, Pruned
+from mossquant.checkpoint.pruned import Keep, Pruned
 from mossquant.checkpoint.weights import Weights
 from mossquant.eval.machine import machine
 from mossquant.eval.open import open_model
@@ -56,7 +56,7 @@ class Job:
         self.arguments = arguments
         self.weights: Weights = open_weights(arguments.model, verb="prune")
         self.texts: dict[str, Path | None] = {"same": arguments.same, "other": arguments.other}
-        self._worths: list[Worth] | None = None
+        self._saliencies: list[Saliencies] | None = None
         self._trials: _Trials | None = None
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -74,11 +74,11 @@ class Job:
         """The calibration text less its end."""
         return CalibrationText.of(self.weights, self.arguments.calibrate).split(JUDGED_TOKENS)[0]
 
-    def worths(self) -> list[Worth]:
+    def saliencies(self) -> list[Saliencies]:
         """What the cheap saliencies say."""
-        if self._worths is None:
-            self._worths = worths(self.weights, self.learned.windows(LOOKED_AT // WINDOW, WINDOW))
-        return self._worths
+        if self._saliencies is None:
+            self._saliencies = saliencies(self.weights, self.learned.windows(LOOKED_AT // WINDOW, WINDOW))
+        return self._saliencies
 
     def trials(self) -> _Trials:
         """Measures on the windows that the experts are chosen on."""
@@ -87,15 +87,15 @@ class Job:
             self._trials.measure_with(Meter(self.weights, self.learned.windows(LOOKED_AT // WINDOW, WINDOW)))
         return self._trials
 
-    def of_kind(self, kind: str) -> list[Worth]:
+    def of_kind(self, kind: str) -> list[Saliencies]:
         """The experts of a kind, or of both."""
-        return [worth for worth in self.worths() if kind in (worth.expert.kind, "both")]
+        return [one for one in self.saliencies() if kind in (one.expert.kind, "both")]
 
     def order(self, kind: str, by: str, share: float, seed: int = 0) -> list[list[Any]]:
         """The experts that go, in the order in which they are chosen."""
         candidates = self.of_kind(kind)
         room = _room(self.weights)
-        experts = [worth.expert for worth in candidates]
+        experts = [one.expert for one in candidates]
         counts = _counts(experts, share, room, "the model")
         chosen = _chosen(by, candidates, counts, room, self.trials(), seed, lambda *of: None)  # type: ignore[arg-type]
         return [[one.layer, one.kind, one.number] for one in chosen]
@@ -109,27 +109,25 @@ def ranks(job: Job) -> dict[str, Any]:
     other = torch.from_numpy(np.stack([tokens[start : start + WINDOW] for start in starts]).astype(np.int64))
     meter = Meter(job.weights, other)
     found: dict[str, Any] = {"alone": {}}
-    for worth in job.worths():
-        kl = float(meter.kl(gone={worth.routing: [worth.expert.number]}).mean())
-        found["alone"][str(worth.expert)] = kl
+    for one in job.saliencies():
+        kl = float(meter.kl(gone={one.routing: [one.expert.number]}).mean())
+        found["alone"][str(one.expert)] = kl
     for kind in ("ssm", "mlp"):
         own = job.of_kind(kind)
-        alone = [found["alone"][str(worth.expert)] for worth in own]
-        found[kind] = {
-            by: float(spearmanr([getattr(worth, by) for worth in own], alone).statistic) for by in SALIENCIES
-        }
+        alone = [found["alone"][str(one.expert)] for one in own]
+        found[kind] = {by: float(spearmanr([getattr(one, by) for one in own], alone).statistic) for by in SALIENCIES}
         found[kind]["alone"] = [min(alone), float(np.median(alone)), max(alone)]
     return found
 
 
-def kept_of(job: Job, order: Sequence[Sequence[Any]]) -> Kept:
+def kept_of(job: Job, order: Sequence[Sequence[Any]]) -> Keep:
     """Everything but these."""
     return _kept(job.weights, [Expert(*one) for one in order])
 
 
 def prefix(job: Job, order: Sequence[Sequence[Any]], kind: str, share: float) -> list[Sequence[Any]]:
     """The first of an order, so many of each kind."""
-    left = _counts([worth.expert for worth in job.of_kind(kind)], share, _room(job.weights), "the model")
+    left = _counts([one.expert for one in job.of_kind(kind)], share, _room(job.weights), "the model")
     found = []
     for one in order:
         if left[one[1]] > 0:
@@ -185,7 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
         order = job.once(f"order {kind} greedy", lambda: None)
         kept_then, path = kept_of(job, prefix(job, order, kind, share)), job.folder / f"made-{kind}-{share}"
 
-        def recover(kept: Kept = kept_then, path: Path = path) -> dict[str, Any]:
+        def recover(kept: Keep = kept_then, path: Path = path) -> dict[str, Any]:
             if not path.exists():
                 prune(job.arguments.model, path, keep=kept, text=arguments.calibrate, recover=arguments.recover)
             return measured(job, {"recovered": path})

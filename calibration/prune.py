@@ -31,19 +31,20 @@ from mossquant.calibration.meter import WINDOW, Meter, interval, metering_bytes
 from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.recover import check_snapshot, recovery_bytes
 from mossquant.calibration.recover import recover as recover_lost
-from mossquant.calibration.saliency import Expert, Worth, worths
+from mossquant.calibration.saliency import Expert, Saliencies, saliencies
 from mossquant.calibration.student import Planned
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.checkpoint import load_model, write_checkpoint
 from mossquant.checkpoint.locate import locate
 from mossquant.checkpoint.open import open_weights
-from mossquant.checkpoint.pruned import Kept, Pruned
+from mossquant.checkpoint.pruned import Keep, Pruned
 from mossquant.checkpoint.weights import Weights
 from mossquant.device import check_device
 from mossquant.errors import InputError
 from mossquant.files.json import LARGEST, read_json, validated
 from mossquant.files.outputs import check_apart, check_free, check_outside, json_bytes, new_file, new_folder
 from mossquant.files.space import check_space
+from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.mossnet import experts_of, parameter_count
 from mossquant.model.tensors import Experts
 from mossquant.plan.plan import make_plan
@@ -65,7 +66,7 @@ _SNAPSHOT = 26
 _AGAIN = 4
 """How often an expert that goes is measured again, greedily, about."""
 
-_KEPT = """\
+_STORED = """\
 version: 1
 name: pruned
 targets: [torch]
@@ -151,13 +152,13 @@ def prune(
     output: str | Path,
     *,
     experts: float | None = None,
-    keep: str | Path | Kept | None = None,
-    kind: Kind = "ssm",
-    by: By = "greedy",
+    keep: str | Path | Keep | None = None,
+    kind: Kind | None = None,
+    by: By | None = None,
     text: Sequence[str | Path | Text] = (),
     tokens: int = LOOKED_AT,
     recover: int = 0,
-    seed: int = 0,
+    seed: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     force: bool = False,
     said: Callable[[str], None] | None = None,
@@ -172,23 +173,24 @@ def prune(
         model: a full-precision checkpoint folder, or the name "tiny"; or weights of which every tensor is kept.
         output: folder to write; nothing may be there, unless `force`.
         experts: share of the experts to remove, of each kind that is asked for; more than 0, less than 1.
-        keep: in its place: which experts are left, or a JSON file that says so (`Kept.read`).
-        kind: which experts may go: "ssm", "mlp" or "both".
-        by: how they are chosen; see the module.
+        keep: in its place: which experts are left, or a JSON file that says so (`Keep.read`).
+        kind: which experts may go: "ssm", "mlp" or "both"; "ssm" if not given.
+        by: how they are chosen, see the module; "greedy" if not given.
         text: files or texts; none: the bundled calibration text, for models with the bundled tokenizer. Its end is what
             the result is judged on; nothing is learned from it.
-        tokens: on which experts are looked at, in windows of 256.
+        tokens: on which experts are looked at, in whole windows of 256.
         recover: tokens of the text to distil over afterwards.
-        seed: of the random order.
+        seed: of the random order, 0 if not given.
         device: where the model is run.
         force: replace what is at `output`.
         said: called with one line about what will take how long, and about what was found.
         progress: called with what is worked on, done and in all.
 
     Raises:
-        InputError: a bad checkpoint or text, or a quantized checkpoint; neither or both of `experts` and `keep`; a
-            share that removes nothing or leaves a layer with fewer experts than a token chooses; a model without
-            routers of that kind; an output that cannot be written; work files of another run: before any work.
+        InputError: a bad checkpoint or text, or a quantized checkpoint; neither or both of `experts` and `keep`; a way
+            of choosing where experts are named, or a seed where nothing is drawn; a share that removes nothing or
+            leaves a layer with fewer experts than a token chooses; a model without routers of that kind; an output that
+            cannot be written; work files of another run: before any work.
     """
     say, report = said or (lambda line: None), progress or (lambda name, done, total: None)
     request = _request(
@@ -201,6 +203,7 @@ def prune(
         text=text,
         tokens=tokens,
         recover=recover,
+        seed=seed,
         device=device,
         force=force,
     )
@@ -208,31 +211,31 @@ def prune(
     effort = _effort(request)
     check_space(request.destination, disk_bytes=effort.disk_bytes, memory_bytes=effort.memory_bytes)
     say(effort.said())
-    known = {worth.expert: worth for worth in worths(weights, windows, device=device, progress=progress)}
+    known = {one.expert: one for one in saliencies(weights, windows, device=device, progress=progress)}
     trials.measure_with(Meter(weights, windows, device=device))
     if request.named is None:
         candidates = [known[expert] for expert in request.candidates]
-        order = _chosen(by, candidates, request.counts, _room(weights), trials, seed, report)
+        order = _chosen(request.by or "greedy", candidates, request.counts, _room(weights), trials, seed or 0, report)
     else:
         gone = request.named.gone(weights.config)
-        order = [expert for expert, worth in known.items() if expert.number in gone.get(worth.routing, ())]
+        order = [expert for expert, one in known.items() if expert.number in gone.get(one.routing, ())]
     removed = tuple(_removed(known[expert], trials) for expert in order)
     trials.measure_with(None)  # its memory is needed now
-    kept = request.named or _kept(weights, order)
+    keep = request.named or _all_but(weights, order)
     judged = request.judged.windows(max(1, len(request.judged) // WINDOW), WINDOW)
     judge = Meter(weights, judged, device=device, from_start=True)
-    kl = judge.kl(gone=kept.gone(weights.config))
+    kl = judge.kl(gone=keep.gone(weights.config))
     say(f"KL without them {kl.mean():.2e} nats a token")
-    stored, recovered = _distilled(request, Pruned(weights, kept), judge, kept, float(kl.mean()), say, progress)
+    stored, recovered = _distilled(request, Pruned(weights, keep), judge, keep, float(kl.mean()), say, progress)
     found = Pruning(
         model=weights.origin.path,
         by=request.by,
         text=request.learned.name,
         text_sha256=request.learned.sha256,
         tokens=windows.numel(),
-        keep=kept.to_json(weights.config),
+        keep=keep.to_json(weights.config),
         removed=removed,
-        experts={of: (before, after) for of, before, after in _totals(weights, kept)},
+        experts={of: (before, after) for of, before, after in _totals(weights, keep)},
         parameters=(weights.origin.parameters, parameter_count(stored.config)),
         judged_tokens=judge.windows.numel(),
         kl=float(kl.mean()),
@@ -270,7 +273,7 @@ class _Request:
 
     weights: Weights
     destination: Path
-    named: Kept | None
+    named: Keep | None
     by: By | None
     candidates: Sequence[Expert]
     counts: Mapping[str, int]
@@ -293,12 +296,13 @@ def _request(
     destination: Path,
     *,
     experts: float | None,
-    keep: str | Path | Kept | None,
-    kind: Kind,
-    by: By,
+    keep: str | Path | Keep | None,
+    kind: Kind | None,
+    by: By | None,
     text: Sequence[str | Path | Text],
     tokens: int,
     recover: int,
+    seed: int | None,
     device: str,
     force: bool,
 ) -> _Request:
@@ -315,15 +319,15 @@ def _request(
     for file in (measured, snapshot):
         check_apart(file, inputs)
         check_free(file, force=True, as_file=True, inputs=inputs)
-    _check(experts, keep, kind, by, tokens, recover)
+    _check(experts, keep, kind, by, tokens, recover, seed)
     weights = open_weights(model, verb="prune")
     if weights.origin.recipe is not None:
         raise InputError(f"{weights.origin.path} is quantized; prune the full-precision model that it was made from")
-    named = Kept.read(Path(keep)) if isinstance(keep, str | Path) else keep
+    named = Keep.read(Path(keep)) if isinstance(keep, str | Path) else keep
     candidates: list[Expert] = []
     if named is None:
         assert experts is not None
-        candidates = _candidates(weights, kind)
+        candidates = _candidates(weights, kind or "ssm")
         counts = _counts(candidates, experts, _room(weights), weights.origin.path)
     else:
         named.check(weights.config)
@@ -337,7 +341,7 @@ def _request(
         weights=weights,
         destination=destination,
         named=named,
-        by=by if named is None else None,
+        by=(by or "greedy") if named is None else None,
         candidates=candidates,
         counts=counts,
         learned=learned,
@@ -354,7 +358,7 @@ def _distilled(
     request: _Request,
     left: Pruned,
     judge: Meter,
-    kept: Kept,
+    keep: Keep,
     lost: float,
     say: Callable[[str], None],
     progress: Progress | None,
@@ -365,8 +369,8 @@ def _distilled(
     if not request.tokens:
         return left, None
     whole, learned = judge.model.config, request.learned
-    numbers = {experts.routing: kept.of(experts) for experts in experts_of(whole) if experts.routing is not None}
-    plan = make_plan(left.config, dtypes_of(left), Recipe.parse(_KEPT, where="the recipe of pruning"))
+    numbers = {experts.routing: keep.of(experts) for experts in experts_of(whole) if experts.routing is not None}
+    plan = make_plan(left.config, dtypes_of(left), Recipe.parse(_STORED, where="the recipe of pruning"))
     say(f"distilling over {request.tokens:,} tokens of {learned.name}")
     say(f"a run that is stopped goes on from {request.snapshot}")
     made = recover_lost(
@@ -377,7 +381,7 @@ def _distilled(
         tokens=request.tokens,
         device=request.device,
         model=judge.model,
-        kept=numbers,
+        left=numbers,
         snapshot=request.snapshot,
         progress=progress,
     )
@@ -392,25 +396,38 @@ def _distilled(
 
 def _write(folder: Path, whole: Weights, stored: Weights, found: Pruning) -> None:
     """The checkpoint, with what lies beside the whole model's."""
-    # Of a model that mixes types the widest holds every value as it is.
-    types = set(dtypes_of(stored).values())
-    dtype = types.pop() if len(types) == 1 else torch.float32
-    training = _training(whole, found)
-    write_checkpoint(folder, stored.config, lambda spec: stored.kept(spec.name), dtype=dtype, training=training)
+    write_checkpoint(
+        folder,
+        stored.config,
+        lambda spec: stored.kept(spec.name),
+        dtype=FLOAT_DTYPES[whole.origin.torch_dtype],
+        mixed=dtypes_of(stored),
+        training=_training(whole, found),
+    )
     for path in whole.origin.beside:
         if path.name != _TRAINING:
             copyfile(path, folder / path.name)
 
 
 def _check(
-    experts: float | None, keep: str | Path | Kept | None, kind: str, by: str, tokens: int, recover: int
+    experts: float | None,
+    keep: str | Path | Keep | None,
+    kind: str | None,
+    by: str | None,
+    tokens: int,
+    recover: int,
+    seed: int | None,
 ) -> None:
     if (experts is None) == (keep is None):
         raise InputError("say what is to go with --experts 25%, or what is to stay with --keep FILE.json")
+    if keep is not None and (kind is not None or by is not None):
+        raise InputError("--keep names the experts that stay, so --kind and --by choose nothing; leave them out")
+    if seed is not None and by != "random":
+        raise InputError("--seed is of --by random, and nothing else is drawn; leave it out")
     if experts is not None and not 0 < experts < 1:
         raise InputError(f"{experts:.0%} of the experts cannot be removed; give more than 0 % and less than 100 %")
     for given, known, what in ((kind, Kind, "kind of experts"), (by, By, "saliency")):
-        if given not in get_args(known):
+        if given is not None and given not in get_args(known):
             raise InputError.unknown(what, given, get_args(known))
     if tokens < 2 or recover < 0:
         raise InputError("look at 2 tokens or more, and recover over none or more")
@@ -455,6 +472,22 @@ def _counts(
     return going
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """KL without some experts, nats a token: mean over windows, and its 95 % interval."""
+
+    kl: float
+    ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A run as it is stored: what it is of, and the trials by the names of the experts that were gone."""
+
+    run: str
+    trials: Mapping[str, _Trial]
+
+
 class _Trials:
     """KL without some experts, and the file from which a run that was killed goes on.
 
@@ -468,41 +501,34 @@ class _Trials:
 
     def __init__(self, path: Path, identity: str) -> None:
         self._path, self._identity = path, identity
-        self._windows: dict[str, list[float]] = {}
+        self._found: dict[str, _Trial] = {}
         self._meter: Meter | None = None
         if path.exists():
             advice = "remove it to start again"
             values = read_json(path, largest=LARGEST, advice=advice)
             noun = "a run of prune"
-            found = validated(values, _Snapshot, where=str(path), noun=noun, advice=f"{advice.capitalize()}.")
-            if found.run != identity:
+            stored = validated(values, _Snapshot, where=str(path), noun=noun, advice=f"{advice.capitalize()}.")
+            if stored.run != identity:
                 raise InputError(f"{path} belongs to another model, text, release or options; {advice}")
-            self._windows = {name: list(of) for name, of in found.kl.items()}
+            self._found = dict(stored.trials)
 
     def measure_with(self, meter: Meter | None) -> None:
         """What measures from now on."""
         self._meter = meter
 
-    def kl(self, gone: Collection[Expert], routing: Mapping[Expert, str]) -> NDArray[np.float64]:
-        """KL of each window without these experts; `routing`: their routers' names in a pass."""
+    def without(self, gone: Collection[Expert], routing: Mapping[Expert, str]) -> _Trial:
+        """Without these experts; `routing`: their routers' names in a pass."""
         name = "; ".join(map(str, sorted(gone)))
-        if name not in self._windows:
+        if name not in self._found:
             assert self._meter is not None
             behind: dict[str, list[int]] = {}
             for expert in sorted(gone):
                 behind.setdefault(routing[expert], []).append(expert.number)
-            self._windows[name] = self._meter.kl(gone=behind).tolist()
+            kl = self._meter.kl(gone=behind)
+            self._found[name] = _Trial(float(kl.mean()), interval(kl))
             with new_file(self._path, force=True) as partial:
-                partial.write_bytes(json_bytes(asdict(_Snapshot(self._identity, self._windows))))
-        return np.array(self._windows[name])
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """A run as it is stored: what it is of, and the KL of each window without some experts, by their names."""
-
-    run: str
-    kl: Mapping[str, Sequence[float]]
+                partial.write_bytes(json_bytes(asdict(_Snapshot(self._identity, self._found))))
+        return self._found[name]
 
 
 def _identity(weights: Weights, windows: Tensor, device: str) -> str:
@@ -513,7 +539,7 @@ def _identity(weights: Weights, windows: Tensor, device: str) -> str:
 
 def _chosen(
     by: By,
-    candidates: Sequence[Worth],
+    candidates: Sequence[Saliencies],
     counts: Mapping[str, int],
     room: Mapping[tuple[int, str], int],
     trials: _Trials,
@@ -521,17 +547,17 @@ def _chosen(
     progress: Progress,
 ) -> list[Expert]:
     """The experts that go, in the order in which they are chosen, so many of each kind."""
-    routing = {worth.expert: worth.routing for worth in candidates}
+    routing = {one.expert: one.routing for one in candidates}
     if by in ("leave-one-out", "greedy"):
         scores = {}
         for done, expert in enumerate(routing, 1):
-            scores[expert] = float(trials.kl([expert], routing).mean())
+            scores[expert] = trials.without([expert], routing).kl
             progress(f"without {expert}", done, len(routing))
     elif by == "random":
         places = np.random.default_rng(seed).permutation(len(candidates))
-        scores = {worth.expert: float(place) for worth, place in zip(candidates, places, strict=True)}
+        scores = {one.expert: float(place) for one, place in zip(candidates, places, strict=True)}
     else:
-        scores = {worth.expert: float(getattr(worth, by)) for worth in candidates}
+        scores = {one.expert: float(getattr(one, by)) for one in candidates}
     gone: list[Expert] = []
     left, open_ = dict(counts), dict(room)
     queue = [(score, expert, 0) for expert, score in scores.items()]
@@ -543,7 +569,7 @@ def _chosen(
         if left[expert.kind] == 0 or open_[place] == 0:
             continue
         if by == "greedy" and at < len(gone):
-            added = float(trials.kl([*gone, expert], routing).mean()) - lost
+            added = trials.without([*gone, expert], routing).kl - lost
             heapq.heappush(queue, (added, expert, len(gone)))
             continue
         gone.append(expert)
@@ -554,36 +580,36 @@ def _chosen(
     return gone
 
 
-def _kept(weights: Weights, gone: Collection[Expert]) -> Kept:
+def _all_but(weights: Weights, gone: Collection[Expert]) -> Keep:
     """The others."""
     layers: dict[str, list[tuple[int, ...]]] = {}
     for experts in experts_of(weights.config):
         own = layers.setdefault(experts.kind, [()] * weights.config.num_hidden_layers)
         numbers = (Expert(experts.layer, experts.kind, number) for number in range(experts.count))
         own[experts.layer] = tuple(expert.number for expert in numbers if expert not in gone)
-    return Kept(**{kind: tuple(of) for kind, of in layers.items()})
+    return Keep(**{kind: tuple(of) for kind, of in layers.items()})
 
 
-def _removed(worth: Worth, trials: _Trials) -> Removed:
-    alone = trials.kl([worth.expert], {worth.expert: worth.routing})
+def _removed(one: Saliencies, trials: _Trials) -> Removed:
+    alone = trials.without([one.expert], {one.expert: one.routing})
     return Removed(
-        layer=worth.expert.layer,
-        kind=worth.expert.kind,
-        expert=worth.expert.number,
-        frequency=worth.frequency,
-        reap=worth.reap,
-        change=worth.change,
-        alone=float(alone.mean()),
-        alone_ci95=interval(alone),
+        layer=one.expert.layer,
+        kind=one.expert.kind,
+        expert=one.expert.number,
+        frequency=one.frequency,
+        reap=one.reap,
+        change=one.change,
+        alone=alone.kl,
+        alone_ci95=alone.ci95,
     )
 
 
-def _totals(weights: Weights, kept: Kept) -> list[tuple[str, int, int]]:
+def _totals(weights: Weights, keep: Keep) -> list[tuple[str, int, int]]:
     """Kind, experts before, experts after."""
     totals: dict[str, tuple[int, int]] = {}
     for of in experts_of(weights.config):
         before, after = totals.get(of.kind, (0, 0))
-        totals[of.kind] = before + of.count, after + len(kept.of(of))
+        totals[of.kind] = before + of.count, after + len(keep.of(of))
     return [(kind, *of) for kind, of in totals.items()]
 
 

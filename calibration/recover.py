@@ -125,7 +125,7 @@ def recover(
     rates: Rates | None = None,
     device: str = "cpu",
     model: MossNet | None = None,
-    kept: Mapping[str, Sequence[int]] | None = None,
+    left: Mapping[str, Sequence[int]] | None = None,
     snapshot: Path | None = None,
     progress: Progress | None = None,
     shown: Callable[[RecoveryStep], None] | None = None,
@@ -144,7 +144,7 @@ def recover(
         device: "cpu" or "cuda".
         model: the full-precision model in fp32 on that device, where it is loaded already; it stays as it is. Of a
             pruned model it must be given: the whole one, which teaches.
-        kept: of a pruned model, router's name in a pass → the experts of the whole model that are left behind it.
+        left: of a pruned model, router's name in a pass → the experts of the whole model that are left behind it.
         snapshot: file in which the run is kept every `EVERY` steps; one that is there is gone on from, to the bit where
             the number of threads is the same. It stays at the end.
         progress: called after each step, with tokens done and in all.
@@ -167,7 +167,7 @@ def recover(
     codes = strength == "weights"
     model = load_model(weights).to(device) if model is None else model
     distillation = _Distillation(
-        weights, plan, solved, model, kept or {}, codes=codes, activations=activations, device=device
+        weights, plan, solved, model, left or {}, codes=codes, activations=activations, device=device
     )
     student = distillation.student
     peaks = {"codes": rates.codes, "small": rates.small, "scales": rates.scales, "kept": rates.kept}
@@ -204,14 +204,14 @@ class _Distillation:
         plan: Plan,
         solved: Mapping[str, QuantizedTensor],
         model: MossNet,
-        kept: Mapping[str, Sequence[int]],
+        left: Mapping[str, Sequence[int]],
         *,
         codes: bool,
         activations: RecoveryActivations,
         device: str,
     ) -> None:
         self.student = Student(weights, plan, solved, codes=codes, device=device)
-        self._model, self._kept, self._device = model, kept, device
+        self._model, self._left, self._device = model, left, device
         # Its parameters are given anew each pass: of the learner only the shape counts.
         self._learner = (
             model if weights.config == model.config else MossNet(weights.config).requires_grad_(False).to(device)
@@ -231,7 +231,7 @@ class _Distillation:
         kl: Tensor = HeadDivergence.apply(seen, table, taught.flatten(0, 1), head_of(model))  # type: ignore[no-untyped-call]
         # A router is taught among the experts that are left; one of a single expert is gone.
         taught_to = {
-            name: logits if name not in self._kept else logits[:, list(self._kept[name])]
+            name: logits if name not in self._left else logits[:, list(self._left[name])]
             for name, logits in exact.items()
             if name in own
         }

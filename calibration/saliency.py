@@ -44,7 +44,7 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Worth:
+class Saliencies:
     """What is known of one expert. Formulas above.
 
     Attributes:
@@ -64,7 +64,9 @@ class Worth:
     change: float
 
 
-def worths(weights: Weights, windows: Tensor, *, device: str = "cpu", progress: Progress | None = None) -> list[Worth]:
+def saliencies(
+    weights: Weights, windows: Tensor, *, device: str = "cpu", progress: Progress | None = None
+) -> list[Saliencies]:
     """What every expert behind a router is worth, block by block.
 
     Args:
@@ -77,7 +79,7 @@ def worths(weights: Weights, windows: Tensor, *, device: str = "cpu", progress: 
     rows = value(weights, table)
     passes = [rows[some].to(device) for some in torch.split(windows, pass_windows(weights, windows))]
     scan: ScanForm = "kernel" if device == "cpu" else "chunked"
-    found: list[Worth] = []
+    found: list[Saliencies] = []
     every = [kind.experts(weights.config, layer) for layer, kind in blocks_of(weights.config)]
     total = sum(experts.count for experts in every if experts is not None and experts.routing is not None)
     with torch.inference_mode():
@@ -97,7 +99,7 @@ def worths(weights: Weights, windows: Tensor, *, device: str = "cpu", progress: 
 
 
 def _measured(
-    block: Block, experts: Experts, passes: Sequence[Tensor], scan: ScanForm, add: Callable[[Worth], None]
+    block: Block, experts: Experts, passes: Sequence[Tensor], scan: ScanForm, add: Callable[[Saliencies], None]
 ) -> list[Tensor]:
     """What leaves a block, pass by pass; each of its experts is handed to `add`."""
     tally = _Tally(experts)
@@ -114,7 +116,7 @@ def _measured(
                 apart += float((_direction(other) - _direction(left)).square().sum(dtype=torch.float64))
         counted = int(tally.tokens[number])
         add(
-            Worth(
+            Saliencies(
                 expert=Expert(experts.layer, experts.kind, number),
                 routing=experts.routing,
                 tokens=counted,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mossquant.calibration.quantize import quantize as quantize
     from mossquant.calibration.sensitivity import sensitivity as sensitivity
     from mossquant.checkpoint.open import open_weights as open_weights
-    from mossquant.checkpoint.pruned import Kept as Kept
+    from mossquant.checkpoint.pruned import Keep as Keep
     from mossquant.errors import InputError as InputError
     from mossquant.eval.bench import bench as bench
     from mossquant.eval.compare import compare as compare
@@ -44,7 +44,7 @@ _WHERE = {
     "mossquant.calibration.quantize": ["quantize"],
     "mossquant.calibration.sensitivity": ["sensitivity"],
     "mossquant.checkpoint.open": ["open_weights"],
-    "mossquant.checkpoint.pruned": ["Kept"],
+    "mossquant.checkpoint.pruned": ["Keep"],
     "mossquant.errors": ["InputError"],
     "mossquant.eval.bench": ["bench"],
     "mossquant.eval.compare": ["compare"],

@@ -25,11 +25,11 @@ def pruning_tables(found: Pruning) -> list[Table | str]:
     more = len(found.removed) - len(rows)
     chosen = "named" if found.by is None else f"chosen by {found.by}"
     caption = (
-        f"{chosen}, in this order, on {found.tokens:,} tokens of {found.text}. traffic: share of its layer's choices; "
-        "reap: gate × norm of what it gives; change: of the direction of the residual stream without it; alone: KL at "
-        f"the output without it alone{f'. {more} more are in the JSON' if more else ''}"
+        f"{chosen}, in this order, on {found.tokens:,} tokens of {found.text}. frequency: share of its layer's "
+        "choices; reap: gate × norm of what it gives; change: of the direction of the residual stream without it; "
+        f"alone: KL at the output without it alone{f'. {more} more are in the JSON' if more else ''}"
     )
-    removed = grid([*left("gone"), *right("traffic, %", "reap", "change", "alone")], rows, caption=caption)
+    removed = grid([*left("gone"), *right("frequency, %", "reap", "change", "alone")], rows, caption=caption)
     before, after = found.parameters
     facts = [
         *((f"{kind} experts", f"{kept} of {all_} are left") for kind, (all_, kept) in found.experts.items()),

@@ -153,6 +153,7 @@ def write_checkpoint(
     tensor: Callable[[TensorSpec], Tensor],
     *,
     dtype: torch.dtype,
+    mixed: Mapping[str, torch.dtype] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint into an existing, empty folder (itself written aside: `mossquant.files.outputs`).
@@ -162,14 +163,15 @@ def write_checkpoint(
         config: the model's shape.
         tensor: gives each tensor in turn.
         dtype: stored type.
+        mixed: tensor name → the type of those that are stored in another one, which can only be fp32.
         training: content of `training.json`.
     """
     specs = tensor_specs(config)
     write_json(folder / "config.json", config.to_json(torch_dtype=dtype_name(dtype)))
-    total = parameter_count(config) * dtype.itemsize
-    writer = TensorWriter(folder, total_bytes=total)
+    types = {spec.name: (mixed or {}).get(spec.name, dtype) for spec in specs}
+    writer = TensorWriter(folder, total_bytes=sum(spec.count * types[spec.name].itemsize for spec in specs))
     for spec in specs:
-        writer.add(spec.name, tensor(spec).to(dtype))
+        writer.add(spec.name, tensor(spec).to(types[spec.name]))
     writer.close()
     if training is not None:
         write_json(folder / _TRAINING, dict(training))

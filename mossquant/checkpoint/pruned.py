@@ -18,7 +18,7 @@ from mossquant.files.json import read_json, validated
 from mossquant.formats import NumberFormat, QuantizedTensor
 from mossquant.model.blocks import blocks_of
 from mossquant.model.config import MossNetConfig
-from mossquant.model.mossnet import experts_of, tensor_specs
+from mossquant.model.mossnet import experts_of, parameter_count, tensor_specs
 from mossquant.model.tensors import Experts, TensorSpec, Use
 
 _LARGEST = 1 << 20
@@ -28,7 +28,7 @@ Numbers = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 @dataclass(frozen=True)
-class Kept:
+class Keep:
     """Which experts of each layer are kept, by their numbers, ascending; None: of this kind all.
 
     Attributes:
@@ -42,7 +42,7 @@ class Kept:
     mlp: tuple[Numbers, ...] | None = None
 
     @classmethod
-    def read(cls, path: Path) -> "Kept":
+    def read(cls, path: Path) -> "Keep":
         """Read a JSON file, {"ssm": [[0, 2, 5], …], "mlp": …}. Raises `InputError`: not readable, or another file."""
         advice = 'give a JSON file with a list of expert numbers for each layer: {"ssm": [[0, 1], [0, 3]]}'
         values = read_json(path, largest=_LARGEST, advice=advice)
@@ -131,22 +131,22 @@ class Pruned(View):
 
     Args:
         weights: the full-precision model.
-        kept: which experts are left; checked against the model.
+        keep: which experts are left; checked against the model.
 
     Raises:
         InputError: they do not fit the model.
     """
 
-    def __init__(self, weights: Weights, kept: Kept) -> None:
+    def __init__(self, weights: Weights, keep: Keep) -> None:
         super().__init__(weights)
-        kept.check(weights.config)
-        self._kept = kept
-        self._config = kept.config(weights.config)
+        keep.check(weights.config)
+        self._keep = keep
+        self._config = keep.config(weights.config)
         own = {spec.name: spec for spec in weights.specs.values() if spec.layer is None}
         self._numbers: dict[str, tuple[int, ...]] = {}
         for layer, kind in blocks_of(weights.config):
             experts = kind.experts(weights.config, layer)
-            numbers = () if experts is None else kept.of(experts)
+            numbers = () if experts is None else keep.of(experts)
             for spec in kind.specs(weights.config, layer):
                 name = kind.renamed(spec, numbers)
                 if name is not None:
@@ -165,14 +165,21 @@ class Pruned(View):
         """Tensor name → what it is, in processing order."""
         return {spec.name: spec for spec in tensor_specs(self._config)}
 
-    @property
+    @cached_property
     def origin(self) -> Origin:
-        """That of the whole model, with what is kept hashed beside its files."""
+        """That of the whole model, with what is kept hashed in the place of its files."""
         whole = self._weights.origin
-        said = json.dumps([dict(whole.files), self._kept.to_json(self._weights.config)])
-        payload = sum(self.kept(name).nbytes for name in self.specs)
-        files = {"model-pruned": hashlib.sha256(said.encode()).hexdigest()}
-        return replace(whole, files=files, payload_bytes=payload)
+        said = json.dumps([dict(whole.files), self._keep.to_json(self._weights.config)])
+        size = sum(
+            spec.count * self._weights.kept(self._whole[name].name).itemsize for name, spec in self.specs.items()
+        )
+        return replace(
+            whole,
+            files={"model-pruned": hashlib.sha256(said.encode()).hexdigest()},
+            parameters=parameter_count(self._config),
+            payload_bytes=size,
+            file_bytes=size,
+        )
 
     def format(self, name: str) -> NumberFormat | None:
         """None: a quantized model is not pruned."""

@@ -122,19 +122,24 @@ def prune(
         Path | None,
         typer.Option(help='JSON file with the experts that stay, a list for each layer: {"ssm": [[0, 1], [0, 3]]}'),
     ] = None,
-    kind: Annotated[Literal["ssm", "mlp", "both"], typer.Option(help="which experts may go")] = "ssm",
+    kind: Annotated[
+        Literal["ssm", "mlp", "both"] | None, typer.Option(help="which experts may go; ssm if not given")
+    ] = None,
     by: Annotated[
-        Literal["random", "frequency", "reap", "change", "leave-one-out", "greedy"],
-        typer.Option(help="how they are chosen"),
-    ] = "greedy",
+        Literal["random", "frequency", "reap", "change", "leave-one-out", "greedy"] | None,
+        typer.Option(help="how they are chosen; greedy if not given"),
+    ] = None,
     text: options.CalibrationTexts = None,
     tokens: Annotated[
-        int, typer.Option(min=2, max=options.MOST_TOKENS, help="tokens that experts are looked at on")
+        int,
+        typer.Option(min=2, max=options.MOST_TOKENS, help="tokens that experts are looked at on, in windows of 256"),
     ] = 8192,
     recover: Annotated[
         str | None, typer.Option(help="tokens of the text to distil over afterwards, e.g. 500k or 2M")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=options.MOST_SEED, help="of the random order")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=options.MOST_SEED, help="of --by random; 0 if not given")
+    ] = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     force: options.Force = False,

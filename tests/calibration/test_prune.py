@@ -3,7 +3,7 @@
 
 import json
 import os
-from itertools import combinations, count
+from itertools import count
 from pathlib import Path
 
 import bounds
@@ -16,13 +16,13 @@ from small import CONFIGS, SMALL, difference, random_model, random_tokens, write
 from mossquant.calibration.meter import Meter
 from mossquant.calibration.prune import By, Kind, prune
 from mossquant.calibration.quantize import quantize
-from mossquant.checkpoint.checkpoint import load_model
+from mossquant.checkpoint.checkpoint import load_model, write_checkpoint
 from mossquant.checkpoint.open import open_weights
-from mossquant.checkpoint.pruned import Kept, Pruned
+from mossquant.checkpoint.pruned import Keep, Pruned
 from mossquant.errors import InputError
 from mossquant.eval.verify import verify
 from mossquant.files.outputs import file_sha256
-from mossquant.model.mossnet import experts_of
+from mossquant.model.mossnet import experts_of, tensor_specs
 from mossquant.targets.export import export
 from mossquant.text.text import Text
 
@@ -68,7 +68,6 @@ def test_greedily_the_best_pair_of_the_best_first(model: Path, text: Text, kind:
     assert [(one.layer, one.expert) for one in found.removed] == [(of[1], of[2]) for of in (first, second)]
     assert found.removed[0].alone == pytest.approx(lost(first), rel=1e-5)
     assert found.experts[kind] == (8, 6)
-    assert min(lost(*pair) for pair in combinations(every, 2)) <= lost(first, second) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("by", ["random", "frequency", "reap", "change", "leave-one-out"])
@@ -88,7 +87,7 @@ def test_each_saliency_takes_its_smallest(model: Path, text: Text, by: By, tmp_p
 
 def test_named_experts_go_and_every_target_takes_what_is_left(checkpoint_folder: Path, tmp_path: Path) -> None:
     """One SSM expert left in a layer, an MLP at top-k, counts that differ: quantized, lowered, verified."""
-    kept = Kept(ssm=((0, 1, 3), (2,)), mlp=((0, 3), (0, 1, 2)))
+    kept = Keep(ssm=((0, 1, 3), (2,)), mlp=((0, 3), (0, 1, 2)))
     (tmp_path / "keep.json").write_text(json.dumps({"ssm": kept.ssm, "mlp": kept.mlp}))
     (tmp_path / "book.txt").write_text("The router decides, and the state remembers what it was told. " * 40)
     words = ("--keep", tmp_path / "keep.json", "--text", tmp_path / "book.txt", "--tokens", TOKENS)
@@ -122,7 +121,7 @@ def test_what_is_never_chosen_costs_nothing(text: Text, tmp_path: Path) -> None:
 
 
 def test_recovery_lowers_what_was_lost(model: Path, text: Text, tmp_path: Path) -> None:
-    """Judged on what it learned from as well: a text of a few words, so that there is something to learn."""
+    """Judged on the quarter of the text that it did not learn from."""
     found = prune(model, tmp_path / "out", experts=0.25, kind="mlp", text=[text], tokens=TOKENS, recover=24 * 1024)
     assert found.recovered_tokens == 24 * 1024
     assert found.recovered_kl is not None
@@ -162,6 +161,8 @@ def test_a_killed_run_goes_on(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "said"), [
     (["--experts", "25%", "--keep", "keep.json"], "say what is to go with --experts 25%, or what is to stay"),
     ([], "say what is to go with --experts 25%, or what is to stay"),
+    (["--keep", "keep.json", "--kind", "mlp"], "--keep names the experts that stay, so --kind and --by choose nothing"),
+    (["--experts", "25%", "--seed", "1"], "--seed is of --by random, and nothing else is drawn"),
     (["--experts", "many"], "--experts 'many' is not a percentage"),
     (["--experts", "100%"], "100% of the experts cannot be removed"),
     (["--experts", "1%"], "1.0% of"),
@@ -179,7 +180,7 @@ def test_other_models_are_refused(model: Path, text: Text, tmp_path: Path) -> No
     quantize(model, tmp_path / "int4", recipe="int4-uniform")
     with pytest.raises(InputError, match="is of kind 'quantized checkpoint', but prune needs: checkpoint"):
         prune(tmp_path / "int4", tmp_path / "out", experts=0.25, text=[text])
-    (tmp_path / "out.pruning.json").write_text('{"run": "another", "kl": {}}')
+    (tmp_path / "out.pruning.json").write_text('{"run": "another", "trials": {}}')
     with pytest.raises(InputError, match="belongs to another model, text, release or options"):
         prune(model, tmp_path / "out", experts=0.25, text=[text])
 
@@ -196,3 +197,20 @@ def test_the_command_line(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out.json").read_text())
     assert len(report["removed"]) == 2
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_model_of_mixed_types_stays_as_it_is(tmp_path: Path, text: Text) -> None:
+    """Some tensors in fp32 beside bf16: every value and type is that of the whole model."""
+    model = random_model(SMALL, dtype=torch.float32)
+    values = {spec.name: model.parameter_of(spec) for spec in tensor_specs(SMALL)}
+    mixed = {name: torch.float32 for name in values if name.endswith("A_log")}
+    whole, keep = tmp_path / "model", Keep(mlp=((0, 1), (0, 1, 2)))
+    whole.mkdir()
+    write_checkpoint(whole, SMALL, lambda spec: values[spec.name], dtype=torch.bfloat16, mixed=mixed)
+    found = prune(whole, tmp_path / "out", keep=keep, text=[text], tokens=TOKENS)
+    left = open_weights(tmp_path / "out", verb="test")
+    expected = Pruned(open_weights(whole, verb="test"), keep)
+    assert all(torch.equal(left.kept(name), expected.kept(name)) for name in left.specs)
+    assert {left.kept(name).dtype for name in left.specs} == {torch.bfloat16, torch.float32}
+    assert found.parameters[1] == left.origin.parameters == expected.origin.parameters
+    assert left.origin.payload_bytes == expected.origin.payload_bytes

@@ -12,12 +12,12 @@ from small import CONFIGS, SMALL, difference, random_model, random_tokens, write
 from mossquant.calibration.meter import reroute_without
 from mossquant.checkpoint.checkpoint import load_model
 from mossquant.checkpoint.open import open_weights
-from mossquant.checkpoint.pruned import Kept, Pruned
+from mossquant.checkpoint.pruned import Keep, Pruned
 from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.model.forward import Forward
 
-UNEVEN = Kept(ssm=((1, 3), (2,)), mlp=((0, 1, 3), (0, 3)))
+UNEVEN = Keep(ssm=((1, 3), (2,)), mlp=((0, 1, 3), (0, 3)))
 """Counts that differ from layer to layer, one SSM expert in the last."""
 
 
@@ -51,18 +51,18 @@ def test_what_it_says_of_itself(weights: Weights) -> None:
         weights.kept("backbone.layers.1.mixer.experts.2.x_proj.weight"),
     )
     assert "backbone.layers.1.mixer.router.weight" not in left.specs
-    others = [Pruned(weights, kept).origin.files for kept in (UNEVEN, Kept(ssm=((1, 3), (3,))))]
+    others = [Pruned(weights, kept).origin.files for kept in (UNEVEN, Keep(ssm=((1, 3), (3,))))]
     assert others[0] != others[1] != weights.origin.files
 
 
 @pytest.mark.parametrize(("kept", "said"), [
-    (Kept(ssm=((0, 1, 2, 3),)), "ssm lists 1 layers, the model has 2"),
-    (Kept(ssm=((0, 9), (1,))), "layer 0, ssm: expert 9 is unknown, it has 4"),
-    (Kept(ssm=((1, 0), (0, 0))), "layer 0, ssm: [1, 0] is not in ascending order, each expert once"),
-    (Kept(ssm=((), (1,))), "layer 0, ssm: 0 experts are left, 1 is the least"),
-    (Kept(mlp=((2,), (0, 1))), "layer 0, mlp: 1 experts are left, 2 is the least"),
+    (Keep(ssm=((0, 1, 2, 3),)), "ssm lists 1 layers, the model has 2"),
+    (Keep(ssm=((0, 9), (1,))), "layer 0, ssm: expert 9 is unknown, it has 4"),
+    (Keep(ssm=((1, 0), (0, 0))), "layer 0, ssm: [1, 0] is not in ascending order, each expert once"),
+    (Keep(ssm=((), (1,))), "layer 0, ssm: 0 experts are left, 1 is the least"),
+    (Keep(mlp=((2,), (0, 1))), "layer 0, mlp: 1 experts are left, 2 is the least"),
 ])  # fmt: skip
-def test_refused(weights: Weights, kept: Kept, said: str) -> None:
+def test_refused(weights: Weights, kept: Keep, said: str) -> None:
     with pytest.raises(InputError, match="what is to be kept does not fit the model") as caught:
         Pruned(weights, kept)
     assert said in str(caught.value)
@@ -70,16 +70,16 @@ def test_refused(weights: Weights, kept: Kept, said: str) -> None:
 
 def test_a_block_without_a_router_keeps_its_expert() -> None:
     with pytest.raises(InputError, match="its one expert has no router, and cannot go"):
-        Kept(ssm=((), ())).check(CONFIGS["mamba"])
+        Keep(ssm=((), ())).check(CONFIGS["mamba"])
     with pytest.raises(InputError, match="layer 1, mlp: it has no experts"):
-        Kept(mlp=((), (1,))).check(CONFIGS["mamba"])
+        Keep(mlp=((), (1,))).check(CONFIGS["mamba"])
 
 
 def test_the_file(tmp_path: Path) -> None:
     file = tmp_path / "keep.json"
     file.write_text(json.dumps(UNEVEN.to_json(SMALL)))
-    assert Kept.read(file) == UNEVEN
+    assert Keep.read(file) == UNEVEN
     for text in ('{"ssm": [[0.5]]}', '{"ssm": [[-1]]}', '{"attention": [[1]]}', "[1, 2]", "{"):
         file.write_text(text)
         with pytest.raises(InputError):
-            Kept.read(file)
+            Keep.read(file)
