@@ -20,10 +20,11 @@ from mossquant.eval.open import open_runner
 from mossquant.kernels import _native
 from mossquant.targets.executorch.info import info
 from mossquant.targets.executorch.kernels import library
+from mossquant.targets.executorch.kernels.chain import differences
 from mossquant.targets.executorch.kernels.library import load_operators
 from mossquant.targets.executorch.kernels.operators import FORMATS, LAYOUTS
 from mossquant.targets.executorch.packages import load_method, load_program
-from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.program_file import Chain, KernelCall, ProgramFile
 from mossquant.targets.export import export
 from mossquant.targets.native.export import host_layout
 from mossquant.targets.native.open import open_program
@@ -118,6 +119,23 @@ def test_the_tied_table_is_stored_once(workshop: Workshop) -> None:
         first, *_, last = file.chain(method).calls
         places |= {call.arguments[1].__array_interface__["data"][0] for call in (first, last)}
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("argument", range(12))
+def test_a_constant_anywhere_else_is_named(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, argument: int) -> None:
+    """One number changed in a call's list of arguments: a constant stands for x, a setting, the formats or an output."""
+    lowered = lowered_own(workshop, "wide", "int4")
+    file = ProgramFile(lowered.program)
+    chain = file.chain("decode")
+    number = next(i for i, call in enumerate(chain.calls) if "mlp_moe" in call.operator)
+    call = chain.calls[number]
+    arguments = list(call.arguments)
+    constant = next(one for one in arguments if isinstance(one, np.ndarray))
+    arguments[argument] = np.concatenate([constant, constant])
+    calls = (*chain.calls[:number], KernelCall(call.operator, tuple(arguments)), *chain.calls[number + 1 :])
+    monkeypatch.setattr(file, "chain", lambda name: Chain(chain.inputs, chain.outputs, calls))
+    (found,) = differences(file, "decode", lowered.config, host_layout())
+    assert found.startswith(f"decode, call {number} (mossquant::mlp_moe.out): ")
 
 
 @pytest.mark.skipif(host_layout() == "arm", reason="packs for another family than this machine's")
