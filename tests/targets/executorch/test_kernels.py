@@ -123,7 +123,7 @@ def test_the_tied_table_is_stored_once(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("argument", range(12))
 def test_a_constant_anywhere_else_is_named(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, argument: int) -> None:
-    """One number changed in a call's list of arguments: a constant stands for x, a setting, the formats or an output."""
+    """One number changed in a call's list of arguments: a constant for x, a setting, formats, an output."""
     lowered = lowered_own(workshop, "wide", "int4")
     file = ProgramFile(lowered.program)
     chain = file.chain("decode")
@@ -319,7 +319,10 @@ def test_operators_by_themselves(tmp_path: Path) -> None:
         ("embedding", (TOKENS,), TABLE, {"vocabulary": V + 1}),
         ("head", (X,), HEAD, {"formats": [5]}),
         ("head", (X,), HEAD, {"formats": [-1]}),
+        ("head", (X,), HEAD, {"formats": [1 << 32]}),
         ("head", (X,), HEAD, {"formats": [0, 0]}),
+        ("head", (X,), PACKED, {"layout": PACKED["layout"] + (1 << 32)}),
+        ("head", (X[:0],), HEAD, {"last": True}),
         ("head", (X,), HEAD, {"norm": torch.ones(D + 1)}),
         ("head", (X,), HEAD, {"norm": torch.ones(D, dtype=torch.float64)}),
         ("head", (X,), PACKED, {"layout": (PACKED["layout"] + 1) % 3}),
