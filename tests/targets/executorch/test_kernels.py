@@ -146,6 +146,18 @@ def test_another_layout_is_written_and_read_and_not_run(workshop: Workshop) -> N
         open_runner(lowered.artifact)
 
 
+@pytest.mark.skipif(host_layout() == "arm", reason="packs for another family than this machine's")
+def test_in_full_precision_no_layout_is_refused(workshop: Workshop) -> None:
+    own = lowered_own(workshop, "untied", None)
+    other = workshop("untied", None, target="executorch", kernels="mossquant", isa="arm")
+    tokens = own.tokens(1, 5)
+    expected, found = (
+        runner(tokens, runner.initial_state(1), logits="all")[0]
+        for runner in (own.runner, open_runner(other.artifact, threads=1))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_several_states_of_one_runner(workshop: Workshop) -> None:
     """A state lies in memory of the program: another one, a copy and an end of the Runner leave it as it was."""
     lowered = lowered_own(workshop, "wide", "int4")
