@@ -295,7 +295,7 @@ SSM = {
 }
 MLP = {
     **{"w1": [torch.randn(F, D)] * 2, "w3": [torch.randn(F, D)] * 2, "w2": [torch.randn(D, F)] * 2},
-    **{"norm": torch.ones(D), "router": torch.randn(2, D), "eps": 1e-5, "width": F, "chosen": 1},
+    **{"norm": torch.ones(D), "router": torch.randn(2, D), "eps": 1e-5, "mlp_hidden": F, "chosen": 1},
     **{"layout": 0, "formats": [0] * 6},
 }
 """Operators with matrices in fp32, whatever the machine."""
@@ -349,8 +349,8 @@ def test_operators_by_themselves(tmp_path: Path) -> None:
         ("ssm_moe", (X, torch.zeros(2, W - 1, E), STATES[1]), SSM, {}),
         ("mlp_moe", (X,), MLP, {"router": None}),
         ("mlp_moe", (X,), MLP, {"w2": MLP["w2"][:1], "formats": [0] * 5}),
-        ("mlp_moe", (X,), MLP, {"width": F + 1}),
-        ("mlp_moe", (X,), MLP, {"width": 0}),
+        ("mlp_moe", (X,), MLP, {"mlp_hidden": F + 1}),
+        ("mlp_moe", (X,), MLP, {"mlp_hidden": 0}),
     ],
 )
 def test_what_does_not_fit_is_an_error_and_no_crash(
