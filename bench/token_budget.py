@@ -10,7 +10,8 @@ once more with the costs of the artifact that came out, because how much stays i
 
 Then turns: costs are measured anew, and what they say of the plan is compared with single steps of the artifact after
 it. Of both the least counts, which other work on the machine disturbs least; the steps' median is printed beside it.
-With one thread all times are its processor's, so that it does not count when others run in its place.
+With one thread the linears of the costs and the steps of the artifact are times of its processor, so that it does not
+count when others run in its place; the rest of a step in the costs is time that passed, as libmoss times its parts.
 """
 
 import argparse

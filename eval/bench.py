@@ -49,13 +49,14 @@ class Timing:
         decode_tok_s: single steps a second.
         prefill_tok_s: tokens a second of one call with the whole prompt.
         load_ms: from the path to a Runner; its files were read before, so that they are in memory.
-        peak_rss_mb: highest resident memory of its process, Python and runtime included, in 10⁶ bytes.
+        peak_rss_mb: highest resident memory of its process after the first turn, Python and runtime included, in 10⁶
+            bytes.
         idle_rss_mb: the same before anything was loaded.
         bytes_per_token: weight bytes that a decode step reads: all of them, times the share of the parameters that
             one token uses (only the chosen experts).
         mapped_mb: bytes of the file whose mapping holds the weights that a step reads, in 10⁶, a part of the peak; None
             where they lie elsewhere.
-        read_gb_s: 10⁹ bytes a second that as many threads read of that mapping, before and after each turn's steps.
+        read_gb_s: 10⁹ bytes a second that as many threads read of that file, once all artifacts have taken a turn.
         read_share: share of that bandwidth at which decode reads `bytes_per_token`.
         prefill_us: part of the model → microseconds a token of the prefill, where the runtime says so and was asked.
         decode_us: the same of a decode step.
@@ -157,7 +158,8 @@ def bench(
     bandwidth = copy_bandwidth(used)
     prefill: list[list[float]] = [[] for _ in paths]
     steps: list[list[float]] = [[] for _ in paths]
-    reads: list[list[tuple[float, ...]]] = [[] for _ in paths]
+    reads: list[list[float]] = [[] for _ in paths]
+    memory: list[dict[str, Any]] = []
     with ExitStack() as stack:
         workers = [stack.enter_context(closing(Child("mossquant.eval.bench_worker"))) for _ in paths]
         loaded = []
@@ -171,9 +173,14 @@ def bench(
                 if turn > 0:
                     prefill[i].append(prompt / seconds["prefill"])
                     steps[i].append(decode / seconds["decode"])
-                    reads[i].append(tuple(seconds["read_gb_s"]))
                 tell("turns", turn * len(workers) + i + 1, (repeats + 1) * len(workers))
-        memory = [_answer(worker, {"do": "memory"}) for worker in workers]
+            if turn == 0:  # before any file is mapped once more, to be read
+                memory = [_answer(worker, {"do": "memory"}) for worker in workers]
+                continue
+            for i, worker in enumerate(workers):
+                if loaded[i]["mapped_mb"] is not None:
+                    answer = _answer(worker, {"do": "read", "path": str(paths[i]), "threads": used})
+                    reads[i].append(answer["read_gb_s"])
         profiles: list[dict[str, Any]] = [{} for _ in paths]
         if profile:
             order = {"do": "profile", "prompt": prompt, "decode": decode}
@@ -192,7 +199,7 @@ def bench(
                 **(loaded[i] | memory[i] | profiles[i]),
                 prefill_tok_s=Speed.of(prefill[i]),
                 decode_tok_s=Speed.of(steps[i]),
-                read_gb_s=Speed.of([speed for own in reads[i] for speed in own]) if all(reads[i]) else None,
+                read_gb_s=Speed.of(reads[i]) if reads[i] else None,
                 read_share=_shares(reads[i], steps[i], loaded[i]["bytes_per_token"]),
             )
             for i in range(len(paths))
@@ -200,12 +207,11 @@ def bench(
     )
 
 
-def _shares(reads: Sequence[Sequence[float]], steps: Sequence[float], bytes_per_token: int) -> Speed | None:
-    """Of what was read at in each turn, the share that the steps of that turn took; None where it is not known."""
-    if not all(reads):
+def _shares(reads: Sequence[float], steps: Sequence[float], bytes_per_token: int) -> Speed | None:
+    """Of what was read at after each turn, the share that the steps of that turn took; None where nothing was read."""
+    if not reads:
         return None
-    rates = [1e-9 * bytes_per_token * speed for speed in steps]
-    return Speed.of([rate / statistics.mean(own) for rate, own in zip(rates, reads, strict=True)])
+    return Speed.of([1e-9 * bytes_per_token * speed / read for read, speed in zip(reads, steps, strict=True)])
 
 
 def _answer(worker: Child, order: Mapping[str, Any]) -> dict[str, Any]:

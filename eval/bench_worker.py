@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process in which `mossquant.eval.bench` runs one artifact.
 
-It answers orders (`mossquant.targets.child`): "open" loads, "turn" times a prefill and a decode, "profile" says where
-the time of both goes, "memory" how much was used.
+It answers orders (`mossquant.targets.child`): "open" loads, "turn" times a prefill and a decode, "memory" says how much
+was used, "read" times reads of the mapping that holds the weights, "profile" says where the time of a turn goes.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,18 +32,16 @@ def main() -> None:
         if order["do"] == "open":
             runner, opened = _open(order)
             runners.append(runner)
-            path = target_of(locate(order["path"])).mapped(runner)
-            if path is None:
-                return opened
-            mapped = np.memmap(path, np.uint8, mode="r")
-            reads.append(lambda: read_bandwidth(mapped, order["threads"]))
-            reads[0]()  # its pages are mapped now
-            return opened | {"mapped_mb": mapped.nbytes / 1e6}
+            return opened
         if order["do"] == "turn":
-            return _turn(runners[0], reads, prompt=order["prompt"], decode=order["decode"])
-        if order["do"] == "profile":
-            return _profile(runners[0], locate(order["path"]), prompt=order["prompt"], decode=order["decode"])
-        return {"peak_rss_mb": peak_rss_mb()}
+            return _turn(runners[0], prompt=order["prompt"], decode=order["decode"])
+        if order["do"] == "memory":
+            return {"peak_rss_mb": peak_rss_mb()}
+        if order["do"] == "read":
+            if not reads:
+                reads.append(_reader(locate(order["path"]), runners[0], order["threads"]))
+            return {"read_gb_s": reads[0]()}
+        return _profile(runners[0], locate(order["path"]), prompt=order["prompt"], decode=order["decode"])
 
     serve(answer)
 
@@ -57,6 +55,7 @@ def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:
     opened = open_model(located, threads=order["threads"])
     load_ms = (time.perf_counter() - start) * 1e3
     info = opened.runner.info
+    mapped = target_of(located).mapped(opened.runner)
     return opened.runner, {
         "path": opened.path,
         "kind": info.kind,
@@ -65,6 +64,7 @@ def _open(order: Mapping[str, Any]) -> tuple[Runner, dict[str, Any]]:
         "bytes_per_token": round(info.weight_bytes * target_of(located).active_share_of(opened.runner)),
         "load_ms": load_ms,
         "idle_rss_mb": idle,
+        "mapped_mb": None if mapped is None else mapped.stat().st_size / 1e6,
     }
 
 
@@ -78,23 +78,27 @@ def _warm(located: Located) -> None:
                 pass
 
 
-def _turn(runner: Runner, reads: Sequence[Callable[[], float]], *, prompt: int, decode: int) -> dict[str, Any]:
+def _reader(located: Located, runner: Runner, threads: int) -> Callable[[], float]:
+    """What times reads of a file's mapping. It is a second one, which this process's memory counts once more."""
+    path = target_of(located).mapped(runner)
+    assert path is not None
+    mapped = np.memmap(path, np.uint8, mode="r")
+    read_bandwidth(mapped, threads)  # its pages are mapped now
+    return lambda: read_bandwidth(mapped, threads)
+
+
+def _turn(runner: Runner, *, prompt: int, decode: int) -> dict[str, Any]:
     tokens = np.random.default_rng(_SEED).integers(0, runner.info.vocab_size, (1, prompt), np.int64)
     state = runner.initial_state(1)
     start = time.perf_counter()
     logits, state = advance(runner, tokens, state)
     prefill_seconds = time.perf_counter() - start
-    before = [read() for read in reads]
     start = time.perf_counter()
     for _ in range(decode):
         token = np.array([[int(np.argmax(logits[0, -1]))]], np.int64)
         logits, state = runner(token, state, logits="last")
     decode_seconds = time.perf_counter() - start
-    return {
-        "prefill": prefill_seconds,
-        "decode": decode_seconds,
-        "read_gb_s": [*before, *(read() for read in reads)],
-    }
+    return {"prefill": prefill_seconds, "decode": decode_seconds}
 
 
 def _profile(runner: Runner, located: Located, *, prompt: int, decode: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ void scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::in
           const float scale = args.scales[b * strips * kMaxLanes + e];
           args.scratch[n] = advance(static_cast<std::int8_t*>(args.h)[first + at] * scale, n);
           const float magnitude = std::fabs(args.scratch[n]);
-          if (!(magnitude <= largest)) largest = magnitude;  // NaN stays
+          if (magnitude > largest || std::isnan(magnitude)) largest = magnitude;  // NaN stays
         }
       }
       if constexpr (kFormat == StateName::int8) {

@@ -21,6 +21,7 @@ class Metadata(ProgramMetadata):
 
     target: Literal["executorch"] = "executorch"
     runtime_minimum: str = EXECUTORCH
+    state_format: Literal["fp32"] = "fp32"
     activations: Literal["fp32", "int8_row_asym", "int8_block"]
     max_chunk: Count
     layout: Layout | None = Field(default=None, exclude_if=lambda layout: layout is None)

@@ -11,7 +11,7 @@ from mossquant.model.config import MossNetConfig
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import StateSpec
 from mossquant.targets.artifact import check_beside
-from mossquant.targets.executorch.kernels.chain import differences
+from mossquant.targets.executorch.kernels.chain import constants, differences
 from mossquant.targets.executorch.kernels.library import load_operators
 from mossquant.targets.executorch.kernels.states import held_shape
 from mossquant.targets.executorch.metadata import Metadata
@@ -101,9 +101,12 @@ def open_to_run(path: Path) -> Opened:
 
 
 def _check_layout(opened: Opened) -> None:
-    """Weights must be packed as this machine's kernels want them: a .pte has no second place to pack them to."""
+    """Weights must be packed as this machine's kernels want them: a .pte has no second place to pack them to.
+
+    Values in fp32 are not packed; a program of nothing else runs on every machine.
+    """
     own, layout = host_layout(), opened.metadata.layout
-    if layout != own:
+    if layout != own and any(one.storage != "float32" for one in constants(opened.file, "decode", opened.config)):
         raise InputError(
             f"{opened.file.path} is packed for {layout}, and the kernels of this machine want {own}; "
             f"export it again with --isa {own}"

@@ -42,6 +42,7 @@ class Metadata(ProgramMetadata):
 
     target: Literal["onnx"] = "onnx"
     runtime_minimum: str = RUNTIME_MINIMUM
+    state_format: Literal["fp32"] = "fp32"
     activations: Literal["fp32", "int8_block", "mixed"]
     weight_bytes: Count
     data: DataFile | None = None

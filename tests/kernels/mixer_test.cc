@@ -291,6 +291,19 @@ bool test_rounded_of(const moss::MixerKernel& kernel, moss::StateName format, st
   return close(what, one.y, doubles(reference.y));
 }
 
+// Where one state of a channel is NaN, all that the channel carries on are.
+bool test_nan_of(const moss::MixerKernel& kernel) {
+  Rounded steps(moss::StateName::int8, 1, 1, 17, 5, false);
+  steps.bc[1] = std::numeric_limits<float>::quiet_NaN();  // of the second state
+  steps.run(kernel, 1, 17);
+  for (std::size_t i = 0; i < steps.count(); ++i) {
+    if (steps.channel(i) >= 17 || std::isnan(steps.value(i))) continue;
+    std::printf("FAILED %s: a state that is NaN is lost\n", kernel.name);
+    return false;
+  }
+  return true;
+}
+
 bool test_swiglu_of(const moss::SwigluKernel& kernel) {
   bool passed = true;
   for (std::int64_t size : {0, 1, 15, 16, 17, 100}) {
@@ -343,6 +356,7 @@ bool test_mixer() {
         for (std::int64_t N : {1, 4, 7, 16}) passed = test_scan_of(*kernel, {2, T, E, N, 1}) && passed;
       }
     }
+    passed = test_nan_of(*kernel) && passed;
     for (const moss::StateName format : {moss::StateName::fp16, moss::StateName::int8}) {
       for (std::int64_t T : {1, 2, 33}) {
         for (std::int64_t E : {1, 17, 48}) {

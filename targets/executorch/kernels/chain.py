@@ -60,18 +60,21 @@ def differences(file: ProgramFile, method: str, config: MossNetConfig, layout: L
 
 
 def _difference(call: Call, made: KernelCall, given: list[Variable], layout: Layout | None) -> str | None:
+    # An argument may be an array wherever a damaged program says so; arrays compare value by value: types come first.
     if made.operator != f"{NAMESPACE}::{call.operator}.out":
         return f"{call.operator} is expected there"
     outputs = made.arguments[_count(call) :]
     if len(outputs) < 1 + call.states or not all(isinstance(out, Variable) for out in outputs[: 1 + call.states]):
         return "it has another number of arguments"
-    if list(made.arguments[: len(given)]) != given:
+    taken = made.arguments[: len(given)]
+    if not all(isinstance(one, Variable) for one in taken) or list(taken) != given:
         return "it does not take what the call before it gives, or another state"
     *settings, packed_for, formats = made.arguments[len(given) + len(call.constants) : _count(call)]
-    if tuple(settings) != call.settings:
+    if list(map(type, settings)) != list(map(type, call.settings)) or tuple(settings) != call.settings:
         return f"it has other settings than {list(call.settings)}"
     known = isinstance(formats, list) and all(isinstance(one, int) and 0 <= one < len(FORMATS) for one in formats)
-    if not known or len(formats) != len(call.matrices) or packed_for != LAYOUTS.index(layout or ""):
+    packed = isinstance(packed_for, int) and packed_for == LAYOUTS.index(layout or "")
+    if not known or len(formats) != len(call.matrices) or not packed:
         return "its matrices are in other formats, or packed in another way"
     storage = _storage(call, made)
     for constant, argument in zip(call.constants, _arguments(call, made), strict=False):

@@ -2,8 +2,9 @@
 //
 // libmoss' blocks as operators of ExecuTorch; their schemas are in operators.py. Static initialisers register them.
 //
-// A program is data: types and shapes are checked here, formats, sizes and tokens in libmoss, before anything is read or
-// written, and what is wrong fails the call. Work is shared out over ExecuTorch's own threads.
+// A program is data: types and shapes are checked here, formats, sizes and tokens in libmoss, before it computes
+// anything, and what is wrong fails the call. Blocks change x and states in place, so that these are copied into the
+// outputs first: where libmoss refuses a call, they hold its inputs. Work is shared out over ExecuTorch's own threads.
 
 #include <moss_blocks.h>
 
@@ -116,8 +117,9 @@ class Arguments {
     EValue* const value = next(value_is<&EValue::isIntList>);
     if (!value) return;
     const auto given = value->toIntList();
-    good = given.size() == matrices.size();
+    good = given.size() == matrices.size() && fits(layout);
     for (std::size_t i = 0; good && i < matrices.size(); ++i) {
+      good = fits(given[i]);
       matrices[i]->format = static_cast<std::int32_t>(given[i]);
       matrices[i]->layout = static_cast<std::int32_t>(layout);
     }
@@ -144,6 +146,8 @@ class Arguments {
     good = good && at_ < stack_.size() && is(*stack_[at_]);
     return good ? stack_[at_++] : nullptr;
   }
+  // Whether it is the same number in 32 bits; which of them mean something, libmoss checks.
+  static bool fits(std::int64_t value) { return value == static_cast<std::int32_t>(value); }
   static moss_matrix matrix_of(const Tensor& own) {
     return {own.const_data_ptr(), static_cast<std::int64_t>(own.nbytes()), 0, 0};
   }
@@ -274,6 +278,7 @@ void head(KernelRuntimeContext& context, Span<EValue*> stack) {
   const bool last = given.truth();
   given.formats({&matrix});
   const std::int64_t rows = last ? 1 : T;
+  given.good = given.good && T >= rows;
   float* const logits = given.out({1, rows, V});
   if (!taken(context, given, kName)) return;
   const float* const from = x->const_data_ptr<float>() + (T - rows) * D;

@@ -34,7 +34,7 @@ _SCHEMAS = {
     ),
     "mlp_moe": (
         "Tensor x, Tensor[] w1, Tensor[] w3, Tensor[] w2, Tensor norm, Tensor? router, "
-        f"float eps, int width, int chosen, {_PACKED}",
+        f"float eps, int mlp_hidden, int chosen, {_PACKED}",
         ("x_after",),
     ),
     "head": (f"Tensor x, Tensor matrix, Tensor norm, float eps, int vocabulary, bool last, {_PACKED}", ("logits",)),

@@ -8,7 +8,8 @@
 // A linear is timed over copies that lie one after the other, together as large as the model that is given, and all of
 // that is read before: so much of them is in the caches as is of the model's own weights when a step begins. What is
 // not a linear is timed in real steps of the model, less its linears. Everything takes turns, and of each the least
-// time counts, so that other work on the machine falls away.
+// time counts, so that other work on the machine falls away. With one thread the time of a linear is its processor's;
+// that of steps is what passed.
 
 #include <algorithm>
 #include <chrono>
@@ -160,7 +161,7 @@ void time_steps(Model& model, State& state, Step* least) {
   for (int i = 0; i <= kSteps; ++i) {
     model.profile() = {};
     model.profile().on = true;
-    const double begin = now();  // as the parts are timed
+    const double begin = now();  // time that passes, with one thread too: so the parts are timed
     forward(model, state, &token, 1, wanted);
     const double whole = now() - begin;
     if (i == 0) continue;

@@ -100,6 +100,7 @@ Model::Model(const std::string& path, CpuFlags flags, int threads) : file_(path)
   config_.ssm_states.assign(static_cast<std::size_t>(config_.layers), StateName::fp32);
   if (version == kVersionOfStates) read_states(own.at("states"));
   read_tensors();
+  if (version == kVersionOfStates) make_state_places();
   set_threads(threads);
 }
 
@@ -146,6 +147,10 @@ void Model::read_states(const Json& json) {
     left.erase(found);
   }
   if (!left.empty()) throw std::runtime_error(left.begin()->first + " is no state that can be rounded");
+}
+
+// After the tensors: A_log has shown that inner times states is no larger than the file.
+void Model::make_state_places() {
   const std::int64_t count = strip_count(config_.inner) * kMaxLanes * config_.states;
   state_places_ = reinterpret_cast<std::uint32_t*>(allocate(count * 4));
   moss::state_places(config_.inner, config_.states, state_places_);

@@ -134,6 +134,7 @@ class Model {
  private:
   void read_config(const Json& header);
   void read_states(const Json& header);
+  void make_state_places();
   void read_tensors();
   std::string format_of(const std::string& name) const;
   // A matrix of `parts` pieces of the same height, each packed by itself.

@@ -11,10 +11,14 @@ namespace moss {
 namespace {
 
 // The scale with which codes are exactly the values that such codes meant, or max|h| / 127. The largest code is 127, or
-// 126 where rounding has taken it down; the quotient may be the scale's neighbour.
+// 126 where rounding has taken it down; the quotient may be the scale's neighbour. NaN where a value is not finite: then
+// all of the channel are read as NaN, as of the kernels.
 float scale_of(const float* values, std::int64_t count) {
   float largest = 0;
-  for (std::int64_t n = 0; n < count; ++n) largest = std::fmax(largest, std::fabs(values[n]));
+  for (std::int64_t n = 0; n < count; ++n) {
+    if (!std::isfinite(values[n])) return NAN;
+    largest = std::fmax(largest, std::fabs(values[n]));
+  }
   const auto exact = [&](float scale) {
     return std::all_of(values, values + count, [&](float h) { return std::rint(h / scale) * scale == h; });
   };

@@ -20,10 +20,11 @@ from mossquant.eval.open import open_runner
 from mossquant.kernels import _native
 from mossquant.targets.executorch.info import info
 from mossquant.targets.executorch.kernels import library
+from mossquant.targets.executorch.kernels.chain import differences
 from mossquant.targets.executorch.kernels.library import load_operators
 from mossquant.targets.executorch.kernels.operators import FORMATS, LAYOUTS
 from mossquant.targets.executorch.packages import load_method, load_program
-from mossquant.targets.executorch.program_file import ProgramFile
+from mossquant.targets.executorch.program_file import Chain, KernelCall, ProgramFile
 from mossquant.targets.export import export
 from mossquant.targets.native.export import host_layout
 from mossquant.targets.native.open import open_program
@@ -120,12 +121,41 @@ def test_the_tied_table_is_stored_once(workshop: Workshop) -> None:
     assert len(places) == 1
 
 
+@pytest.mark.parametrize("argument", range(12))
+def test_a_constant_anywhere_else_is_named(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, argument: int) -> None:
+    """One number changed in a call's list of arguments: a constant for x, a setting, formats, an output."""
+    lowered = lowered_own(workshop, "wide", "int4")
+    file = ProgramFile(lowered.program)
+    chain = file.chain("decode")
+    number = next(i for i, call in enumerate(chain.calls) if "mlp_moe" in call.operator)
+    call = chain.calls[number]
+    arguments = list(call.arguments)
+    constant = next(one for one in arguments if isinstance(one, np.ndarray))
+    arguments[argument] = np.concatenate([constant, constant])
+    calls = (*chain.calls[:number], KernelCall(call.operator, tuple(arguments)), *chain.calls[number + 1 :])
+    monkeypatch.setattr(file, "chain", lambda name: Chain(chain.inputs, chain.outputs, calls))
+    (found,) = differences(file, "decode", lowered.config, host_layout())
+    assert found.startswith(f"decode, call {number} (mossquant::mlp_moe.out): ")
+
+
 @pytest.mark.skipif(host_layout() == "arm", reason="packs for another family than this machine's")
 def test_another_layout_is_written_and_read_and_not_run(workshop: Workshop) -> None:
     lowered = workshop("wide", "int4", target="executorch", kernels="mossquant", isa="arm")
     assert read_back(lowered.checkpoint, lowered.artifact).differences == ()
     with pytest.raises(InputError, match=r"packed for arm, and the kernels of this machine want \w+; export it again"):
         open_runner(lowered.artifact)
+
+
+@pytest.mark.skipif(host_layout() == "arm", reason="packs for another family than this machine's")
+def test_in_full_precision_no_layout_is_refused(workshop: Workshop) -> None:
+    own = lowered_own(workshop, "untied", None)
+    other = workshop("untied", None, target="executorch", kernels="mossquant", isa="arm")
+    tokens = own.tokens(1, 5)
+    expected, found = (
+        runner(tokens, runner.initial_state(1), logits="all")[0]
+        for runner in (own.runner, open_runner(other.artifact, threads=1))
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_several_states_of_one_runner(workshop: Workshop) -> None:
@@ -265,7 +295,7 @@ SSM = {
 }
 MLP = {
     **{"w1": [torch.randn(F, D)] * 2, "w3": [torch.randn(F, D)] * 2, "w2": [torch.randn(D, F)] * 2},
-    **{"norm": torch.ones(D), "router": torch.randn(2, D), "eps": 1e-5, "width": F, "chosen": 1},
+    **{"norm": torch.ones(D), "router": torch.randn(2, D), "eps": 1e-5, "mlp_hidden": F, "chosen": 1},
     **{"layout": 0, "formats": [0] * 6},
 }
 """Operators with matrices in fp32, whatever the machine."""
@@ -301,7 +331,10 @@ def test_operators_by_themselves(tmp_path: Path) -> None:
         ("embedding", (TOKENS,), TABLE, {"vocabulary": V + 1}),
         ("head", (X,), HEAD, {"formats": [5]}),
         ("head", (X,), HEAD, {"formats": [-1]}),
+        ("head", (X,), HEAD, {"formats": [1 << 32]}),
         ("head", (X,), HEAD, {"formats": [0, 0]}),
+        ("head", (X,), PACKED, {"layout": PACKED["layout"] + (1 << 32)}),
+        ("head", (X[:0],), HEAD, {"last": True}),
         ("head", (X,), HEAD, {"norm": torch.ones(D + 1)}),
         ("head", (X,), HEAD, {"norm": torch.ones(D, dtype=torch.float64)}),
         ("head", (X,), PACKED, {"layout": (PACKED["layout"] + 1) % 3}),
@@ -316,8 +349,8 @@ def test_operators_by_themselves(tmp_path: Path) -> None:
         ("ssm_moe", (X, torch.zeros(2, W - 1, E), STATES[1]), SSM, {}),
         ("mlp_moe", (X,), MLP, {"router": None}),
         ("mlp_moe", (X,), MLP, {"w2": MLP["w2"][:1], "formats": [0] * 5}),
-        ("mlp_moe", (X,), MLP, {"width": F + 1}),
-        ("mlp_moe", (X,), MLP, {"width": 0}),
+        ("mlp_moe", (X,), MLP, {"mlp_hidden": F + 1}),
+        ("mlp_moe", (X,), MLP, {"mlp_hidden": 0}),
     ],
 )
 def test_what_does_not_fit_is_an_error_and_no_crash(

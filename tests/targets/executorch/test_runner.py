@@ -87,6 +87,15 @@ def test_metadata_of_a_model_of_another_shape(folder: Path) -> None:
             ExecutorchRunner(folder)
 
 
+def test_metadata_of_a_rounded_state(folder: Path) -> None:
+    """Only libmoss carries states in other formats than fp32."""
+    data, said = (folder / "model.pte").read_bytes(), b'"state_format": "fp32"'
+    assert data.count(said) == 1
+    (folder / "model.pte").write_bytes(data.replace(said, said.replace(b"fp32", b"fp16")))
+    with pytest.raises(InputError, match=r"metadata cannot be read \(state_format: "):
+        ExecutorchRunner(folder)
+
+
 def test_a_tokenizer_of_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = folder / "tokenizer.json"
     own.write_text("{}")

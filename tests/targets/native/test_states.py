@@ -99,6 +99,19 @@ def test_what_was_read_is_written_as_it_was(workshop: Workshop, state: str, tmp_
         assert (value != arrays[name]).mean() > 0.9
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(workshop: Workshop, value: float) -> None:
+    """A channel in which a value has no code is read as NaN, and the others as they were."""
+    runner = _lowered(workshop, "int8").runner
+    arrays = runner.read(runner.initial_state(1))
+    for array in _ssm(arrays).values():
+        array[:] = 1
+        array[0, 3, 1] = value
+    for array in _ssm(runner.read(runner.write(arrays))).values():
+        assert np.isnan(array[0, 3]).all()
+        assert (np.delete(array, 3, 1) == 1).all()
+
+
 def test_a_state_of_pytorch_goes_on(workshop: Workshop, tmp_path: Path) -> None:
     lowered = _lowered(workshop, "int8")
     reference, tokens = TorchRunner.open(lowered.checkpoint, activations="int8_block"), lowered.tokens(1, 30)

@@ -17,8 +17,9 @@ from mossquant.files.outputs import file_sha256
 from mossquant.model.config import PRESETS
 from mossquant.targets.artifact import Artifact
 from mossquant.targets.export import export
+from mossquant.targets.metadata import parsed
 from mossquant.targets.onnx import save as saving
-from mossquant.targets.onnx.metadata import read_program
+from mossquant.targets.onnx.metadata import Metadata, read_program
 from mossquant.targets.onnx.open import open_program
 
 
@@ -57,6 +58,8 @@ def test_metadata(workshop: Workshop) -> None:
     source, metadata = QuantizedCheckpoint.open(lowered.checkpoint), read_program(lowered.program).metadata
     assert (metadata.version, metadata.target, metadata.weights) == (1, "onnx", "int4-uniform")
     assert (metadata.activations, metadata.state_format) == ("int8_block", "fp32")
+    with pytest.raises(InputError, match=r"metadata cannot be read \(state_format: "):
+        parsed(Metadata, metadata.model_dump_json().replace('"state_format":"fp32"', '"state_format":"fp16"'), Path())
     assert metadata.config == source.config.to_json(torch_dtype="bfloat16")
     assert metadata.source_files == source.origin.files
     assert metadata.source_kind == "quantized checkpoint"
