@@ -12,7 +12,6 @@ and differences are paired bootstraps over windows of 256 predicted tokens (95 %
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import process_time
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from mossquant.calibration.meter import WINDOW, Meter
-from mossquant.calibration.prune import JUDGED_TOKENS, _chosen, _counts, _kept, _room, _Trials, prune
+from mossquant.calibration.prune import JUDGED_TOKENS, _all_but, _chosen, _counts, _room, _Trials, prune
 from mossquant.calibration.saliency import Expert, Saliencies, saliencies
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
@@ -83,7 +82,7 @@ class Job:
     def trials(self) -> _Trials:
         """Measures on the windows that the experts are chosen on."""
         if self._trials is None:
-            self._trials = _Trials(self.folder / "trials.json", "bench")
+            self._trials = _Trials(self.folder / "trials.json", json.dumps(dict(self.weights.origin.files)))
             self._trials.measure_with(Meter(self.weights, self.learned.windows(LOOKED_AT // WINDOW, WINDOW)))
         return self._trials
 
@@ -120,9 +119,9 @@ def ranks(job: Job) -> dict[str, Any]:
     return found
 
 
-def kept_of(job: Job, order: Sequence[Sequence[Any]]) -> Keep:
+def keep_of(job: Job, order: Sequence[Sequence[Any]]) -> Keep:
     """Everything but these."""
-    return _kept(job.weights, [Expert(*one) for one in order])
+    return _all_but(job.weights, [Expert(*one) for one in order])
 
 
 def prefix(job: Job, order: Sequence[Sequence[Any]], kind: str, share: float) -> list[Sequence[Any]]:
@@ -171,21 +170,24 @@ def run(arguments: argparse.Namespace) -> None:
         "recover": arguments.recover,
         "argv": vars(arguments) | {"work": "WORK"},
     }
-    (job.folder / "about.json").write_text(json.dumps(about, indent=1, default=lambda of: getattr(of, "name", None)))
+    stored = job.folder / "about.json"
+    if stored.is_file() and json.loads(stored.read_text())["model"] != about["model"]:
+        raise SystemExit(f"{job.folder} holds figures of another model; give another name")
+    stored.write_text(json.dumps(about, indent=1, default=lambda of: getattr(of, "name", None)))
     job.once("ranks", lambda: ranks(job))
     for kind in KINDS:
         order = job.once(f"order {kind} greedy", lambda kind=kind: job.order(kind, "greedy", 0.5))
-        kept = {f"{share}": kept_of(job, prefix(job, order, kind, share)) for share in SHARES}
-        views = {name: Pruned(job.weights, of) for name, of in kept.items()}
+        keep = {f"{share}": keep_of(job, prefix(job, order, kind, share)) for share in SHARES}
+        views = {name: Pruned(job.weights, of) for name, of in keep.items()}
         job.once(f"greedy {kind}", lambda views=views: measured(job, views))
     for case in arguments.recovered if arguments.recover else ():
         kind, share = case.split(":")[0], float(case.split(":")[1])
         order = job.once(f"order {kind} greedy", lambda: None)
-        kept_then, path = kept_of(job, prefix(job, order, kind, share)), job.folder / f"made-{kind}-{share}"
+        keep_then, path = keep_of(job, prefix(job, order, kind, share)), job.folder / f"made-{kind}-{share}"
 
-        def recover(kept: Keep = kept_then, path: Path = path) -> dict[str, Any]:
+        def recover(keep: Keep = keep_then, path: Path = path) -> dict[str, Any]:
             if not path.exists():
-                prune(job.arguments.model, path, keep=kept, text=arguments.calibrate, recover=arguments.recover)
+                prune(job.arguments.model, path, keep=keep, text=arguments.calibrate, recover=arguments.recover)
             return measured(job, {"recovered": path})
 
         job.once(f"recovered {kind} {share}", recover)
@@ -196,7 +198,7 @@ def run(arguments: argparse.Namespace) -> None:
             views = {}
             for by, seed in ways:
                 gone = job.order(kind, by, JUDGED_SHARE, seed)
-                views[f"{by}, seed {seed}" if by == "random" else by] = Pruned(job.weights, kept_of(job, gone))
+                views[f"{by}, seed {seed}" if by == "random" else by] = Pruned(job.weights, keep_of(job, gone))
             return measured(job, views)
 
         job.once(f"others {kind}", others)
@@ -286,10 +288,14 @@ def write(arguments: argparse.Namespace) -> None:
     """Put the tables of every model in WORK behind what the page says before them."""
     page = OUTPUT.read_text("utf-8")
     before = page[: page.index(BEGIN)]
-    said = re.sub(r"\n{3,}", "\n\n", __doc__ or "").strip().splitlines()
     folders = sorted(path.parent for path in arguments.work.glob("*/about.json"))
-    lines = [BEGIN, "", "Written by `python bench/pruning.py write WORK` from what `run` measured:"]
-    lines += [" ".join(line for line in said[said.index("") + 5 :] if line), ""]
+    said = (__doc__ or "").partition("leaves alone what is there. ")[2].split()
+    lines = [
+        BEGIN,
+        "",
+        "Written by `python bench/pruning.py write WORK` from what `run` measured. " + " ".join(said),
+        "",
+    ]
     for folder in folders:
         lines += _section(folder)
     OUTPUT.write_text(before + "\n".join(lines).rstrip() + "\n", encoding="utf-8")
