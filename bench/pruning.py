@@ -12,6 +12,7 @@ and differences are paired bootstraps over windows of 256 predicted tokens (95 %
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import process_time
@@ -218,6 +219,16 @@ def _mean(values: Floats) -> str:
     return f"{values.mean():.2e}{between}"
 
 
+def _command(name: str, argv: Mapping[str, Any]) -> str:
+    """What measured a model."""
+    words = ["python bench/pruning.py run WORK", f'"{name}"', Path(argv["model"]).name]
+    for option in ("calibrate", "same", "other", "tokens", "recover", "recovered"):
+        value = argv[option]
+        if value and list(value if isinstance(value, list) else [value]) != list(RECOVERED):
+            words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    return "    " + " ".join(words)
+
+
 def _section(folder: Path) -> list[str]:
     about = json.loads((folder / "about.json").read_text())
 
@@ -229,6 +240,8 @@ def _section(folder: Path) -> list[str]:
     lines += [
         f"{about['parameters']:,} parameters; looked at {LOOKED_AT:,} tokens of {', '.join(about['calibrate'])}. "
         f"{about['machine']}, 1 thread.",
+        "",
+        _command(folder.name, about["argv"]),
         "",
     ]
     found = stored("ranks")
@@ -289,13 +302,10 @@ def write(arguments: argparse.Namespace) -> None:
     page = OUTPUT.read_text("utf-8")
     before = page[: page.index(BEGIN)]
     folders = sorted(path.parent for path in arguments.work.glob("*/about.json"))
-    said = (__doc__ or "").partition("leaves alone what is there. ")[2].split()
-    lines = [
-        BEGIN,
-        "",
-        "Written by `python bench/pruning.py write WORK` from what `run` measured. " + " ".join(said),
-        "",
-    ]
+    measuring = (__doc__ or "").partition("leaves alone what is there. ")[2]
+    said = f"Written by `python bench/pruning.py write WORK` from what `run` measured. {measuring}"
+    folders = sorted(path.parent for path in arguments.work.glob("*/about.json"))
+    lines = [BEGIN, "", *textwrap.wrap(" ".join(said.split()), 128), ""]
     for folder in folders:
         lines += _section(folder)
     OUTPUT.write_text(before + "\n".join(lines).rstrip() + "\n", encoding="utf-8")
