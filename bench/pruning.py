@@ -276,8 +276,15 @@ def _section(folder: Path) -> list[str]:
                     ]
                     lines += [f"| {kind} {100 * share:g} %{said} | " + " | ".join(cells) + " |"]
     lines += [""]
-    if about["recover"]:
+    wanted = [f"greedy {kind}" for kind in KINDS] + [f"others {kind}" for kind in ("ssm", "mlp")]
+    recovered = [f"recovered {case.replace(':', ' ')}" for case in about["argv"]["recovered"] if about["recover"]]
+    missing = [name for name in [*wanted, *recovered] if stored(name) is None]
+    if any(stored(name) is not None for name in recovered):
         lines += [f"Recovered over {about['recover']:,} tokens.", ""]
+    if missing:
+        lines += [f"Not measured: {', '.join(missing)}.", ""]
+    if all(stored(f"others {kind}") is None for kind in ("ssm", "mlp")):
+        return lines
     lines += ["| 25 % gone, chosen by | of | " + " | ".join(f"KL: {text} | greedy less it" for text in texts) + " |"]
     lines += ["| --- | --- |" + " ---: | ---: |" * len(domains)]
     for kind in ("ssm", "mlp"):
