@@ -99,9 +99,10 @@ class Meter:
                 for spec, values in changed.items():
                     model.parameter_of(spec).copy_(values)
                 at = first // self._apart
-                entering = self._table() if outside else self._entering[at]
                 run = replace(self._run, reroute=reroute_without(gone))
-                return self._apart_by(self._from(at * self._apart, entering, run), own_head, head)
+                # Nothing here holds what the passes began with: it would be there while logits are compared.
+                hidden = self._from(at * self._apart, self._table() if outside else self._entering[at], run)
+                return self._apart_by(hidden, own_head, head)
             finally:
                 for spec in changed:
                     model.parameter_of(spec).copy_(value(self._weights, spec.name).view(spec.shape))
@@ -125,9 +126,7 @@ class Meter:
         # Filled: what is kept piece by piece would lie in the holes that logits left, which then fit none.
         losses = torch.empty(len(hidden), device=hidden.device)
         for known, seen, lost in zip(*(torch.split(of, rows) for of in (self._hidden, hidden, losses)), strict=True):
-            both = F.linear(known, own_head), F.linear(seen, head)
-            for original, candidate, into in zip(*(torch.split(of, few) for of in (*both, lost)), strict=True):
-                into.copy_(divergence(original, candidate))
+            _compare(F.linear(known, own_head), F.linear(seen, head), lost, few)
         if not bool(torch.isfinite(losses).all()):
             raise InputError("KL is not finite: the model overflows fp32 on this text, or what was made of it does")
         means: NDArray[np.float64] = losses.view(len(self.windows), -1).double().mean(1).cpu().numpy()
@@ -164,6 +163,12 @@ def reroute_without(gone: Mapping[str, Collection[int]]) -> Reroute | None:
 def _router(block: Block) -> str | None:
     experts = block.experts(block.config, block.layer)
     return None if experts is None else experts.routing
+
+
+def _compare(original: Tensor, candidate: Tensor, into: Tensor, few: int) -> None:
+    """KL of logits [n, V] into [n], a few rows at a time. Both are gone when it returns, before the next are made."""
+    for own, other, lost in zip(*(torch.split(of, few) for of in (original, candidate, into)), strict=True):
+        lost.copy_(divergence(own, other))
 
 
 def pass_windows(weights: Weights, windows: Tensor) -> int:
