@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from mossquant.calibration.meter import WINDOW, Meter
-from mossquant.calibration.prune import JUDGED_TOKENS, _all_but, _chosen, _counts, _room, _Trials, prune
+from mossquant.calibration.prune import _all_but, _chosen, _counts, _room, _Trials, prune
+from mossquant.calibration.quantize import JUDGED_TOKENS
 from mossquant.calibration.saliency import Expert, Saliencies, saliencies
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights

@@ -29,7 +29,8 @@ from torch import Tensor
 from mossquant.calibration.effort import LIBRARIES, REACHED, Effort, Pace, distilling, judging
 from mossquant.calibration.meter import WINDOW, Meter, interval, metering_bytes
 from mossquant.calibration.options import dtypes_of
-from mossquant.calibration.recover import check_snapshot, recovery_bytes
+from mossquant.calibration.quantize import JUDGED_TOKENS
+from mossquant.calibration.recover import SNAPSHOT, check_snapshot, recovery_bytes
 from mossquant.calibration.recover import recover as recover_lost
 from mossquant.calibration.saliency import Expert, Saliencies, saliencies
 from mossquant.calibration.student import Planned
@@ -58,11 +59,7 @@ By = Literal["random", "frequency", "reap", "change", "leave-one-out", "greedy"]
 
 LOOKED_AT = 8192
 """Tokens on which experts are looked at, if not given."""
-JUDGED_TOKENS = 16384
-"""Tokens at the end of the text that nothing is learned from, and on which what is left is judged."""
 _TRAINING = "training.json"
-_SNAPSHOT = 26
-"""Bytes a parameter of recovery's snapshots: two, of a value and two moments in fp32."""
 _AGAIN = 4
 """How often an expert that goes is measured again, greedily, about."""
 
@@ -644,7 +641,7 @@ def _effort(request: _Request) -> Effort:
     if request.tokens:
         parts["distilling"] = distilling(pace, request.tokens)
     copied = sum(path.stat().st_size for path in weights.origin.beside)
-    disk = weights.origin.file_bytes + copied + (_SNAPSHOT * parameters if request.tokens else 0)
+    disk = weights.origin.file_bytes + copied + (SNAPSHOT * parameters if request.tokens else 0)
     looking = metering_bytes(weights, tokens)
     held = LIBRARIES + 4 * parameters + max(looking, metering_bytes(weights, len(request.judged), from_start=True))
     # Recovery holds the learner's shape beside the teacher, and what was learned is loaded once more.

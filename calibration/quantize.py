@@ -35,7 +35,7 @@ from mossquant.calibration.effort import (
 from mossquant.calibration.meter import WINDOW, Meter, interval, metering_bytes, pass_windows
 from mossquant.calibration.nearest import fixed_sum
 from mossquant.calibration.options import dtypes_of, open_groups
-from mossquant.calibration.recover import LEAST_TOKENS, check_snapshot, recovery_bytes
+from mossquant.calibration.recover import LEAST_TOKENS, SNAPSHOT, check_snapshot, recovery_bytes
 from mossquant.calibration.recover import recover as recovered
 from mossquant.calibration.registry import check_solvers, needs_walk, planned_solvers
 from mossquant.calibration.sensitivity import (
@@ -85,8 +85,6 @@ _WORK_TO_CHOOSE = 2.5e12
 """Changes · tokens · parameters that are measured here, about a minute's; beyond that losses are estimated."""
 _JUDGING = 10
 """Bytes a parameter that is held then: the model and what was made of it in fp32, and that as it is stored."""
-_SNAPSHOT = 26
-"""Bytes a parameter of recovery's snapshots, the new beside the last: a value and two moments in fp32, scales' too."""
 _STEPS_WINDOWS = 32
 """Windows of the text on which the time steps of decays are looked at, at most."""
 
@@ -420,7 +418,7 @@ def _effort(request: _Request, decided: _Decided, choose: Recipe | None) -> Effo
 def _disk(request: _Request, plan: Plan) -> int:
     """Room that is needed, at most: for the output folder with what is taken along, and for recovery's snapshot."""
     copied = sum(path.stat().st_size for path in request.weights.origin.beside)
-    return disk_bytes(plan) + copied + (_SNAPSHOT * request.weights.origin.parameters if request.tokens else 0)
+    return disk_bytes(plan) + copied + (SNAPSHOT * request.weights.origin.parameters if request.tokens else 0)
 
 
 def _memory(request: _Request, decided: _Decided) -> int:

@@ -49,6 +49,8 @@ Strength = Literal["weights", "scales"]
 
 EVERY = 100
 """Steps between snapshots."""
+SNAPSHOT = 26
+"""Bytes a parameter of snapshots, the new beside the last: a value and two moments in fp32, scales' too."""
 LEAST_TOKENS = 4
 """A shorter text says nothing."""
 _LOGITS = 1 << 20

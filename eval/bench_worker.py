@@ -97,8 +97,7 @@ def _turn(runner: Runner, *, prompt: int, decode: int) -> dict[str, Any]:
     for _ in range(decode):
         token = np.array([[int(np.argmax(logits[0, -1]))]], np.int64)
         logits, state = runner(token, state, logits="last")
-    decode_seconds = time.perf_counter() - start
-    return {"prefill": prefill_seconds, "decode": decode_seconds}
+    return {"prefill": prefill_seconds, "decode": time.perf_counter() - start}
 
 
 def _profile(runner: Runner, located: Located, *, prompt: int, decode: int) -> dict[str, Any]:
