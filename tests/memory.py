@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a piece of work takes, watched from outside."""
 
+import ctypes
 import gc
 import os
 import re
@@ -13,6 +14,8 @@ import torch
 from mossquant.files.space import trim_heap
 
 _SAMPLE_SECONDS = 0.0005
+_MMAP_THRESHOLD = -3
+"""`M_MMAP_THRESHOLD` of malloc.h."""
 
 
 def grown(work: Callable[[], object]) -> int:
@@ -26,6 +29,9 @@ def grown(work: Callable[[], object]) -> int:
             # What the tests before left behind would be filled, or would not: it begins like a process of its own.
             gc.collect()
             trim_heap()
+            # Each tensor gets a mapping of its own, which ends with it: glibc would put more and more of them into its
+            # heap, and what holes stay there goes by all that was allocated before.
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 128 * 1024)
             os.write(said, b".")
             os.read(waiting, 1)
             work()
