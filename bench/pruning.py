@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What removing experts costs: measures it model by model, and writes `docs/pruning.md`'s tables.
 
-    python bench/pruning.py run WORK NAME MODEL [--calibrate FILE…] --same FILE [--other FILE]
+    python bench/pruning.py run WORK NAME MODEL [--calibrate FILE…] --same FILE [--other FILE] [--only PART…]
     python bench/pruning.py write WORK
 
-`run` stores each part in WORK/NAME at once and leaves alone what is there. Experts are looked at on windows of the
-calibration text, leave-one-out for the rank correlations on other windows of it; what is left is measured against the
-whole model on the other texts: KL(whole ‖ pruned), nats a token, in fp32, in one stream with carried state; intervals
-and differences are paired bootstraps over windows of 256 predicted tokens (95 %).
+`run` stores each part in WORK/NAME at once and leaves alone what is there; `write` leaves the sections of models that
+WORK doesn't hold as they are. Experts are looked at on windows of the calibration text, leave-one-out for the rank
+correlations on other windows of it; what is left is measured against the whole model on the other texts:
+KL(whole ‖ pruned), nats a token, in fp32, in one stream with carried state; intervals and differences are paired
+bootstraps over windows of 256 predicted tokens (95 %).
 """
 
 import argparse
 import json
+import re
+import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -24,18 +28,24 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from mossquant.calibration.meter import WINDOW, Meter
-from mossquant.calibration.prune import _all_but, _chosen, _counts, _room, _Trials, prune
-from mossquant.calibration.quantize import JUDGED_TOKENS
+from mossquant.calibration.prune import prune
+from mossquant.calibration.quantize import JUDGED_TOKENS, quantize
+from mossquant.calibration.removal import Trials, all_but, counts_of, order_of, room_of
 from mossquant.calibration.saliency import Expert, Saliencies, saliencies
+from mossquant.calibration.sensitivity import sensitivity
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.pruned import Keep, Pruned
 from mossquant.checkpoint.weights import Weights
+from mossquant.errors import InputError
+from mossquant.eval.bench import bench
 from mossquant.eval.machine import machine
 from mossquant.eval.open import open_model
 from mossquant.eval.passage import held_out_passage
+from mossquant.eval.report.chart import Series, write_chart
 from mossquant.eval.scores import score
 from mossquant.eval.windows import Interval, Windows
+from mossquant.targets.export import export
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "pruning.md"
 BEGIN = "## What it costs"
@@ -46,6 +56,15 @@ LOOKED_AT = 12_288
 JUDGED_SHARE = 0.25
 """At which ways of choosing are held against one another."""
 RECOVERED = ("ssm:0.25", "mlp:0.25", "ssm:0.5", "both:0.25")
+RIVALS = ("frequency", "reap")
+"""Recovered too, at the share at which ways of choosing are held against one another."""
+SHIPPED = ("ssm:0.25", "ssm:0.5", "mlp:0.25")
+"""What is quantized and lowered beside the whole model."""
+BITS = (3.5, 3.75, 4.0, 4.25, 4.5, 4.75, 5.25, 6.0, 7.0, 8.0)
+"""Budgets, of bytes: bits a weight of the whole model."""
+BITS_TOKENS = 32_768
+"""Of each text, on which quantized models are measured."""
+TARGETS = {"onnx": ".onnx", "executorch": ".pte", "native": ".moss"}
 
 
 class Job:
@@ -58,7 +77,7 @@ class Job:
         self.weights: Weights = open_weights(arguments.model, verb="prune")
         self.texts: dict[str, Path | None] = {"same": arguments.same, "other": arguments.other}
         self._saliencies: list[Saliencies] | None = None
-        self._trials: _Trials | None = None
+        self._trials: Trials | None = None
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What is stored under a name, made if it is not there."""
@@ -81,10 +100,10 @@ class Job:
             self._saliencies = saliencies(self.weights, self.learned.windows(LOOKED_AT // WINDOW, WINDOW))
         return self._saliencies
 
-    def trials(self) -> _Trials:
+    def trials(self) -> Trials:
         """Measures on the windows that the experts are chosen on."""
         if self._trials is None:
-            self._trials = _Trials(self.folder / "trials.json", json.dumps(dict(self.weights.origin.files)))
+            self._trials = Trials(self.folder / "trials.json", json.dumps(dict(self.weights.origin.files)))
             self._trials.measure_with(Meter(self.weights, self.learned.windows(LOOKED_AT // WINDOW, WINDOW)))
         return self._trials
 
@@ -95,10 +114,10 @@ class Job:
     def order(self, kind: str, by: str, share: float, seed: int = 0) -> list[list[Any]]:
         """The experts that go, in the order in which they are chosen."""
         candidates = self.of_kind(kind)
-        room = _room(self.weights)
+        room = room_of(self.weights)
         experts = [one.expert for one in candidates]
-        counts = _counts(experts, share, room, "the model")
-        chosen = _chosen(by, candidates, counts, room, self.trials(), seed, lambda *of: None)  # type: ignore[arg-type]
+        counts = counts_of(experts, share, room, "the model")
+        chosen = order_of(by, candidates, counts, room, self.trials(), seed, lambda *of: None)  # type: ignore[arg-type]
         return [[one.layer, one.kind, one.number] for one in chosen]
 
 
@@ -123,12 +142,12 @@ def ranks(job: Job) -> dict[str, Any]:
 
 def keep_of(job: Job, order: Sequence[Sequence[Any]]) -> Keep:
     """Everything but these."""
-    return _all_but(job.weights, [Expert(*one) for one in order])
+    return all_but(job.weights, [Expert(*one) for one in order])
 
 
 def prefix(job: Job, order: Sequence[Sequence[Any]], kind: str, share: float) -> list[Sequence[Any]]:
     """The first of an order, so many of each kind."""
-    left = _counts([one.expert for one in job.of_kind(kind)], share, _room(job.weights), "the model")
+    left = counts_of([one.expert for one in job.of_kind(kind)], share, room_of(job.weights), "the model")
     found = []
     for one in order:
         if left[one[1]] > 0:
@@ -137,15 +156,17 @@ def prefix(job: Job, order: Sequence[Sequence[Any]], kind: str, share: float) ->
     return found
 
 
-def measured(job: Job, candidates: Mapping[str, Weights | Path]) -> dict[str, Any]:
-    """KL, loss and agreement of each on every text."""
+def measured(job: Job, candidates: Mapping[str, Weights | Path], tokens: int | None = None) -> dict[str, Any]:
+    """KL, loss and agreement of each on every text, or on so many tokens of each."""
     original = open_model(job.arguments.model, threads=1)
     models = [open_model(candidate, threads=1) for candidate in candidates.values()]
     found: dict[str, Any] = {name: {} for name in candidates}
     for domain, path in job.texts.items():
         if path is None and domain == "other":
             continue
-        passage = held_out_passage([original, *models], text=path, tokens=job.arguments.tokens, allow_fewer=True)
+        passage = held_out_passage(
+            [original, *models], text=path, tokens=tokens or job.arguments.tokens, allow_fewer=True
+        )
         whole = (passage.tokens.shape[1] - 1) // WINDOW * WINDOW
         scores = score([original.runner, *(model.runner for model in models)], passage.tokens[:, : whole + 1])
         for name, own in zip(candidates, scores[1:], strict=True):
@@ -160,6 +181,87 @@ def measured(job: Job, candidates: Mapping[str, Weights | Path]) -> dict[str, An
     return found
 
 
+def pruned(job: Job, name: str, keep: Keep, recover: int) -> Path:
+    """A checkpoint of what stays, recovered over so many tokens; made when first asked for."""
+    path = job.folder / f"made-{name}"
+    if not path.exists():
+        prune(job.arguments.model, path, keep=keep, text=job.arguments.calibrate, recover=recover)
+    return path
+
+
+def shipped(job: Job) -> dict[str, str | Path]:
+    """The whole model, and those without experts: recovered ones where there are any."""
+    found: dict[str, str | Path] = {"nothing": job.arguments.model}
+    for case in SHIPPED:
+        kind, share = case.split(":")[0], float(case.split(":")[1])
+        name = f"{kind} {100 * share:g} %"
+        if case in job.arguments.recovered and job.arguments.recover:
+            found[f"{name}, recovered"] = pruned(
+                job, f"{kind}-{share}", greedy(job, kind, share), job.arguments.recover
+            )
+        else:
+            found[name] = pruned(job, f"{kind}-{share}-unrecovered", greedy(job, kind, share), 0)
+    return found
+
+
+def greedy(job: Job, kind: str, share: float) -> Keep:
+    """What stays where experts are chosen as `prune` does."""
+    order = job.once(f"order {kind} greedy", lambda: job.order(kind, "greedy", 0.5))
+    return keep_of(job, prefix(job, order, kind, share))
+
+
+def against_bits(job: Job) -> dict[str, Any]:
+    """Each model allocated to the same bytes, by what its own groups lose on text: bytes and KL."""
+    found: dict[str, Any] = {}
+    for name, path in shipped(job).items():
+        with tempfile.TemporaryDirectory(dir=job.folder) as folder:
+            lost = sensitivity(path, Path(folder) / "lost.json", text=job.arguments.calibrate, recipes=["int4"])
+            made: dict[str, Path] = {}
+            stored: dict[str, int] = {}
+            for bits in BITS:
+                size, output = bits * job.weights.origin.parameters / 8, Path(folder) / f"{bits}"
+                try:
+                    ledger = quantize(
+                        path,
+                        output,
+                        budget=f"{size / 1e6:.6f}MB",
+                        sensitivities=lost,
+                        text=job.arguments.calibrate,
+                        recover=0,
+                    )
+                except InputError as error:
+                    print(f"{name} at {bits} bits: {error}", flush=True)
+                    continue
+                made[f"{bits}"], stored[f"{bits}"] = output, ledger.predicted_bytes
+            own = measured(job, made, BITS_TOKENS)
+            found[name] = [{"bits": float(bits), "bytes": stored[bits], **own[bits]} for bits in made]
+    return found
+
+
+def bought(job: Job) -> dict[str, Any]:
+    """Each model in int4 on every target, timed in turns: bytes, load time, tokens a second."""
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder:
+        artifacts: dict[Path, tuple[str, str]] = {}
+        for number, (name, path) in enumerate(shipped(job).items()):
+            codes = Path(folder) / f"{number}"
+            quantize(path, codes, recipe="int4-uniform")
+            for target in TARGETS:
+                artifact = Path(folder) / f"{number}-{target}"
+                print(f"{target} without {name}", flush=True)
+                export(codes, artifact, target=target)
+                artifacts[artifact] = name, target
+        report = bench(list(artifacts), threads=1, prompt=512, decode=64, repeats=7)
+        rows = []
+        for timing, (artifact, (name, target)) in zip(report.artifacts, artifacts.items(), strict=True):
+            size = sum(
+                path.stat().st_size
+                for path in artifact.rglob("*")
+                if path.suffix in (".onnx", ".data", ".pte", ".ptd", ".moss")
+            )
+            rows.append({"gone": name, "target": target, "bytes": size, **asdict(timing)})
+        return {"machine": report.machine, "rows": rows}
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Every part that is not there yet."""
     torch.set_num_threads(1)
@@ -171,39 +273,54 @@ def run(arguments: argparse.Namespace) -> None:
         "machine": machine()["cpu"],
         "recover": arguments.recover,
         "argv": vars(arguments) | {"work": "WORK"},
+        "parts": list(parts(job)),
     }
     stored = job.folder / "about.json"
     if stored.is_file() and json.loads(stored.read_text())["model"] != about["model"]:
         raise SystemExit(f"{job.folder} holds figures of another model; give another name")
     stored.write_text(json.dumps(about, indent=1, default=lambda of: getattr(of, "name", None)))
-    job.once("ranks", lambda: ranks(job))
-    for kind in KINDS:
-        order = job.once(f"order {kind} greedy", lambda kind=kind: job.order(kind, "greedy", 0.5))
-        keep = {f"{share}": keep_of(job, prefix(job, order, kind, share)) for share in SHARES}
-        views = {name: Pruned(job.weights, of) for name, of in keep.items()}
-        job.once(f"greedy {kind}", lambda views=views: measured(job, views))
-    for case in arguments.recovered if arguments.recover else ():
-        kind, share = case.split(":")[0], float(case.split(":")[1])
-        order = job.once(f"order {kind} greedy", lambda: None)
-        keep_then, path = keep_of(job, prefix(job, order, kind, share)), job.folder / f"made-{kind}-{share}"
+    for name, make in parts(job).items():
+        if not arguments.only or name in arguments.only:
+            job.once(name, make)
 
-        def recover(keep: Keep = keep_then, path: Path = path) -> dict[str, Any]:
-            if not path.exists():
-                prune(job.arguments.model, path, keep=keep, text=arguments.calibrate, recover=arguments.recover)
-            return measured(job, {"recovered": path})
 
-        job.once(f"recovered {kind} {share}", recover)
-    for kind in ("ssm", "mlp"):
+def parts(job: Job) -> dict[str, Callable[[], Any]]:
+    """Every part by its name, in the order in which they are measured."""
+    found: dict[str, Callable[[], Any]] = {"ranks": lambda: ranks(job)}
+
+    def views(kind: str) -> Callable[[], Any]:
+        return lambda: measured(job, {f"{share}": Pruned(job.weights, greedy(job, kind, share)) for share in SHARES})
+
+    def recovered(name: str, keep: Callable[[], Keep]) -> Callable[[], Any]:
+        return lambda: measured(job, {"recovered": pruned(job, name, keep(), job.arguments.recover)})
+
+    def others(kind: str) -> Callable[[], Any]:
         ways = [(by, 0) for by in SALIENCIES] + [("random", seed) for seed in range(SEEDS)]
+        return lambda: measured(
+            job,
+            {
+                f"{by}, seed {seed}" if by == "random" else by: Pruned(job.weights, keep_of(job, gone))
+                for by, seed in ways
+                if (gone := job.order(kind, by, JUDGED_SHARE, seed))
+            },
+        )
 
-        def others(kind: str = kind, ways: Sequence[tuple[str, int]] = ways) -> dict[str, Any]:
-            views = {}
-            for by, seed in ways:
-                gone = job.order(kind, by, JUDGED_SHARE, seed)
-                views[f"{by}, seed {seed}" if by == "random" else by] = Pruned(job.weights, keep_of(job, gone))
-            return measured(job, views)
-
-        job.once(f"others {kind}", others)
+    for kind in KINDS:
+        found[f"greedy {kind}"] = views(kind)
+    if job.arguments.recover:
+        for case in job.arguments.recovered:
+            kind, share = case.split(":")[0], float(case.split(":")[1])
+            keep = lambda kind=kind, share=share: greedy(job, kind, share)  # noqa: E731
+            found[f"recovered {kind} {share}"] = recovered(f"{kind}-{share}", keep)
+            if share == JUDGED_SHARE and kind != "both" and job.arguments.rivals:
+                for by in RIVALS:
+                    keep = lambda kind=kind, by=by: keep_of(job, job.order(kind, by, JUDGED_SHARE))  # noqa: E731
+                    found[f"recovered {kind} {share} {by}"] = recovered(f"{kind}-{share}-{by}", keep)
+    for kind in ("ssm", "mlp"):
+        found[f"others {kind}"] = others(kind)
+    found["against bits"] = lambda: against_bits(job)
+    found["bought"] = lambda: bought(job)
+    return found
 
 
 Floats = NDArray[np.float64]
@@ -223,9 +340,11 @@ def _mean(values: Floats) -> str:
 def _command(name: str, argv: Mapping[str, Any]) -> str:
     """What measured a model."""
     words = ["python bench/pruning.py run WORK", f'"{name}"', Path(argv["model"]).name]
-    for option in ("calibrate", "same", "other", "tokens", "recover", "recovered"):
+    for option in ("calibrate", "same", "other", "tokens", "recover", "recovered", "rivals"):
         value = argv[option]
-        if value and list(value if isinstance(value, list) else [value]) != list(RECOVERED):
+        if value is True:
+            words.append(f"--{option}")
+        elif value and list(value if isinstance(value, list) else [value]) != list(RECOVERED):
             words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
     return "    " + " ".join(words)
 
@@ -277,46 +396,108 @@ def _section(folder: Path) -> list[str]:
                     ]
                     lines += [f"| {kind} {100 * share:g} %{said} | " + " | ".join(cells) + " |"]
     lines += [""]
-    wanted = [f"greedy {kind}" for kind in KINDS] + [f"others {kind}" for kind in ("ssm", "mlp")]
-    recovered = [f"recovered {case.replace(':', ' ')}" for case in about["argv"]["recovered"] if about["recover"]]
-    missing = [name for name in [*wanted, *recovered] if stored(name) is None]
-    if any(stored(name) is not None for name in recovered):
+    if any(folder.glob("recovered *.json")):
         lines += [f"Recovered over {about['recover']:,} tokens.", ""]
+    missing = [name for name in about["parts"] if stored(name) is None]
     if missing:
         lines += [f"Not measured: {', '.join(missing)}.", ""]
-    if all(stored(f"others {kind}") is None for kind in ("ssm", "mlp")):
-        return lines
-    lines += ["| 25 % gone, chosen by | of | " + " | ".join(f"KL: {text} | greedy less it" for text in texts) + " |"]
-    lines += ["| --- | --- |" + " ---: | ---: |" * len(domains)]
+    ways: list[tuple[str, str, Any, Any]] = []
     for kind in ("ssm", "mlp"):
-        greedy, group = stored(f"greedy {kind}"), stored(f"others {kind}")
-        if greedy is None or group is None:
-            continue
-        for name, of in ({"greedy": greedy[f"{JUDGED_SHARE}"]} | group).items():
-            cells = []
-            for domain in domains:
-                own, ours = (np.array(which[domain]["kl"]) for which in (of, greedy[f"{JUDGED_SHARE}"]))
-                difference = _interval(ours - own)
-                said = "–"
-                if name != "greedy" and difference is not None:
-                    said = f"{(ours - own).mean():+.1e} [{difference.low:+.1e}, {difference.high:+.1e}]"
-                cells += [f"{own.mean():.2e} | {said}"]
-            lines += [f"| {name} | {kind} | " + " | ".join(cells) + " |"]
-    return [*lines, ""]
+        ours, group = stored(f"greedy {kind}"), stored(f"others {kind}")
+        if ours is not None and group is not None:
+            best = ours[f"{JUDGED_SHARE}"]
+            ways += [(name, kind, of, best) for name, of in ({"greedy": best} | group).items()]
+    for kind in ("ssm", "mlp"):
+        found = {by: stored(f"recovered {kind} {JUDGED_SHARE}{by and ' ' + by}") for by in ("", *RIVALS)}
+        for by, of in found.items():
+            if of is not None and found[""] is not None:
+                ways.append((f"{by or 'greedy'}, recovered", kind, of["recovered"], found[""]["recovered"]))
+    if ways:
+        heads = " | ".join(f"KL: {text} | greedy less it" for text in texts)
+        lines += [f"| 25 % gone, chosen by | of | {heads} |", "| --- | --- |" + " ---: | ---: |" * len(domains)]
+    for name, kind, of, best in ways:
+        cells = []
+        for domain in domains:
+            own, least = (np.array(which[domain]["kl"]) for which in (of, best))
+            difference = _interval(least - own)
+            said = "–"
+            if of is not best and difference is not None:
+                said = f"{(least - own).mean():+.1e} [{difference.low:+.1e}, {difference.high:+.1e}]"
+            cells += [f"{own.mean():.2e} | {said}"]
+        lines += [f"| {name} | {kind} | " + " | ".join(cells) + " |"]
+    lines += [""] if ways else []
+    return lines + _against_bits(folder, stored("against bits")) + _bought(stored("bought"))
+
+
+def _picture(folder: Path) -> Path:
+    """Where the picture of a model goes."""
+    return OUTPUT.parent / f"pruning-{folder.name.lower().replace(' ', '-')}.svg"
+
+
+def _against_bits(folder: Path, found: Mapping[str, Any] | None) -> list[str]:
+    """Experts against bits: KL at the same bytes."""
+    if found is None:
+        return []
+    first = next(iter(found.values()))[0]
+    domains = [domain for domain in ("same", "other") if domain in first]
+    series = [
+        Series(
+            f"{name} gone" + (f", {domain}" if len(domains) > 1 else ""),
+            tuple((row["bytes"] / 1e6, float(np.mean(row[domain]["kl"]))) for row in rows),
+        )
+        for name, rows in found.items()
+        for domain in domains
+    ]
+    write_chart(
+        f"{folder.name}: KL over bytes, with fewer experts and with fewer bits", series, _picture(folder), x="MB"
+    )
+    lines = [f"![KL over bytes]({_picture(folder).name})", ""]
+    names = list(found)
+    sizes = sorted({row["bits"] for rows in found.values() for row in rows})
+    for domain in domains:
+        own = first[domain]
+        lines += [f"| bytes of, MB | {' | '.join(f'KL, {name} gone' for name in names)} |"]
+        lines += ["| ---: |" + " ---: |" * len(names)]
+        for bits in sizes:
+            rows = [next((row for row in found[name] if row["bits"] == bits), None) for name in names]
+            size = max(row["bytes"] for row in rows if row is not None)
+            cells = [_mean(np.array(row[domain]["kl"])) if row is not None else "–" for row in rows]
+            lines += [f"| {size / 1e6:.2f} | {' | '.join(cells)} |"]
+        lines += ["", f"{own['text']}, {own['tokens']:,} tokens; –: no choice of formats fits.", ""]
+    return lines
+
+
+def _bought(found: Mapping[str, Any] | None) -> list[str]:
+    """What a phone gets for it."""
+    if found is None:
+        return []
+    lines = ["| in int4, experts gone | artifact | MB | load, ms | prefill of 512, tokens/s | decode, tokens/s |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
+    for row in found["rows"]:
+        speeds = [
+            f"{row[way]['median']:.0f} ({row[way]['min']:.0f}–{row[way]['max']:.0f})"
+            for way in ("prefill_tok_s", "decode_tok_s")
+        ]
+        artifact = TARGETS[row["target"]]
+        lines += [
+            f"| {row['gone']} | {artifact} | {row['bytes'] / 1e6:.2f} | {row['load_ms']:.0f} | {' | '.join(speeds)} |"
+        ]
+    said = f"{found['machine']['cpu']}, one thread, all in turns: median and range of seven."
+    return [*lines, "", said, ""]
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """Put the tables of every model in WORK behind what the page says before them."""
+    """Put the tables of every model in WORK behind what the page says before them; other models keep theirs."""
     page = OUTPUT.read_text("utf-8")
-    before = page[: page.index(BEGIN)]
-    folders = sorted(path.parent for path in arguments.work.glob("*/about.json"))
-    measuring = (__doc__ or "").partition("leaves alone what is there. ")[2]
+    before, _, after = page.partition(BEGIN)
+    sections = {part.partition("\n")[0]: part.rstrip() for part in re.split(r"^### ", after, flags=re.MULTILINE)[1:]}
+    for folder in sorted(path.parent for path in arguments.work.glob("*/about.json")):
+        sections[folder.name] = "\n".join(_section(folder)).strip().removeprefix("### ")
+    measuring = (__doc__ or "").partition("doesn't hold as they are. ")[2]
     said = f"Written by `python bench/pruning.py write WORK` from what `run` measured. {measuring}"
-    folders = sorted(path.parent for path in arguments.work.glob("*/about.json"))
-    lines = [BEGIN, "", *textwrap.wrap(" ".join(said.split()), 128), ""]
-    for folder in folders:
-        lines += _section(folder)
-    OUTPUT.write_text(before + "\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    lines = [f"{before}{BEGIN}", *textwrap.wrap(" ".join(said.split()), 128)]
+    text = "\n\n".join([lines[0], "\n".join(lines[1:]), *(f"### {part}" for part in sections.values())])
+    OUTPUT.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -332,6 +513,8 @@ def main() -> None:
     running.add_argument("--tokens", type=int, help="of each text, at most")
     running.add_argument("--recover", type=int, default=0, help="tokens of recovery")
     running.add_argument("--recovered", nargs="+", choices=RECOVERED, default=RECOVERED, help="what is recovered")
+    running.add_argument("--rivals", action="store_true", help="recover what other ways choose too")
+    running.add_argument("--only", nargs="+", default=[], metavar="PART", help="measure these parts")
     writing = verbs.add_parser("write", help="write the document")
     writing.add_argument("work", type=Path)
     arguments = parser.parse_args()

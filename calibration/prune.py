@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`prune`: remove experts, those of the SSM and of the MLP, by what is lost without them.
 
-    random, frequency, reap, change     a saliency of each expert alone (`mossquant.calibration.saliency`)
-    leave-one-out                       KL at the model's output without the expert, alone: the yardstick of the others
-    greedy                              one after the other the expert that adds least to the KL of those gone already
-
-One order over all layers, none of which is left with fewer experts than a token chooses. Greedily an expert is measured
-again only when its last figure is the smallest: what it adds rarely falls when others go (Minoux 1978). Without an
-expert the router decides among the others by its own rule; nothing that comes before the first layer that is changed
-is computed again. What went before is distilled back if asked (`mossquant.calibration.recover`), with the whole model
-as the teacher and its routers' logits among the experts that are left.
+Experts are chosen in one order over all layers (`mossquant.calibration.removal`), or named. Without an expert the
+router decides among the others by its own rule; nothing that comes before the first layer that is changed is computed
+again. What went before is distilled back if asked (`mossquant.calibration.recover`), with the whole model as the
+teacher and its routers' logits among the experts that are left.
 """
 
 import hashlib
-import heapq
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -32,6 +26,7 @@ from mossquant.calibration.options import dtypes_of
 from mossquant.calibration.quantize import JUDGED_TOKENS
 from mossquant.calibration.recover import SNAPSHOT, check_snapshot, recovery_bytes
 from mossquant.calibration.recover import recover as recover_lost
+from mossquant.calibration.removal import By, Trials, all_but, counts_of, order_of, room_of
 from mossquant.calibration.saliency import Expert, Saliencies, saliencies
 from mossquant.calibration.student import Planned
 from mossquant.calibration.text import CalibrationText
@@ -42,8 +37,7 @@ from mossquant.checkpoint.pruned import Keep, Pruned
 from mossquant.checkpoint.weights import Weights
 from mossquant.device import check_device
 from mossquant.errors import InputError
-from mossquant.files.json import LARGEST, read_json, validated
-from mossquant.files.outputs import check_apart, check_free, check_outside, json_bytes, new_file, new_folder
+from mossquant.files.outputs import check_apart, check_free, check_outside, new_folder
 from mossquant.files.space import check_space
 from mossquant.formats.dtypes import FLOAT_DTYPES
 from mossquant.model.mossnet import experts_of, parameter_count
@@ -55,7 +49,6 @@ from mossquant.release import release
 from mossquant.text.text import Text
 
 Kind = Literal["ssm", "mlp", "both"]
-By = Literal["random", "frequency", "reap", "change", "leave-one-out", "greedy"]
 
 LOOKED_AT = 8192
 """Tokens on which experts are looked at, if not given."""
@@ -172,7 +165,7 @@ def prune(
         experts: share of the experts to remove, of each kind that is asked for; more than 0, less than 1.
         keep: in its place: which experts are left, or a JSON file that says so (`Keep.read`).
         kind: which experts may go: "ssm", "mlp" or "both"; "ssm" if not given.
-        by: how they are chosen, see the module; "greedy" if not given.
+        by: how they are chosen, see `mossquant.calibration.removal`; "greedy" if not given.
         text: files or texts; none: the bundled calibration text, for models with the bundled tokenizer. Its end is what
             the result is judged on; nothing is learned from it.
         tokens: on which experts are looked at, in whole windows of 256.
@@ -212,13 +205,15 @@ def prune(
     trials.measure_with(Meter(weights, windows, device=device))
     if request.named is None:
         candidates = [known[expert] for expert in request.candidates]
-        order = _chosen(request.by or "greedy", candidates, request.counts, _room(weights), trials, seed or 0, report)
+        order = order_of(
+            request.by or "greedy", candidates, request.counts, room_of(weights), trials, seed or 0, report
+        )
     else:
         gone = request.named.gone(weights.config)
         order = [expert for expert, one in known.items() if expert.number in gone.get(one.routing, ())]
     removed = tuple(_removed(known[expert], trials) for expert in order)
     trials.measure_with(None)  # its memory is needed now
-    keep = request.named or _all_but(weights, order)
+    keep = request.named or all_but(weights, order)
     judged = request.judged.windows(max(1, len(request.judged) // WINDOW), WINDOW)
     judge = Meter(weights, judged, device=device, from_start=True)
     kl = judge.kl(gone=keep.gone(weights.config))
@@ -277,7 +272,7 @@ class _Request:
     learned: CalibrationText
     judged: CalibrationText
     windows: Tensor
-    trials: "_Trials"
+    trials: Trials
     tokens: int
     device: str
     work_files: tuple[Path, Path]
@@ -325,7 +320,7 @@ def _request(
     if named is None:
         assert experts is not None
         candidates = _candidates(weights, kind or "ssm")
-        counts = _counts(candidates, experts, _room(weights), weights.origin.path)
+        counts = counts_of(candidates, experts, room_of(weights), weights.origin.path)
     else:
         named.check(weights.config)
         counts = {of: before - after for of, before, after in _totals(weights, named)}
@@ -344,7 +339,7 @@ def _request(
         learned=learned,
         judged=judged,
         windows=windows,
-        trials=_Trials(measured, _identity(weights, windows, device)),
+        trials=Trials(measured, _identity(weights, windows, device)),
         tokens=recover,
         device=device,
         work_files=(measured, snapshot),
@@ -444,150 +439,13 @@ def _candidates(weights: Weights, kind: Kind) -> list[Expert]:
     return found
 
 
-def _room(weights: Weights) -> dict[tuple[int, str], int]:
-    """(layer, kind) → how many experts may go there: all but as many as a token chooses."""
-    return {(of.layer, of.kind): of.count - of.chosen for of in experts_of(weights.config)}
-
-
-def _counts(
-    candidates: Sequence[Expert], share: float, room: Mapping[tuple[int, str], int], path: str
-) -> dict[str, int]:
-    """How many of each kind are to go. Raises `InputError`: none, or more than may."""
-    counts: dict[str, int] = {}
-    for expert in candidates:
-        counts[expert.kind] = counts.get(expert.kind, 0) + 1
-    going = {kind: round(share * count) for kind, count in counts.items()}
-    for kind, count in counts.items():
-        most = sum(of for (_, own), of in room.items() if own == kind)
-        if going[kind] == 0:
-            raise InputError(f"{share:.1%} of {path}'s {count} {kind} experts is none; one is {1 / count:.1%}")
-        if going[kind] > most:
-            raise InputError(
-                f"{going[kind]} of {count} {kind} experts cannot go: a layer keeps as many as a token chooses, so that "
-                f"{most} may; ask for {100 * most / count:g}% or less"
-            )
-    return going
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """KL without some experts, nats a token: mean over windows, and its 95 % interval."""
-
-    kl: float
-    ci95: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """A run as it is stored: what it is of, and the trials by the names of the experts that were gone."""
-
-    run: str
-    trials: Mapping[str, _Trial]
-
-
-class _Trials:
-    """KL without some experts, and the file from which a run that was killed goes on.
-
-    Args:
-        path: the file.
-        identity: what must be equal for a run to be gone on with.
-
-    Raises:
-        InputError: a file that is none of ours, or of another run.
-    """
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self._path, self._identity = path, identity
-        self._found: dict[str, _Trial] = {}
-        self._meter: Meter | None = None
-        if path.exists():
-            advice = "remove it to start again"
-            values = read_json(path, largest=LARGEST, advice=advice)
-            noun = "a run of prune"
-            stored = validated(values, _Snapshot, where=str(path), noun=noun, advice=f"{advice.capitalize()}.")
-            if stored.run != identity:
-                raise InputError(f"{path} belongs to another model, text, release or options; {advice}")
-            self._found = dict(stored.trials)
-
-    def measure_with(self, meter: Meter | None) -> None:
-        """What measures from now on."""
-        self._meter = meter
-
-    def without(self, gone: Collection[Expert], routing: Mapping[Expert, str]) -> _Trial:
-        """Without these experts; `routing`: their routers' names in a pass."""
-        name = "; ".join(map(str, sorted(gone)))
-        if name not in self._found:
-            assert self._meter is not None
-            behind: dict[str, list[int]] = {}
-            for expert in sorted(gone):
-                behind.setdefault(routing[expert], []).append(expert.number)
-            kl = self._meter.kl(gone=behind)
-            self._found[name] = _Trial(float(kl.mean()), interval(kl))
-            with new_file(self._path, force=True) as partial:
-                partial.write_bytes(json_bytes(asdict(_Snapshot(self._identity, self._found))))
-        return self._found[name]
-
-
 def _identity(weights: Weights, windows: Tensor, device: str) -> str:
     """SHA-256 of all that decides what is measured."""
     run = [release(), dict(weights.origin.files), windows.tolist(), device, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(run).encode()).hexdigest()
 
 
-def _chosen(
-    by: By,
-    candidates: Sequence[Saliencies],
-    counts: Mapping[str, int],
-    room: Mapping[tuple[int, str], int],
-    trials: _Trials,
-    seed: int,
-    progress: Progress,
-) -> list[Expert]:
-    """The experts that go, in the order in which they are chosen, so many of each kind."""
-    routing = {one.expert: one.routing for one in candidates}
-    if by in ("leave-one-out", "greedy"):
-        scores = {}
-        for done, expert in enumerate(routing, 1):
-            scores[expert] = trials.without([expert], routing).kl
-            progress(f"without {expert}", done, len(routing))
-    elif by == "random":
-        places = np.random.default_rng(seed).permutation(len(candidates))
-        scores = {one.expert: float(place) for one, place in zip(candidates, places, strict=True)}
-    else:
-        scores = {one.expert: float(getattr(one, by)) for one in candidates}
-    gone: list[Expert] = []
-    left, open_ = dict(counts), dict(room)
-    queue = [(score, expert, 0) for expert, score in scores.items()]
-    heapq.heapify(queue)
-    lost = 0.0
-    while any(left.values()):
-        score, expert, at = heapq.heappop(queue)
-        place = (expert.layer, expert.kind)
-        if left[expert.kind] == 0 or open_[place] == 0:
-            continue
-        if by == "greedy" and at < len(gone):
-            added = trials.without([*gone, expert], routing).kl - lost
-            heapq.heappush(queue, (added, expert, len(gone)))
-            continue
-        gone.append(expert)
-        lost += score
-        left[expert.kind] -= 1
-        open_[place] -= 1
-        progress(f"{expert} goes", len(gone), sum(counts.values()))
-    return gone
-
-
-def _all_but(weights: Weights, gone: Collection[Expert]) -> Keep:
-    """The others."""
-    layers: dict[str, list[tuple[int, ...]]] = {}
-    for experts in experts_of(weights.config):
-        own = layers.setdefault(experts.kind, [()] * weights.config.num_hidden_layers)
-        numbers = (Expert(experts.layer, experts.kind, number) for number in range(experts.count))
-        own[experts.layer] = tuple(expert.number for expert in numbers if expert not in gone)
-    return Keep(**{kind: tuple(of) for kind, of in layers.items()})
-
-
-def _removed(one: Saliencies, trials: _Trials) -> Removed:
+def _removed(one: Saliencies, trials: Trials) -> Removed:
     alone = trials.without([one.expert], {one.expert: one.routing})
     return Removed(
         layer=one.expert.layer,

@@ -76,17 +76,23 @@ def sensitivity_chart(found: Sensitivities) -> tuple[str, list[Series]]:
     return f"KL of each role over its bits a weight ({found.method})", series
 
 
-def write_chart(title: str, series: Sequence[Series], path: Path) -> None:
-    """Write a chart; points of KL 0 lie beyond a logarithmic axis and are left out. Replaces an .svg that is there."""
+def write_chart(title: str, series: Sequence[Series], path: Path, *, x: str = "bits a weight") -> None:
+    """Write a chart of KL over `x`; points of KL 0 lie beyond a logarithmic axis and are left out.
+
+    Replaces an .svg that is there.
+
+    Raises:
+        InputError: another kind of file, or nothing to draw.
+    """
     if path.suffix != ".svg":
         raise InputError(f"{path}: a picture is an .svg file; choose such a name")
-    drawn = [Series(one.name, tuple((x, y) for x, y in one.points if y > 0), one.joined) for one in series]
+    drawn = [Series(one.name, tuple(point for point in one.points if point[1] > 0), one.joined) for one in series]
     drawn = [one for one in drawn if one.points]
-    xs = [x for one in drawn for x, _ in one.points]
-    ys = [math.log10(y) for one in drawn for _, y in one.points]
+    xs = [point[0] for one in drawn for point in one.points]
+    ys = [math.log10(point[1]) for one in drawn for point in one.points]
     if not xs:
         raise InputError(f"{path}: nothing was lost anywhere, so there is nothing to draw")
-    text = "\n".join(_lines(title, drawn, _Axis.over(xs), _Axis.over(ys)))
+    text = "\n".join(_lines(title, x, drawn, _Axis.over(xs), _Axis.over(ys)))
     with new_file(path, force=True) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
@@ -105,7 +111,7 @@ class _Axis:
         return round(first + (value - self.low) / (self.high - self.low) * (last - first), 1)
 
 
-def _lines(title: str, series: Sequence[Series], x_axis: _Axis, y_axis: _Axis) -> list[str]:
+def _lines(title: str, x_name: str, series: Sequence[Series], x_axis: _Axis, y_axis: _Axis) -> list[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
     def x_of(x: float) -> float:
@@ -119,7 +125,7 @@ def _lines(title: str, series: Sequence[Series], x_axis: _Axis, y_axis: _Axis) -
         f'font-size="12" fill="#1f2328"><title>{escape(title)}</title>',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="22" font-size="14">{escape(title)}</text>',
-        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 14}" text-anchor="middle">bits a weight</text>',
+        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 14}" text-anchor="middle">{escape(x_name)}</text>',
         f'<text x="16" y="{(_TOP + bottom) / 2}" text-anchor="middle" '
         f'transform="rotate(-90 16 {(_TOP + bottom) / 2})">KL, nats a token</text>',
     ]
