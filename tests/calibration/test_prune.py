@@ -85,7 +85,10 @@ def test_each_saliency_takes_its_smallest(model: Path, text: Text, by: By, tmp_p
         assert scores == sorted(scores)
 
 
-def test_named_experts_go_and_every_target_takes_what_is_left(checkpoint_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [("onnx", "native"), pytest.param(("executorch",), marks=pytest.mark.slow)])
+def test_named_experts_go_and_every_target_takes_what_is_left(
+    targets: tuple[str, ...], checkpoint_folder: Path, tmp_path: Path
+) -> None:
     """One SSM expert left in a layer, an MLP at top-k, counts that differ: quantized, lowered, verified."""
     kept = Keep(ssm=((0, 1, 3), (2,)), mlp=((0, 3), (0, 1, 2)))
     (tmp_path / "keep.json").write_text(json.dumps({"ssm": kept.ssm, "mlp": kept.mlp}))
@@ -99,9 +102,9 @@ def test_named_experts_go_and_every_target_takes_what_is_left(checkpoint_folder:
     assert file_sha256(tmp_path / "book.txt") in left.origin.seen_text
     quantize(tmp_path / "out", tmp_path / "int4", recipe="int4-uniform")
     (tmp_path / "other.txt").write_text("What nobody has seen is what a model is judged by. " * 10)
-    for target in ("onnx", "native"):
+    for target in targets:
         export(tmp_path / "int4", tmp_path / target, target=target)
-    lowered = [tmp_path / "onnx", tmp_path / "native"]
+    lowered = [tmp_path / target for target in targets]
     assert verify(tmp_path / "int4", lowered, text=tmp_path / "other.txt", positions=64, stream=128).passed
 
 
