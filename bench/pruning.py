@@ -32,7 +32,6 @@ from mossquant.calibration.prune import prune
 from mossquant.calibration.quantize import JUDGED_TOKENS, quantize
 from mossquant.calibration.removal import Trials, all_but, counts_of, order_of, room_of
 from mossquant.calibration.saliency import Expert, Saliencies, saliencies
-from mossquant.calibration.sensitivity import sensitivity
 from mossquant.calibration.text import CalibrationText
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.pruned import Keep, Pruned
@@ -60,7 +59,7 @@ RIVALS = ("frequency", "reap")
 """Recovered too, at the share at which ways of choosing are held against one another."""
 SHIPPED = ("ssm:0.25", "ssm:0.5", "mlp:0.25")
 """What is quantized and lowered beside the whole model."""
-BITS = (3.5, 3.75, 4.0, 4.25, 4.5, 4.75, 5.25, 6.0, 7.0, 8.0)
+BITS = (3.75, 4.25, 4.5, 4.75, 5.25, 6.0, 8.0)
 """Budgets, of bytes: bits a weight of the whole model."""
 BITS_TOKENS = 32_768
 """Of each text, on which quantized models are measured."""
@@ -211,24 +210,16 @@ def greedy(job: Job, kind: str, share: float) -> Keep:
 
 
 def against_bits(job: Job) -> dict[str, Any]:
-    """Each model allocated to the same bytes, by what its own groups lose on text: bytes and KL."""
+    """Each model in `int4` within the same bytes, its formats chosen by what roles are known to lose: bytes and KL."""
     found: dict[str, Any] = {}
     for name, path in shipped(job).items():
         with tempfile.TemporaryDirectory(dir=job.folder) as folder:
-            lost = sensitivity(path, Path(folder) / "lost.json", text=job.arguments.calibrate, recipes=["int4"])
             made: dict[str, Path] = {}
             stored: dict[str, int] = {}
             for bits in BITS:
                 size, output = bits * job.weights.origin.parameters / 8, Path(folder) / f"{bits}"
                 try:
-                    ledger = quantize(
-                        path,
-                        output,
-                        budget=f"{size / 1e6:.6f}MB",
-                        sensitivities=lost,
-                        text=job.arguments.calibrate,
-                        recover=0,
-                    )
+                    ledger = quantize(path, output, budget=f"{size / 1e6:.6f}MB")
                 except InputError as error:
                     print(f"{name} at {bits} bits: {error}", flush=True)
                     continue
