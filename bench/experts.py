@@ -68,7 +68,12 @@ def configs(whole: MossNetConfig) -> dict[str, MossNetConfig]:
     chosen = whole.num_ssm_experts_per_tok
     if whole.num_mlp_experts_per_tok != chosen or not chosen < whole.ssm_experts(0) == whole.mlp_experts(0):
         raise InputError("this preset has no experts to choose from, or other numbers of them; give 8x200m or 8x30m")
-    one = {"num_ssm_experts_per_tok": 1, "num_mlp_experts_per_tok": 1, "num_ssm_experts": 1, "num_mlp_experts": 1}
+    one: dict[str, Any] = {
+        "num_ssm_experts_per_tok": 1,
+        "num_mlp_experts_per_tok": 1,
+        "num_ssm_experts": 1,
+        "num_mlp_experts": 1,
+    }
     rank = chosen * whole.time_step_rank + (chosen - 1) * whole.state_size
     width = chosen * whole.mlp_intermediate_size
     return {
@@ -138,7 +143,12 @@ class Turns:
         """Microseconds a step of each part of each model."""
         found = {}
         for name, runner in self._runners.items():
-            seconds = runner.model.profiled(lambda name=name: [self._step(name, token) for token in self.tokens])  # type: ignore[misc]
+
+            def steps(name: str = name) -> None:
+                for token in self.tokens:
+                    self._step(name, token)
+
+            seconds = runner.model.profiled(steps)
             found[name] = {part: 1e6 * value / len(self.tokens) for part, value in seconds.items()}
         return found
 
