@@ -7,10 +7,11 @@
 namespace moss {
 namespace {
 
-// The integers of R rows, an even number, by smmla: of two rows and a pair of outputs all four sums, 8 products each.
+// The integers of R rows by smmla: of two rows and a pair of outputs all four sums, 8 products each. An odd row at the
+// end goes with itself.
 template <int R>
 struct MatrixSums {
-  int32x4_t sums[R / 2][kPairs];
+  int32x4_t sums[(R + 1) / 2][kPairs];
 
   MatrixSums() {
     for (auto& row : sums) {
@@ -21,7 +22,7 @@ struct MatrixSums {
   void add(const int8x16_t (&weights)[kPairs], const Columns<R>& x, int step) {
     for (int r = 0; r < R; r += 2) {
       const int64x2_t one = vreinterpretq_s64_s8(x.halves[r][step / 2]);
-      const int64x2_t other = vreinterpretq_s64_s8(x.halves[r + 1][step / 2]);
+      const int64x2_t other = vreinterpretq_s64_s8(x.halves[r + 1 < R ? r + 1 : r][step / 2]);
       const int8x16_t both = vreinterpretq_s8_s64(step % 2 ? vzip2q_s64(one, other) : vzip1q_s64(one, other));
       for (int p = 0; p < kPairs; ++p) sums[r / 2][p] = vmmlaq_s32(sums[r / 2][p], both, weights[p]);
     }

@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 from itertools import count
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from commands import command, die_at, forked, refused
 from small import CONFIGS, SMALL, difference, random_model, random_tokens, write_model
 
 from mossquant.calibration.meter import Meter
-from mossquant.calibration.prune import By, Kind, prune
+from mossquant.calibration.prune import By, Kind, Pruning, prune
 from mossquant.calibration.quantize import quantize
+from mossquant.calibration.recover import Rates
 from mossquant.checkpoint.checkpoint import load_model, write_checkpoint
 from mossquant.checkpoint.open import open_weights
 from mossquant.checkpoint.pruned import Keep, Pruned
@@ -23,6 +25,7 @@ from mossquant.errors import InputError
 from mossquant.eval.verify import verify
 from mossquant.files.outputs import file_sha256
 from mossquant.model.mossnet import experts_of, tensor_specs
+from mossquant.progress import Progress
 from mossquant.targets.export import export
 from mossquant.text.text import Text
 
@@ -159,6 +162,45 @@ def test_a_killed_run_goes_on(model: Path, tmp_path: Path) -> None:
     assert file_sha256(place / "out" / "model.safetensors") == whole
     assert [path.name for path in place.iterdir()] == ["out"]
     assert forked("recipes", before=lambda: None) == 0
+
+
+def test_killed_while_it_recovers_it_gives_the_same_bytes(
+    model: Path, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is a snapshot and after; the last run goes on from there."""
+    every = 10
+    monkeypatch.setattr("mossquant.calibration.recover.EVERY", every)
+    kept = Keep(ssm=tuple((0, 1, 3) for _ in range(2)), mlp=tuple((0, 2, 3) for _ in range(2)))
+    steps, window, place = 3 * every, Rates().window, tmp_path / "place"
+    place.mkdir()
+    snapshot = place / "out.recovering.safetensors"
+
+    def run(output: Path, progress: Progress | None = None) -> Pruning:
+        options = {"keep": kept, "text": [text], "tokens": TOKENS, "recover": steps * window}
+        return prune(model, output, progress=progress, **options)  # type: ignore[arg-type]
+
+    found = run(tmp_path / "whole")
+    assert found.recovered_kl is not None, "what was distilled should have been stored"
+    for last in (every - 1, every + 2):
+
+        def killed(name: str, done: int, total: int, last: int = last) -> None:
+            if name == "recovering" and done == last * window:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            run(place / "out", killed)
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert not (place / "out").exists()
+        assert snapshot.exists() == (last > every)
+    gone_on: list[int] = []
+    run(place / "out", lambda name, done, total: gone_on.append(done) if name == "recovering" else None)
+    assert gone_on[0] == (every + 1) * window
+    assert [path.name for path in place.iterdir()] == ["out"]
+    whole = {path.name: file_sha256(path) for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: file_sha256(path) for path in (place / "out").iterdir()} == whole
 
 
 @pytest.mark.parametrize(("words", "said"), [

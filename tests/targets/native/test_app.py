@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lowered import Lowered, Workshop
+from shared import once
 
 from mossquant import native_path
 from mossquant.checkpoint.open import open_weights
@@ -89,24 +90,38 @@ def test_the_library_is_small_and_needs_nothing(tmp_path: Path) -> None:
     assert all(f"{symbol}(" in headers for symbol in symbols)
 
 
-def build(folder: Path, *options: str) -> Path:
-    """The runtime, its example and moss-costs, from the sources; → their folder."""
+def build(folder: Path, *options: str, programs: tuple[str, ...] = ("moss-example", "moss-costs")) -> Path:
+    """The runtime and programs that use it, from the sources; → their folder."""
     cmake = Path(sys.executable).with_name("cmake")
     made = run(cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, "-DMOSS_PYTHON=OFF", "-DMOSS_TESTS=ON", *options)
     assert made.returncode == 0, made.stderr[-2000:]
-    made = run(cmake, "--build", folder, "--target", "moss-example", "moss-costs")
+    made = run(cmake, "--build", folder, "--target", *programs)
     assert made.returncode == 0, made.stdout[-2000:]
+    return programs_in(folder)
+
+
+def programs_in(folder: Path) -> Path:
     return folder / "targets" / "native" / "runtime"
 
 
+@pytest.fixture(scope="module")
+def sanitized(shared: Path) -> Path:
+    """The programs with the address and undefined-behaviour sanitizers."""
+    programs = ("moss-example", "moss-blocks-test")
+    return programs_in(
+        once(shared / "sanitized", lambda folder: build(folder, "-DMOSS_SANITIZE=ON", programs=programs))
+    )
+
+
 @pytest.mark.slow
-def test_sanitizers_find_nothing_in_right_and_damaged_files(workshop: Workshop, tmp_path: Path) -> None:
-    """The address and undefined-behaviour sanitizers, over every instruction set's layout, and 150 damaged files."""
-    own = build(tmp_path / "build", "-DMOSS_SANITIZE=ON")
+def test_sanitizers_find_nothing_in_right_and_damaged_files(
+    sanitized: Path, workshop: Workshop, tmp_path: Path
+) -> None:
+    """Two right ones, and 150 that are damaged."""
     random = np.random.default_rng(0)
     for shape in ("wide", "experts"):
         lowered = workshop(shape, "int4", target="native")
-        assert said(own / "moss-example", lowered.program) == greedy(lowered.runner)
+        assert said(sanitized / "moss-example", lowered.program) == greedy(lowered.runner)
         data = np.frombuffer(lowered.program.read_bytes(), np.uint8)
         header = 8 + int.from_bytes(data[:8].tobytes(), "little")
         for number in range(75):
@@ -118,10 +133,17 @@ def test_sanitizers_find_nothing_in_right_and_damaged_files(workshop: Workshop, 
             path.write_bytes(
                 damaged[: random.integers(8, len(data))].tobytes() if number % 5 == 0 else damaged.tobytes()
             )
-            done = run(own / "moss-example", path, "4", *map(str, PROMPT))
+            done = run(sanitized / "moss-example", path, "4", *map(str, PROMPT))
             assert done.returncode in (0, 1), done.stderr[-3000:]
             assert "Sanitizer" not in done.stderr
             assert done.returncode == 0 or len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_blocks(sanitized: Path) -> None:
+    """moss_blocks.h as a host calls it: rightly, by mistake, and with any values (`blocks_test.cc`)."""
+    done = run(sanitized / "moss-blocks-test")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
