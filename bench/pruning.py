@@ -59,7 +59,7 @@ RIVALS = ("frequency", "reap")
 """Recovered too, at the share at which ways of choosing are held against one another."""
 SHIPPED = ("ssm:0.25", "ssm:0.5", "mlp:0.25")
 """What is quantized and lowered beside the whole model."""
-BITS = (3.75, 4.25, 4.5, 4.75, 5.25, 6.0, 8.0)
+BITS = (3.8, 4.0, 4.2, 4.4, 4.75, 5.25, 6.0, 8.0)
 """Budgets, of bytes: bits a weight of the whole model."""
 BITS_TOKENS = 32_768
 """Of each text, on which quantized models are measured."""
