@@ -365,9 +365,10 @@ def _section(folder: Path) -> list[str]:
             figures = " | ".join(f"{found[kind][by]:.2f}" for by in SALIENCIES)
             lines += [f"| {kind} experts | {figures} | {least:.1e} – {median:.1e} – {most:.1e} |"]
         lines += [""]
+    last = _against_bits(folder, stored("against bits")) + _bought(stored("bought"))
     first = next(iter((stored("greedy ssm") or {}).values()), None)
     if first is None:
-        return lines
+        return lines + last
     domains = [domain for domain in ("same", "other") if domain in first]
     texts = [f"{first[domain]['text']}, {first[domain]['tokens']:,} tokens" for domain in domains]
     lines += ["| experts gone | " + " | ".join(f"KL: {text} | perplexity" for text in texts) + " |"]
@@ -417,7 +418,7 @@ def _section(folder: Path) -> list[str]:
             cells += [f"{own.mean():.2e} | {said}"]
         lines += [f"| {name} | {kind} | " + " | ".join(cells) + " |"]
     lines += [""] if ways else []
-    return lines + _against_bits(folder, stored("against bits")) + _bought(stored("bought"))
+    return lines + last
 
 
 def _picture(folder: Path) -> Path:
@@ -442,7 +443,11 @@ def _against_bits(folder: Path, found: Mapping[str, Any] | None) -> list[str]:
     write_chart(
         f"{folder.name}: KL over bytes, with fewer experts and with fewer bits", series, _picture(folder), x="MB"
     )
-    lines = [f"![KL over bytes]({_picture(folder).name})", ""]
+    said = (
+        "Against bits: `int4` within the same bytes, its formats chosen by what roles are known to lose; KL against the "
+        "whole model in full precision."
+    )
+    lines = [said, "", f"![KL over bytes]({_picture(folder).name})", ""]
     names = list(found)
     sizes = sorted({row["bits"] for rows in found.values() for row in rows})
     for domain in domains:
