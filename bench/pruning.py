@@ -444,8 +444,8 @@ def _against_bits(folder: Path, found: Mapping[str, Any] | None) -> list[str]:
         f"{folder.name}: KL over bytes, with fewer experts and with fewer bits", series, _picture(folder), x="MB"
     )
     said = (
-        "Against bits: `int4` within the same bytes, its formats chosen by what roles are known to lose; KL against the "
-        "whole model in full precision."
+        "Against bits: `int4` within the same bytes, its formats chosen by what roles are known to lose; KL against "
+        "the whole model in full precision."
     )
     lines = [said, "", f"![KL over bytes]({_picture(folder).name})", ""]
     names = list(found)
