@@ -363,7 +363,7 @@ def _distilled(
     whole, learned = judge.model.config, request.learned
     numbers = {experts.routing: keep.of(experts) for experts in experts_of(whole) if experts.routing is not None}
     plan = make_plan(left.config, dtypes_of(left), Recipe.parse(_STORED, where="the recipe of pruning"))
-    say(f"distilling over {request.tokens:,} tokens of {learned.name}")
+    say(f"distilling over {learned.said(request.tokens)}")
     say(f"a run that is stopped goes on from {request.snapshot}")
     made = recover_lost(
         left,

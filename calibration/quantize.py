@@ -492,7 +492,7 @@ def _judged(
     if not request.tokens:
         return found(pieces, kl, 0)
     expected = PASSES * meter.seconds * request.tokens / meter.windows.numel()
-    say(f"distilling over {request.tokens:,} tokens of {learned.name}: {about(expected)}")
+    say(f"distilling over {learned.said(request.tokens)}: {about(expected)}")
     say(f"a run that is stopped goes on from {request.snapshot}")
     solved = {name: _quantized(plan, name, piece) for name, piece, _, _ in pieces}
     stored = recovered(

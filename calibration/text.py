@@ -80,6 +80,11 @@ class CalibrationText:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def said(self, tokens: int) -> str:
+        """So many of its tokens, and how often each is read where it has fewer."""
+        times = "" if tokens <= len(self) else f" ({len(self):,}, read {tokens / len(self):,.1f} times)"
+        return f"{tokens:,} tokens of {self.name}{times}"
+
     def split(self, held_out: int) -> tuple["CalibrationText", "CalibrationText"]:
         """(what is learned from, the last `held_out` tokens, on which what was learned is judged).
 

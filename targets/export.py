@@ -167,7 +167,15 @@ def _checked_options(names: Sequence[str], **given: str | None) -> dict[str, str
         having = {name: own for name in program_targets() if (own := get_target(name).choices(option, options))}
         known = [choice for name, choices in having.items() if name in names for choice in choices]
         if not known:
-            raise InputError(f"--{option} is for {', '.join(having)} and not for {', '.join(names)}; leave it out")
+            beside = [
+                f"--{other} {choice}"
+                for target in map(get_target, names)
+                for other in given
+                for choice in target.choices(other, options)
+                if target.choices(option, options | {other: choice})
+            ]
+            advice = ", ".join(["leave it out", *(f"or add {of}" for of in beside[:1])])
+            raise InputError(f"--{option} is for {', '.join(having)} and not for {', '.join(names)}; {advice}")
         if value not in known:
             raise InputError.unknown(f"--{option} value", value, known)
     return options

@@ -46,7 +46,7 @@ class Keep:
         """Read a JSON file, {"ssm": [[0, 2, 5], …], "mlp": …}. Raises `InputError`: not readable, or another file."""
         advice = 'give a JSON file with a list of expert numbers for each layer: {"ssm": [[0, 1], [0, 3]]}'
         values = read_json(path, largest=_LARGEST, advice=advice)
-        noun = "a list of the experts that are kept"
+        noun = "a list of the experts that are kept, by kind"
         return validated(values, cls, where=str(path), noun=noun, advice=f"{advice.capitalize()}.")
 
     def of(self, experts: Experts) -> tuple[int, ...]:
@@ -84,9 +84,8 @@ class Keep:
                     if problem is not None:
                         offenders.append(f"layer {layer}, {kind}: {problem}")
         if offenders:
-            raise InputError.listing(
-                "what is to be kept does not fit the model", offenders, "Name experts by their numbers, from 0 on."
-            )
+            advice = "Name the experts that stay in each layer by their numbers, from 0 on."
+            raise InputError.listing("what is to be kept does not fit the model", offenders, advice)
 
     def config(self, config: MossNetConfig) -> MossNetConfig:
         """The shape of what is left."""
@@ -121,7 +120,7 @@ def _problem(experts: Experts | None, numbers: tuple[int, ...]) -> str | None:
         return "its one expert has no router, and cannot go"
     # One SSM expert is Mamba itself; an MLP would give the token less than the router was trained to.
     least = 1 if experts.kind == "ssm" else experts.chosen
-    return None if len(numbers) >= least else f"{len(numbers)} experts are left, {least} is the least"
+    return None if len(numbers) >= least else f"{len(numbers)} left, fewer than the {least} that a token needs"
 
 
 class Pruned(View):

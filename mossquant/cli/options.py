@@ -127,8 +127,10 @@ def token_count(text: str) -> int:
 
 
 def percent(text: str, option: str) -> float:
-    """Read "25%" or "25" as 25.0. Raises `InputError` for anything else, naming the option."""
+    """Read "25%" as 25.0. Raises `InputError` for anything else, naming the option: a bare 3 may mean three of them."""
     try:
+        if not text.endswith("%"):
+            raise ValueError
         return float(text.removesuffix("%"))
     except ValueError:
         raise InputError(f"{option} {text[:40]!r} is not a percentage; give one like 25% or 0.5%") from None

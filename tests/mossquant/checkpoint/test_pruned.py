@@ -59,8 +59,8 @@ def test_what_it_says_of_itself(weights: Weights) -> None:
     (Keep(ssm=((0, 1, 2, 3),)), "ssm lists 1 layers, the model has 2"),
     (Keep(ssm=((0, 9), (1,))), "layer 0, ssm: expert 9 is unknown, it has 4"),
     (Keep(ssm=((1, 0), (0, 0))), "layer 0, ssm: [1, 0] is not in ascending order, each expert once"),
-    (Keep(ssm=((), (1,))), "layer 0, ssm: 0 experts are left, 1 is the least"),
-    (Keep(mlp=((2,), (0, 1))), "layer 0, mlp: 1 experts are left, 2 is the least"),
+    (Keep(ssm=((), (1,))), "layer 0, ssm: 0 left, fewer than the 1 that a token needs"),
+    (Keep(mlp=((2,), (0, 1))), "layer 0, mlp: 1 left, fewer than the 2 that a token needs"),
 ])  # fmt: skip
 def test_refused(weights: Weights, kept: Keep, said: str) -> None:
     with pytest.raises(InputError, match="what is to be kept does not fit the model") as caught:

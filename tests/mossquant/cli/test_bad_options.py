@@ -35,7 +35,7 @@ BAD_OPTIONS = [
     ("perplexity MODEL --text TEXT --streams 9000", "are too few for 9000 streams"),
     ("perplexity MODEL --text TEXT --activations int3", "'int3' is not one of 'fp32', 'planned'"),
     ("compare MODEL MODEL --text TEXT --max-ppl-increase 1%%", "'1%%' is not a percentage"),
-    ("compare MODEL MODEL --text TEXT --max-ppl-increase nan", "is not a number of per cent"),
+    ("compare MODEL MODEL --text TEXT --max-ppl-increase nan%", "is not a number of per cent"),
     ("compare MODEL", "Missing argument 'CANDIDATE'; see mossquant compare --help"),
     ("generate MODEL x --temperature inf", "temperature is inf"),
     ("generate MODEL x --top-p nan", "top_p is nan, needs more than 0 and at most 1"),
