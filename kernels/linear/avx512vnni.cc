@@ -34,6 +34,9 @@ inline __m512 widened(const std::uint8_t* scales) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// Blocks whose sums of the input are multiplied by the offset at once: one multiplication less for a row and block.
+constexpr std::int64_t kSumsTogether = 16;
+
 inline void fetch(const std::uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
 
 template <WeightName weight>
@@ -52,19 +55,27 @@ struct Strip {
     const std::int8_t* x = args.x_codes + m * C;
     const float* const x_scales = args.x_scales + m * blocks;
     const std::int32_t* const x_sums = args.x_sums + m * blocks;
-    // As pairs of words, minus the offset and 0; a sum, at most 127 * 128, is its own lower word.
-    const __m512i offset = _mm512_set1_epi32(format.bits == 8 ? 0xff80 : 0xfff8);
+    alignas(kLineBytes) std::int32_t taken_away[R][kSumsTogether];
     const __m512i nibble = _mm512_set1_epi8(0xf);
 
     __m512 y[R];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
     for (std::int64_t b = 0; b < blocks; ++b) {
+      const std::int64_t of_block = b % kSumsTogether;
+      if (of_block == 0) {
+        const std::int64_t count = blocks - b < kSumsTogether ? blocks - b : kSumsTogether;
+        const auto some = static_cast<__mmask16>((1u << count) - 1);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const __m512i offset = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(some, x_sums + r * blocks + b),
+                                                   format.bits - 1);
+          _mm512_store_si512(taken_away[r], _mm512_sub_epi32(_mm512_setzero_si512(), offset));
+        }
+      }
       __m512i sums[R];
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        sums[r] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), offset, _mm512_set1_epi32(x_sums[r * blocks + b]));
-      }
+      for (int r = 0; r < R; ++r) sums[r] = _mm512_set1_epi32(taken_away[r][of_block]);
       for (std::int64_t k = 0; k < format.block; k += 32, x += 32) {
 #pragma GCC unroll 8
         for (std::int64_t j = 0; j < format.bits; ++j, codes += kLineBytes) {

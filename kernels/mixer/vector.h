@@ -4,7 +4,8 @@
 //
 // One vector of channels goes through a chunk of steps at a time. Within it the states are taken a few at a time
 // (kStates), which stay in registers over the chunk's steps, or all after one another where they share a scale; what
-// does not depend on the state is computed first, once a step. The order of the sum over states is that of a single
+// does not depend on the state is computed first, once a step. A call of a single step keeps nothing of that in memory
+// (mixer_step). The order of the sum over states is that of a single
 // step, so that cutting time changes no bit.
 
 #ifndef MOSS_KERNELS_MIXER_VECTOR_H_
@@ -167,6 +168,67 @@ inline void mixer_codes(const MixerSteps& steps, std::int8_t* h, float* scales, 
   scale.store(scales);
 }
 
+// Brings the state of the strip behind this one into the cache: a processor that reads ahead by itself stops at the end
+// of a page, and many sequences have more states than it holds. Behind the last strip nothing is touched.
+template <typename Stored>
+inline void prefetch_next_strip(const Stored* h, std::int64_t states) {
+  constexpr std::int64_t kLine = 64 / sizeof(Stored);
+  const std::int64_t size = states * kMaxLanes;
+  for (std::int64_t i = 0; i < size; i += kLine) __builtin_prefetch(h + size + i, 1);
+}
+
+// A single step of one vector of channels: what mixer_states does, with the sum over the states in a register.
+template <typename Vec, typename Format>
+inline Vec mixer_step(const MixerSteps& steps, Vec delta, Vec input, Vec sum, typename Format::Stored* h) {
+  constexpr bool kRounds = !std::is_same_v<Format, Fp32>;
+  const std::int64_t N = steps.states;
+  const float *const Bm = steps.Bm, *const Cm = steps.Cm, *const rate = steps.rate;
+  const Draw draw = Draw::of(steps.position);
+  const auto state_at = [&](std::int64_t n) {
+    const Vec decay = exp2_product(delta, Vec::load(rate + n * kMaxLanes));
+    return fma(decay, Format::template load<Vec>(h + n * kMaxLanes), input * Vec::set(Bm[n]));
+  };
+  const auto take = [&](std::int64_t n, Vec state) {
+    sum = fma(state, Vec::set(Cm[n]), sum);
+    if constexpr (kRounds) state = rounded_to_half<Vec>(state, drawn_at<Vec>(steps, 0, n, draw));
+    Format::store(state, h + n * kMaxLanes);
+  };
+  std::int64_t n = 0;
+  for (; n + 4 <= N; n += 4) {  // whose decays do not wait for one another
+    const Vec a = state_at(n), b = state_at(n + 1), c = state_at(n + 2), d = state_at(n + 3);
+    take(n, a), take(n + 1, b), take(n + 2, c), take(n + 3, d);
+  }
+  for (; n < N; ++n) take(n, state_at(n));
+  return sum;
+}
+
+// A single step of mixer_codes: values go to scratch once.
+template <typename Vec>
+inline Vec mixer_code_step(const MixerSteps& steps, Vec delta, Vec input, Vec sum, std::int8_t* h, float* scales,
+                           float* scratch) {
+  constexpr std::int64_t L = Vec::kLanes;
+  const std::int64_t N = steps.states;
+  const float *const Bm = steps.Bm, *const Cm = steps.Cm, *const rate = steps.rate;
+  const typename Vec::Bits magnitude = Vec::set_bits(0x7fffffffu);
+  const Vec scale = Vec::load(scales);
+  typename Vec::Bits most = Vec::set_bits(0);
+  for (std::int64_t n = 0; n < N; ++n) {
+    const Vec decay = exp2_product(delta, Vec::load(rate + n * kMaxLanes));
+    const Vec state = fma(decay, Vec::load_codes(h + n * kMaxLanes) * scale, input * Vec::set(Bm[n]));
+    sum = fma(state, Vec::set(Cm[n]), sum);
+    most = Vec::larger(most, state.bits() & magnitude);
+    state.store(scratch + n * L);
+  }
+  const Vec largest = Vec::of_bits(most), reciprocal = code_reciprocal(largest);
+  const Draw draw = Draw::of(steps.position);
+  for (std::int64_t n = 0; n < N; ++n) {
+    const Vec state = Vec::load(scratch + n * L);
+    rounded_to_code(state, reciprocal, drawn_at<Vec>(steps, 0, n, draw)).store_codes(h + n * kMaxLanes);
+  }
+  (largest / Vec::set(127.0f)).store(scales);
+  return sum;
+}
+
 template <typename Vec, typename Format>
 void mixer_scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t L = Vec::kLanes;
@@ -178,13 +240,6 @@ void mixer_scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, s
     for (std::int64_t e = begin; e < end; e += L) {
       const auto vector = Channels<Vec>::of(e, end);
       const Vec D = vector.load(args.D);
-      for (std::int64_t s = 0; s < count; ++s) {
-        const Vec x = vector.load(args.x + (first + s) * E);
-        const Vec step = softplus(vector.load(args.dt + (first + s) * E));
-        step.store(delta + s * L);
-        (step * x).store(input + s * L);
-        (D * x).store(y + s * L);
-      }
       const std::int64_t at = in_strips(e, 0, N);
       const MixerSteps steps = {count,
                                 N,
@@ -198,6 +253,27 @@ void mixer_scan(const MixerScanArgs& args, std::int64_t b, std::int64_t begin, s
                                 args.rate + at,
                                 args.places ? args.places + at : nullptr,
                                 args.drawn && t0 == 0 ? args.drawn + at : nullptr};
+      if (count == 1) {
+        const Vec x = vector.load(args.x + first * E), z = vector.load(args.z + first * E);
+        const Vec step = softplus(vector.load(args.dt + first * E));
+        Vec sum;
+        if constexpr (std::is_same_v<Format, Int8>) {
+          float* const scales = args.scales + b * strips * kMaxLanes + e;
+          sum = mixer_code_step(steps, step, step * x, D * x, h + at, scales, args.scratch);
+        } else {
+          if (e % kMaxLanes == 0 && e + kMaxLanes < end) prefetch_next_strip(h + at, N);
+          sum = mixer_step<Vec, Format>(steps, step, step * x, D * x, h + at);
+        }
+        vector.store(sum * (z * logistic(z)), args.y + first * E);
+        continue;
+      }
+      for (std::int64_t s = 0; s < count; ++s) {
+        const Vec x = vector.load(args.x + (first + s) * E);
+        const Vec step = softplus(vector.load(args.dt + (first + s) * E));
+        step.store(delta + s * L);
+        (step * x).store(input + s * L);
+        (D * x).store(y + s * L);
+      }
       if constexpr (std::is_same_v<Format, Int8>) {
         mixer_codes<Vec>(steps, h + at, args.scales + b * strips * kMaxLanes + e, args.scratch);
       } else {

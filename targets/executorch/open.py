@@ -13,11 +13,11 @@ from mossquant.model.tensors import StateSpec
 from mossquant.targets.artifact import check_beside
 from mossquant.targets.executorch.kernels.chain import constants, differences
 from mossquant.targets.executorch.kernels.library import load_operators
-from mossquant.targets.executorch.kernels.states import held_shape
 from mossquant.targets.executorch.metadata import Metadata
 from mossquant.targets.executorch.packages import load_runtime
 from mossquant.targets.executorch.program_file import CONSTANTS, WEIGHTS, PlanMethod, ProgramFile
 from mossquant.targets.metadata import parsed
+from mossquant.targets.native.blocks.states import held_shape
 from mossquant.targets.native.export import host_layout
 from mossquant.targets.program import METHODS
 from mossquant.targets.trial import EXTRA_BYTES, start, try_apart

@@ -27,11 +27,11 @@ from mossquant.runner import (
     checked_batch,
     checked_tokens,
 )
-from mossquant.targets.executorch.kernels.states import from_held, to_held
 from mossquant.targets.executorch.method import Carried, Method, zeros
 from mossquant.targets.executorch.open import open_to_run, weight_bytes
 from mossquant.targets.executorch.packages import check_packages, load_program, set_threads
 from mossquant.targets.metadata import runner_info
+from mossquant.targets.native.blocks.states import from_held, to_held
 
 
 class ExecutorchRunner:

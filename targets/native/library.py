@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libmoss through ctypes: the functions of `runtime/moss.h`, their arguments, and who frees what.
+"""libmoss through ctypes: functions of `runtime/moss.h` and `runtime/moss_blocks.h`, their arguments, who frees what.
 
 ctypes and not a module of our own, so that the library which is tested and measured here is the very file that an app
 links, called through the header that it includes.
@@ -26,7 +26,9 @@ LAST, ALL = 0, 1
 _AGAIN = "install mossquant again"
 
 
-class _Options(ctypes.Structure):
+class Options(ctypes.Structure):
+    """`moss_options`."""
+
     _fields_ = (("threads", ctypes.c_int32), ("isa", ctypes.c_char_p))
 
 
@@ -36,7 +38,7 @@ _Written = np.ctypeslib.ndpointer(np.float32, flags=("C_CONTIGUOUS", "WRITEABLE"
 _Tokens = np.ctypeslib.ndpointer(np.int64, flags="C_CONTIGUOUS")
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "moss_last_error": (_Text, []),
-    "moss_open": (_Handle, [_Text, ctypes.POINTER(_Options)]),
+    "moss_open": (_Handle, [_Text, ctypes.POINTER(Options)]),
     "moss_close": (None, [_Handle]),
     "moss_layout": (_Text, [_Handle]),
     "moss_linear_kernel": (_Text, [_Handle]),
@@ -56,6 +58,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "moss_profile_name": (_Text, [_Int64]),
     "moss_profile_seconds": (ctypes.c_double, [_Handle, _Int64]),
     "moss_forward": (_Int32, [_Handle, _Handle, _Tokens, _Int64, _Int32, _Written]),
+    "moss_worker_create": (_Handle, [ctypes.POINTER(Options), _Handle]),
+    "moss_worker_free": (None, [_Handle]),
+    "moss_embedding": (_Int32, [_Handle, _Handle, _Int64, _Int64, _Handle, _Int64, _Handle]),
+    "moss_ssm_block": (_Int32, [_Handle, _Handle, _Handle, _Int64, _Int64, _Handle, _Handle, _Handle]),
+    "moss_mlp_block": (_Int32, [_Handle, _Handle, _Handle, _Int64, _Handle]),
+    "moss_head": (_Int32, [_Handle, _Handle, _Int64, _Int64, _Handle, ctypes.c_float, _Int64, _Handle, _Handle]),
 }
 """Name → result, arguments."""
 
@@ -116,8 +124,8 @@ class Model:
 
     def __init__(self, path: Path, *, threads: int = 0, isa: str | None = None) -> None:
         self.library = load_library()
-        options = _Options(threads, None if isa is None else isa.encode())
-        self.handle: int = _checked(self.library.moss_open(str(path).encode(), ctypes.byref(options)))
+        options = Options(threads, None if isa is None else isa.encode())
+        self.handle: int = checked(self.library.moss_open(str(path).encode(), ctypes.byref(options)))
         finalize(self, self.library.moss_close, self.handle)
 
     @property
@@ -149,9 +157,9 @@ class Model:
     def profiled(self, work: Callable[[], None]) -> dict[str, float]:
         """Seconds of each part of the model in what work() runs."""
         library = self.library
-        _checked(library.moss_profile(self.handle, 1) == 0)
+        checked(library.moss_profile(self.handle, 1) == 0)
         work()
-        _checked(library.moss_profile(self.handle, 0) == 0)
+        checked(library.moss_profile(self.handle, 0) == 0)
         parts = range(library.moss_profile_parts())
         return {_text(library.moss_profile_name(i)): library.moss_profile_seconds(self.handle, i) for i in parts}
 
@@ -173,7 +181,7 @@ class ModelState:
 
     def __init__(self, model: Model, handle: int | None) -> None:
         self._model, self._library = model, model.library
-        self._handle: int = _checked(handle)
+        self._handle: int = checked(handle)
         # The finalizer refers to the model: where both are let go at once, the state is freed first.
         finalize(self, _free, model, self._handle)
 
@@ -183,28 +191,28 @@ class ModelState:
 
     def read(self, array: int, values: NDArray[np.float32]) -> None:
         """Copy an array of it to `values` [B, …]."""
-        _checked(self._library.moss_state_read(self._handle, array, values) == 0)
+        checked(self._library.moss_state_read(self._handle, array, values) == 0)
 
     def write(self, array: int, values: NDArray[np.float32]) -> None:
         """Copy `values` [B, …] to an array of it."""
-        _checked(self._library.moss_state_write(self._handle, array, values) == 0)
+        checked(self._library.moss_state_write(self._handle, array, values) == 0)
 
     def set_position(self, position: int) -> None:
         """Say how many tokens were read since it began, which matters to arrays that were written."""
-        _checked(self._library.moss_state_set_position(self._handle, position) == 0)
+        checked(self._library.moss_state_set_position(self._handle, position) == 0)
 
     def forward(self, tokens: NDArray[np.int64], which: int, logits: NDArray[np.float32]) -> None:
         """Read tokens [B, T] and advance; logits [B, T, V] (`ALL`) or [B, 1, V] (`LAST`) are filled in."""
         model = self._model.handle
-        _checked(self._library.moss_forward(model, self._handle, tokens, tokens.shape[1], which, logits) == 0)
+        checked(self._library.moss_forward(model, self._handle, tokens, tokens.shape[1], which, logits) == 0)
 
 
 def _free(model: Model, handle: int) -> None:
     model.library.moss_state_free(handle)
 
 
-def _checked(result: Any) -> Any:
-    """The result of a call. Raises `MossError`: it is nothing."""
+def checked(result: Any) -> Any:
+    """The result of a call of libmoss. Raises `MossError`: it is nothing."""
     if not result:
         raise MossError(_text(load_library().moss_last_error()))
     return result

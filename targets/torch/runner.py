@@ -8,6 +8,7 @@ formats of its plan. Letters as in `mossquant.model`.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from mossquant.runner import (
     checked_batch,
     checked_tokens,
 )
+from mossquant.targets.torch.blocks import Blocks
 from mossquant.targets.torch.product import product_of
 
 ROWS_AT_ONCE = 2048
@@ -63,6 +65,7 @@ class TorchRunner:
         self._specs = state_specs(model.config)
         self._states = {spec.name: STATE_FORMATS["fp32"] for spec in self._specs}
         self._forward = Forward(scan=scan or ("kernel" if self._device.type == "cpu" else "chunked"))
+        self._blocks: Blocks | None = None
 
     @classmethod
     def open(
@@ -86,9 +89,10 @@ class TorchRunner:
             device: where to run.
             scan: form of the scan for more than one token; None chooses by device.
             threads: threads of PyTorch's CPU operators, for the whole process; None leaves them.
-            kernels: in float32 on the CPU, linears of quantized weights with int8_block inputs are computed from the
-                codes of both, by our kernels; False: by PyTorch's matmul, of the values that the codes mean. The two
-                differ by the rounding of fp32 sums.
+            kernels: in float32 on the CPU, quantized weights with int8_block inputs are computed from the codes of
+                both, by our kernels: whole blocks where states are carried in fp32, else linear by linear, as also
+                where routers are watched or a form of the scan is asked for. False: by PyTorch's matmul, of the values
+                that the codes mean. All differ by the rounding of fp32 sums, and by the codes that it decides.
 
         Raises:
             InputError: nothing that can be run is there, an unknown activation format, or one for a checkpoint that is
@@ -108,6 +112,8 @@ class TorchRunner:
             runner._forward = replace(runner._forward, activation=activation, expert_input=way)
             if kernels and dtype == torch.float32 and runner._device.type == "cpu":
                 runner._forward = replace(runner._forward, product=product_of(weights, activations))
+                if scan is None and Blocks.computes(weights, activations):
+                    runner._blocks = Blocks(weights, runner._model.embeddings)
         return runner
 
     @property
@@ -145,7 +151,7 @@ class TorchRunner:
     def __call__(self, tokens: Tokens, state: State, *, logits: LogitsWanted = "last") -> tuple[Floats, State]:
         """Advance by tokens [B, T]; see `mossquant.runner.Runner`."""
         checked_tokens(tokens, state, self._info.vocab_size)
-        return self._run(tokens, state, logits, self._forward)
+        return self._run(tokens, state, logits, self._forward, self._blocks)
 
     def run_with_margins(
         self, tokens: Tokens, state: State, *, logits: LogitsWanted = "all"
@@ -196,7 +202,9 @@ class TorchRunner:
         state = {name: torch.tensor(arrays[name], dtype=self._dtype, device=self._device) for name in names}
         return State(state, batch)
 
-    def _run(self, tokens: Tokens, state: State, wanted: LogitsWanted, forward: Forward) -> tuple[Floats, State]:
+    def _run(
+        self, tokens: Tokens, state: State, wanted: LogitsWanted, forward: Forward, blocks: Blocks | None = None
+    ) -> tuple[Floats, State]:
         batch, time = tokens.shape
         carried: Mapping[str, Tensor] = state.take()
         piece = max(1, ROWS_AT_ONCE // batch)
@@ -208,13 +216,18 @@ class TorchRunner:
             for start in range(0, time, piece):
                 part = ids[:, start : start + piece]
                 run = replace(forward.step() if part.shape[1] == 1 else forward, position=state.position + start)
-                hidden, carried = self._model.hidden(part, carried, run)
+                if blocks is None:
+                    hidden, carried = self._model.hidden(part, carried, run)
+                    head = partial(self._model.head, run=run)
+                else:
+                    hidden, carried = blocks.hidden(part, carried)
+                    head = blocks.head
                 if wanted == "all":
-                    values = self._model.head(hidden, run).cpu().numpy()
+                    values = head(hidden).cpu().numpy()
                     if every is not None:
                         every[:, start : start + piece] = values
                 elif start + piece >= time:
-                    values = self._model.head(hidden[:, -1:], run).cpu().numpy()
+                    values = head(hidden[:, -1:]).cpu().numpy()
         return values if every is None else every, State(carried, batch, position=state.position + time)
 
 

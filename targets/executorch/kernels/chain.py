@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossquant.model.config import MossNetConfig
-from mossquant.targets.executorch.kernels.calls import Call, Constant, Matrix, Small, calls
-from mossquant.targets.executorch.kernels.constants import form
-from mossquant.targets.executorch.kernels.operators import FORMATS, LAYOUTS, NAMESPACE
+from mossquant.targets.executorch.kernels.operators import NAMESPACE
 from mossquant.targets.executorch.program_file import KernelCall, ProgramFile, Variable
+from mossquant.targets.native.blocks.calls import FORMATS, LAYOUTS, Call, Constant, Matrix, Small, calls
+from mossquant.targets.native.blocks.constants import form
 from mossquant.targets.native.metadata import Layout
 
 

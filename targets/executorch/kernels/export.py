@@ -10,14 +10,14 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.errors import InputError
 from mossquant.plan.capabilities import OWN_KERNELS, Activations
 from mossquant.progress import Progress
-from mossquant.targets.executorch.kernels.calls import Matrix, Small, calls
-from mossquant.targets.executorch.kernels.constants import form
 from mossquant.targets.executorch.kernels.library import check_compiler, compiled
 from mossquant.targets.executorch.kernels.lower import begins, lower
 from mossquant.targets.executorch.metadata import Metadata
 from mossquant.targets.executorch.open import open_program, open_to_run
 from mossquant.targets.executorch.record import PROGRAM, program_record
 from mossquant.targets.metadata import activations_of, common_metadata
+from mossquant.targets.native.blocks.calls import Matrix, Small, calls
+from mossquant.targets.native.blocks.constants import form
 from mossquant.targets.native.export import Isa, host_layout
 from mossquant.targets.native.metadata import Layout
 from mossquant.targets.taken import Taken, changed_inputs

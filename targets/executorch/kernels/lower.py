@@ -14,11 +14,11 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.model.mossnet import state_specs
 from mossquant.model.tensors import StateSpec
 from mossquant.progress import Progress
-from mossquant.targets.executorch.kernels.calls import Call, Constant, Matrix, Packed, Small, calls
-from mossquant.targets.executorch.kernels.constants import held
 from mossquant.targets.executorch.kernels.operators import NAMESPACE
-from mossquant.targets.executorch.kernels.states import held_shape
 from mossquant.targets.executorch.program_file import METADATA
+from mossquant.targets.native.blocks.calls import Call, Constant, Matrix, Packed, Small, calls
+from mossquant.targets.native.blocks.constants import held
+from mossquant.targets.native.blocks.states import held_shape
 from mossquant.targets.native.metadata import Layout
 from mossquant.targets.program import METHODS, MethodName
 

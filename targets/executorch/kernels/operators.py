@@ -6,8 +6,8 @@
     mlp_moe     x [T, D] → x + block(norm(x))
     head        x [T, D] → logits [1, T, V], or of the last position [1, 1, V]
 
-Matrices are bytes, packed as in a .moss, or fp32 values; `formats` says what each is in, by its place in `FORMATS`, and
-`layout` what they are packed for, by its place in `LAYOUTS`. Small tensors have the form in which kernels read them
+Matrices are bytes, packed as in a .moss, or fp32 values; `formats` says what each is in and `layout` what they are
+packed for, as numbers (`mossquant.targets.native.blocks.calls`). Small tensors have the form in which kernels read them
 (`moss_blocks.h`). Letters as in `mossquant.model`.
 """
 
@@ -18,10 +18,6 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 NAMESPACE = "mossquant"
-LAYOUTS = ("rows", "x86", "arm")
-"""`MOSS_ROWS` … of `moss_blocks.h`."""
-FORMATS = ("float32", "int8", "int8_g32", "int4_g32", "int4_g128")
-"""`MOSS_FLOAT32` …"""
 
 _PACKED = "int layout, int[] formats"
 _SCHEMAS = {

@@ -10,10 +10,10 @@ import numpy as np
 
 from mossquant.checkpoint.weights import Weights
 from mossquant.model.tensors import Stored
-from mossquant.targets.executorch.kernels.calls import Small
 from mossquant.targets.executorch.kernels.chain import Held, constants
-from mossquant.targets.executorch.kernels.constants import held
 from mossquant.targets.executorch.open import Opened
+from mossquant.targets.native.blocks.calls import Small
+from mossquant.targets.native.blocks.constants import held
 from mossquant.targets.native.metadata import Layout
 from mossquant.targets.native.read_back import compare_codes
 from mossquant.targets.program import METHODS

@@ -2,10 +2,10 @@
 """What the bytes of a program with kernels of ours are for."""
 
 from mossquant.formats import FORMATS
-from mossquant.targets.executorch.kernels.calls import Matrix
 from mossquant.targets.executorch.kernels.chain import constants
 from mossquant.targets.executorch.open import Opened
 from mossquant.targets.executorch.program_file import CONSTANTS
+from mossquant.targets.native.blocks.calls import Matrix
 from mossquant.targets.program import METHODS
 
 

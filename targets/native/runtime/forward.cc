@@ -551,7 +551,18 @@ void forward(Model& model, State& state, const std::int64_t* tokens, std::int64_
 
 void ssm_block(const Work& work, const Ssm& ssm, std::int64_t batch, std::int64_t time, float* residual, float* window,
                float* h) {
-  Pass(work, batch).block(ssm, time, residual, window, h);
+  if (time <= kPieceRows) {
+    Pass(work, batch).block(ssm, time, residual, window, h);
+    return;
+  }
+  const BlockShape& shape = work.shape;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    for (std::int64_t t0 = 0; t0 < time; t0 += kPieceRows) {
+      Pass(work, 1).block(ssm, std::min(kPieceRows, time - t0), residual + (b * time + t0) * shape.hidden, window, h);
+    }
+    if (window != nullptr) window += (shape.width - 1) * shape.inner;
+    h += strip_count(shape.inner) * shape.states * kMaxLanes;
+  }
 }
 
 void mlp_block(const Work& work, const Mlp& mlp, std::int64_t rows, float* residual) {

@@ -22,10 +22,10 @@ from mossquant.targets.executorch.info import info
 from mossquant.targets.executorch.kernels import library
 from mossquant.targets.executorch.kernels.chain import differences
 from mossquant.targets.executorch.kernels.library import load_operators
-from mossquant.targets.executorch.kernels.operators import FORMATS, LAYOUTS
 from mossquant.targets.executorch.packages import load_method, load_program
 from mossquant.targets.executorch.program_file import Chain, KernelCall, ProgramFile
 from mossquant.targets.export import export
+from mossquant.targets.native.blocks.calls import FORMATS, LAYOUTS
 from mossquant.targets.native.export import host_layout
 from mossquant.targets.native.open import open_program
 from mossquant.targets.program import METHODS

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls that a program consists of: which operator, with which tensors of the checkpoint, in which form.
+"""The calls that a model consists of: which function of libmoss, with which tensors of the checkpoint, in which form.
 
-Lowering makes a graph of them and reading back compares a file with them, so that what a constant is for is said once.
+The PyTorch Runner makes them. ExecuTorch's lowering makes a graph of them and reading back compares a file with them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +14,11 @@ from mossquant.model.mixer import Mixer
 from mossquant.model.mlp import Mlp
 from mossquant.model.mossnet import tensor_specs
 from mossquant.model.tensors import TensorSpec, Use, outside_blocks
-from mossquant.targets.executorch.kernels.operators import FORMATS, LAYOUTS
 
+LAYOUTS = ("rows", "x86", "arm")
+"""`MOSS_ROWS` … of `moss_blocks.h`."""
+FORMATS = ("float32", "int8", "int8_g32", "int4_g32", "int4_g128")
+"""`MOSS_FLOAT32` …"""
 Setting = int | float | bool
 Packed = tuple[int, list[int]]
 
@@ -78,6 +81,11 @@ class Call:
     def packed(self, formats: Mapping[str, str], layout: str) -> Packed:
         """The arguments behind the settings: a layout, and formats; `formats` is name of a matrix → what it is in."""
         return LAYOUTS.index(layout), [FORMATS.index(formats[matrix.name]) for matrix in self.matrices]
+
+
+def has_calls(kind: type[Block]) -> bool:
+    """Whether libmoss computes blocks of a kind."""
+    return kind in _BLOCKS
 
 
 def calls(config: MossNetConfig, *, last: bool) -> Iterator[Call]:

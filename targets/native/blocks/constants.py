@@ -13,7 +13,7 @@ from torch import Tensor
 from mossquant.checkpoint.weights import Weights, value
 from mossquant.formats import FORMATS
 from mossquant.model.tensors import Stored
-from mossquant.targets.executorch.kernels.calls import Matrix, Small
+from mossquant.targets.native.blocks.calls import Matrix, Small
 from mossquant.targets.native.metadata import Layout
 from mossquant.targets.native.stored import packed_blocks, packed_size
 
@@ -27,16 +27,18 @@ def strip_count(channels: int) -> int:
 
 
 def in_strips(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[E, N] → [strips, N, 16], the last strip filled up with zeros."""
-    channels, states = values.shape
-    padded = np.zeros((strip_count(channels) * LANES, states), np.float32)
-    padded[:channels] = values
-    return np.ascontiguousarray(padded.reshape(-1, LANES, states).transpose(0, 2, 1))
+    """[..., E, N] → [..., strips, N, 16], the last strip filled up with zeros."""
+    *before, channels, states = values.shape
+    padded = np.zeros((*before, strip_count(channels) * LANES, states), np.float32)
+    padded[..., :channels, :] = values
+    return np.ascontiguousarray(padded.reshape(*before, -1, LANES, states).swapaxes(-1, -2))
 
 
 def out_of_strips(strips: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
     """The inverse of `in_strips`."""
-    return np.ascontiguousarray(strips.transpose(0, 2, 1).reshape(-1, strips.shape[1])[:channels])
+    *before, count, states, lanes = strips.shape
+    rows = strips.swapaxes(-1, -2).reshape(*before, count * lanes, states)
+    return np.ascontiguousarray(rows[..., :channels, :])
 
 
 def held(weights: Weights, constant: Matrix | Small, layout: Layout) -> Tensor:
