@@ -6,7 +6,7 @@ plan modelled, so that an artifact can be judged against its own arithmetic. Its
 formats of its plan. Letters as in `mossquant.model`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -218,7 +218,7 @@ class TorchRunner:
                 run = replace(forward.step() if part.shape[1] == 1 else forward, position=state.position + start)
                 if blocks is None:
                     hidden, carried = self._model.hidden(part, carried, run)
-                    head = partial(self._model.head, run=run)
+                    head: Callable[[Tensor], Tensor] = partial(self._model.head, run=run)
                 else:
                     hidden, carried = blocks.hidden(part, carried)
                     head = blocks.head
