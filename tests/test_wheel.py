@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mossquant", "calibration", "kernels", "targets", "eval")
-FILES = ("pyproject.toml", "README.md", "LICENSE")
+FILES = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
 SOURCES = (
     *("native/include/moss.h", "native/include/moss_blocks.h"),
     *("executorch/kernels/operators.cc", "executorch/kernels/wheel/pthreadpool.h"),
