@@ -643,6 +643,8 @@ ABOUT = """\
 - torchao's methods get every linear, of each expert alone, at groups of 32 and 16-bit scales; zero points and AWQ's
   scales of inputs count as bits. What had to be replaced to run them on a CPU is in `bench/torchao_methods.py`. GPTQ
   and AWQ get the windows that `calibrate` read (AWQ at most 32,768 tokens), QAT the tokens and loss of `recover`.
+- *English Mamba* has one expert: `mossquant train --preset mamba-5m --steps 1224 --threads 1` on the calibration text,
+  5,013,504 tokens of it; its loss was then 3.93 nats a token.
 """
 
 COUNTERPARTS = {
