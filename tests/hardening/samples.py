@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from small import random_model, write_model
 
 import mossquant
+from mossquant.calibration.calibrate import calibrate  # here: it takes constants over that are set otherwise below
 from mossquant.checkpoint import tensorfiles
 from mossquant.checkpoint.checkpoint import Checkpoint
 from mossquant.files.outputs import write_json
@@ -86,7 +87,7 @@ def make_samples(folder: Path) -> None:
     (folder / "recipe" / "recipe.yaml").write_text(Recipe.named("int4-uniform").text)
     (folder / "text.txt").write_text(TEXT)
     (folder / "gptq.yaml").write_text(Recipe.named("int4").text.replace("solver: nearest-mse", "solver: gptq"))
-    mossquant.calibrate(checkpoint, folder / "statistics", text=[folder / "text.txt"], tokens=1024)
+    calibrate(checkpoint, folder / "statistics", text=[folder / "text.txt"], tokens=1024)
 
 
 def _mambas(folder: Path) -> None:
