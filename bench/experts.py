@@ -30,13 +30,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from peers import cell, make_checkpoint, write_section
+from peers import cell, make_checkpoint, published
 from peers_llama import made
 
 from mossquant import export, quantize
@@ -265,19 +264,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="page whose section is written anew")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    try:
-        report = report_of(asked)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    text = section(report)
-    print(text)
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=1, default=asdict) + "\n")
-    if asked.markdown:
-        write_section(asked.markdown, text)
+    published(parser.parse_args, report_of, section)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -357,12 +357,12 @@ def report_of(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, print, and write what was asked for."""
-    # Python finds the worker there; and no setting of OpenMP but its own reaches llama.cpp.
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent)
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        os.environ.pop(name, None)
+def published(
+    arguments: Callable[[], argparse.Namespace],
+    report_of: Callable[[argparse.Namespace], dict[str, Any]],
+    section: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure on one thread of PyTorch's, print, and write what `--json` and `--markdown` ask for."""
     torch.set_num_threads(1)
     try:
         asked = arguments()
@@ -376,6 +376,15 @@ def main() -> None:
         asked.json.write_text(json.dumps(report, indent=1, default=asdict) + "\n")
     if asked.markdown:
         write_section(asked.markdown, text)
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    # Python finds the worker there; and no setting of OpenMP but its own reaches llama.cpp.
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        os.environ.pop(name, None)
+    published(arguments, report_of, section)
 
 
 if __name__ == "__main__":

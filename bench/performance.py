@@ -14,13 +14,12 @@ import re
 import tempfile
 from pathlib import Path
 
-import torch
+from peers import make_checkpoint
+from peers_llama import made
 
 from mossquant import bench, export, quantize
-from mossquant.checkpoint.checkpoint import write_checkpoint
 from mossquant.eval.bench import BenchReport, Speed, Timing
 from mossquant.model.config import preset
-from mossquant.model.mossnet import MossNet
 from mossquant.release import release
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -36,26 +35,14 @@ RUNTIMES = {
 }
 
 
-def made(folder: Path, name: str) -> None:
+def make(folder: Path, name: str) -> None:
     """A model in int4-uniform and its artifacts; what is there already is kept."""
     source: str | Path = MODELS[name]
     if name != "tiny":
-        source = folder / "full"
-        if not source.exists():
-            config = preset(MODELS[name])
-            model = MossNet(config)
-            model.reset_parameters(0)
-            source.mkdir(parents=True)
-            write_checkpoint(
-                source, config, lambda spec: model.parameter_of(spec).view(spec.shape), dtype=torch.bfloat16
-            )
-    codes = folder / "checkpoint"
-    if not codes.exists():
-        quantize(source, codes, recipe="int4-uniform")
-    if not (folder / "app").exists():
-        export(codes, folder / "app", target=["onnx", "executorch", "native"])
-    if not (folder / "kernels").exists():
-        export(codes, folder / "kernels", target="executorch", kernels="mossquant")
+        source = made(folder / "full", lambda path: make_checkpoint(preset(MODELS[name]), path))
+    codes = made(folder / "checkpoint", lambda path: quantize(source, path, recipe="int4-uniform"))
+    made(folder / "app", lambda path: export(codes, path, target=["onnx", "executorch", "native"]))
+    made(folder / "kernels", lambda path: export(codes, path, target="executorch", kernels="mossquant"))
 
 
 def file_bytes(path: Path) -> int:
@@ -116,7 +103,7 @@ def main() -> None:
         for name in MODELS:
             folder = (asked.folder or Path(place)) / MODELS[name]
             folder.mkdir(parents=True, exist_ok=True)
-            made(folder, name)
+            make(folder, name)
             paths = [folder / runtime for runtime in RUNTIMES]
             reports = {
                 prompt: bench(
