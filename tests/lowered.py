@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models, quantized and lowered: one folder a model, recipe and target, made once a session."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from mossquant.checkpoint.open import open_weights
 from mossquant.eval.open import open_runner
 from mossquant.model.config import MossNetConfig
 from mossquant.plan.capabilities import Activations
-from mossquant.runner import Runner
+from mossquant.runner import LogitsWanted, Runner, Tokens
 from mossquant.targets.export import export
 from mossquant.targets.target import target_of
 from mossquant.targets.torch.runner import TorchRunner
@@ -234,3 +235,26 @@ def read_back(checkpoint: str | Path, artifact: str | Path) -> WeightsReport:
     """What reading back the weights of an artifact finds."""
     located = locate(artifact)
     return target_of(located).read_back(open_weights(checkpoint, verb="verify"), located)
+
+
+def same_bits(own: Runner, other: Runner, tokens: Tokens, lengths: Sequence[int]) -> None:
+    """Logits of all positions, then of the last one, for calls of these lengths, and the states after them.
+
+    Args:
+        own: whose states' names are compared.
+        other: what it is held against.
+        tokens: [B, T], T at least twice the lengths' sum.
+        lengths: tokens of a call.
+    """
+    states, at = (own.initial_state(len(tokens)), other.initial_state(len(tokens))), 0
+    wants: tuple[LogitsWanted, ...] = ("all", "last")
+    for length in lengths:
+        for wanted in wants:
+            part = tokens[:, at : at + length]
+            found, mine = own(part, states[0], logits=wanted)
+            expected, theirs = other(part, states[1], logits=wanted)
+            np.testing.assert_array_equal(found, expected)
+            states, at = (mine, theirs), at + length
+    after = other.read(states[1])
+    for name, array in own.read(states[0]).items():
+        np.testing.assert_array_equal(array, after[name])

@@ -29,12 +29,13 @@ from mossquant.targets.native.blocks.interface import MatrixData, MlpData, Shape
 from mossquant.targets.native.blocks.states import from_held, to_held
 from mossquant.targets.native.export import host_layout
 
-_FORMAT = "int8_block"
+FORMAT = "int8_block"
+"""Of the inputs that our kernels take."""
 
 
 def fast_kernels() -> bool:
     """Whether this machine has kernels that beat a matmul of the values: scalar ones do not."""
-    return not selected("linear", numbers=f"f32_{_FORMAT}_int4_g32").endswith("_scalar")
+    return not selected("linear", numbers=f"f32_{FORMAT}_int4_g32").endswith("_scalar")
 
 
 class Blocks:
@@ -69,7 +70,7 @@ class Blocks:
         seen = set(map(weights.activation, read)) if activations == "planned" else {activations}
         carried = {weights.state(spec.name) for spec in state_specs(config)}
         known = all(has_calls(kind) for _, kind in blocks_of(config))
-        return known and seen == {_FORMAT} and carried <= {"fp32"} and fast_kernels()
+        return known and seen == {FORMAT} and carried <= {"fp32"} and fast_kernels()
 
     def hidden(self, tokens: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens [B, T] int64 → the residual stream after the last block [B, T, D], and the new state."""

@@ -9,9 +9,7 @@ from mossquant.checkpoint.weights import Weights
 from mossquant.formats import NumberFormat
 from mossquant.kernels.linear import int8_block_linear, pack
 from mossquant.model.forward import Product
-from mossquant.targets.torch.blocks import fast_kernels
-
-_FORMAT = "int8_block"
+from mossquant.targets.torch.blocks import FORMAT, fast_kernels
 
 
 def product_of(weights: Weights, activations: str) -> Product | None:
@@ -31,7 +29,7 @@ def product_of(weights: Weights, activations: str) -> Product | None:
         number_format = weights.format(name)
         if number_format is None or spec.site is None:
             continue
-        if (weights.activation(spec.site) if activations == "planned" else activations) != _FORMAT:
+        if (weights.activation(spec.site) if activations == "planned" else activations) != FORMAT:
             continue
         own[name] = number_format
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bounds import NATIVE_FP32, NATIVE_INT8_MEDIAN
-from lowered import Lowered, Workshop, read_back, relative
+from lowered import Lowered, Workshop, read_back, relative, same_bits
 from torch import Tensor, nn
 
 from mossquant.checkpoint.locate import locate
@@ -52,19 +52,7 @@ def lowered_own(workshop: Workshop, model: str, recipe: str | None) -> Lowered:
 def test_the_same_bits_as_libmoss(workshop: Workshop, model: str, recipe: str | None) -> None:
     """Logits of all positions, of the last one and of single steps, and the state, at several lengths of a call."""
     own, native = lowered_own(workshop, model, recipe).runner, workshop(model, recipe, target="native").runner
-    states = own.initial_state(1), native.initial_state(1)
-    tokens = workshop(model, recipe, target="native").tokens(1, 2 * sum(LENGTHS))
-    at = 0
-    for length in LENGTHS:
-        for wanted in ("all", "last"):
-            part = tokens[:, at : at + length]
-            found, mine = own(part, states[0], logits=wanted)
-            expected, theirs = native(part, states[1], logits=wanted)
-            np.testing.assert_array_equal(found, expected)
-            states, at = (mine, theirs), at + length
-    after = native.read(states[1])
-    for name, array in own.read(states[0]).items():
-        np.testing.assert_array_equal(array, after[name])
+    same_bits(own, native, workshop(model, recipe, target="native").tokens(1, 2 * sum(LENGTHS)), LENGTHS)
 
 
 @pytest.mark.parametrize(("model", "recipe"), [("wide", "int4"), ("experts", "g128"), ("untied", None)])

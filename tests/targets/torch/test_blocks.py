@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 from bounds import NATIVE_INT8_MEDIAN
-from lowered import Workshop, relative
+from lowered import Workshop, relative, same_bits
 
 from mossquant.targets.torch.blocks import fast_kernels
 from mossquant.targets.torch.runner import TorchRunner
@@ -26,18 +26,7 @@ def test_the_same_bits_as_a_moss(workshop: Workshop, model: str, recipe: str) ->
     own, native = TorchRunner.open(lowered.checkpoint, activations="planned"), lowered.runner
     assert own._blocks is not None
     for batch in (1, 2):
-        states, at = (own.initial_state(batch), native.initial_state(batch)), 0
-        tokens = lowered.tokens(batch, 2 * sum(LENGTHS))
-        for length in LENGTHS:
-            for wanted in ("all", "last"):
-                part = tokens[:, at : at + length]
-                found, mine = own(part, states[0], logits=wanted)
-                expected, theirs = native(part, states[1], logits=wanted)
-                np.testing.assert_array_equal(found, expected)
-                states, at = (mine, theirs), at + length
-        after = native.read(states[1])
-        for name, array in own.read(states[0]).items():
-            np.testing.assert_array_equal(array, after[name])
+        same_bits(own, native, lowered.tokens(batch, 2 * sum(LENGTHS)), LENGTHS)
 
 
 def test_what_pytorch_computes_of_the_values(workshop: Workshop) -> None:
