@@ -83,6 +83,7 @@ struct Strip {
   static constexpr const LinearLayout& layout = kArmLayout;
   static constexpr WeightFormat format = weight_format(weight);
   static constexpr int kMostRows = 4;
+  static constexpr int kMostStrips = 1;
 
   // Adds the products of a block.
   template <int R>

@@ -10,6 +10,10 @@
 // at most 2 * 127 * 127 = 32258 a pair, widened at once.
 //
 // Each output goes through the same operations whatever the number of rows.
+//
+// One row meets 4 strips at a time, so that weights come from 4 places: what the processor fetches ahead by itself is
+// then read at 1.2 to 1.35 times the speed of one strip after the other with software fetching ahead (Zen 3, weights
+// beyond the last cache).
 
 #include "../vec/avx2.h"
 
@@ -46,61 +50,77 @@ struct Strip {
   static constexpr const LinearLayout& layout = kX86Layout;
   static constexpr WeightFormat format = weight_format(weight);
   static constexpr int kMostRows = 4;
+  static constexpr int kMostStrips = 4;
 
-  // Adds to sums what 32 columns give: R rows, H halves.
-  template <int R, int H>
-  static void add_columns(const std::uint8_t* codes, const std::int8_t* x, std::int64_t C, __m256i (*sums)[H]) {
+  // Adds to sums what 32 columns give: R rows, H halves of T strips that are `bytes` apart.
+  template <int R, int H, int T>
+  static void add_columns(const std::uint8_t* codes, std::int64_t bytes, const std::int8_t* x, std::int64_t C,
+                          __m256i (*sums)[R][H]) {
     const __m256i ones = _mm256_set1_epi16(1);
     if constexpr (format.bits == 8) {
       const __m256i offset = _mm256_set1_epi8(-128);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j, codes += kLineBytes) {
-        fetch(codes + kAheadBytes);
-#pragma GCC unroll 2
-        for (int h = 0; h < H; ++h) {
-          const __m256i w = _mm256_xor_si256(load(codes + 32 * h), offset), size = _mm256_abs_epi8(w);
+        if constexpr (R > 1) fetch(codes + kAheadBytes);
+        const __m256i first = columns_of(x + 4 * j), size_of_first = _mm256_abs_epi8(first);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(columns_of(x + r * C + 4 * j), w));
-            sums[r][h] = _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(pairs, ones));
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+          for (int h = 0; h < H; ++h) {
+            const __m256i w = _mm256_xor_si256(load(codes + t * bytes + 32 * h), offset), size = _mm256_abs_epi8(w);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+              // |w| serves all rows, |x| all outputs of the one.
+              const __m256i pairs =
+                  R == 1 ? _mm256_maddubs_epi16(size_of_first, _mm256_sign_epi8(w, first))
+                         : _mm256_maddubs_epi16(size, _mm256_sign_epi8(columns_of(x + r * C + 4 * j), w));
+              sums[t][r][h] = _mm256_add_epi32(sums[t][r][h], _mm256_madd_epi16(pairs, ones));
+            }
           }
         }
       }
     } else {
       const __m256i nibble = _mm256_set1_epi8(0xf);
-      __m256i pairs[R][H];
+      __m256i pairs[T][R][H];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j, codes += kLineBytes) {
-        fetch(codes + kAheadBytes);
-#pragma GCC unroll 2
-        for (int h = 0; h < H; ++h) {
-          const __m256i line = load(codes + 32 * h);
-          const __m256i low = _mm256_and_si256(line, nibble);
-          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), nibble);
+        if constexpr (R > 1) fetch(codes + kAheadBytes);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            const __m256i of_low = _mm256_maddubs_epi16(low, columns_of(x + r * C + 4 * j));
-            const __m256i of_high = _mm256_maddubs_epi16(high, columns_of(x + r * C + 4 * j + 16));
-            pairs[r][h] = _mm256_add_epi16(j ? _mm256_add_epi16(pairs[r][h], of_low) : of_low, of_high);
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+          for (int h = 0; h < H; ++h) {
+            const __m256i line = load(codes + t * bytes + 32 * h);
+            const __m256i low = _mm256_and_si256(line, nibble);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), nibble);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+              __m256i& own = pairs[t][r][h];
+              const __m256i of_low = _mm256_maddubs_epi16(low, columns_of(x + r * C + 4 * j));
+              const __m256i of_high = _mm256_maddubs_epi16(high, columns_of(x + r * C + 4 * j + 16));
+              own = _mm256_add_epi16(j ? _mm256_add_epi16(own, of_low) : of_low, of_high);
+            }
           }
         }
       }
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-        for (int h = 0; h < H; ++h) {
-          sums[r][h] = _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(pairs[r][h], ones));
+          for (int h = 0; h < H; ++h) {
+            sums[t][r][h] = _mm256_add_epi32(sums[t][r][h], _mm256_madd_epi16(pairs[t][r][h], ones));
+          }
         }
       }
     }
   }
 
-  // Rows m .. m + R - 1, and H halves of a strip from half `first` on.
-  template <int R, int H>
+  // Rows m .. m + R - 1, and H halves of T strips from half `first` on.
+  template <int R, int H, int T>
   static void run_halves(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count,
                          const std::uint8_t* strip, std::int64_t first) {
     const std::int64_t N = args.shape.outputs, blocks = block_count(format, args.shape.columns);
-    const std::int64_t C = blocks * format.block;
+    const std::int64_t C = blocks * format.block, bytes = strip_bytes(layout, format, args.shape.columns);
     const std::uint8_t* codes = strip + 32 * first;
     const std::uint8_t* const scales =
         strip + strip_code_bytes(layout, format, args.shape.columns) + 8 * first * scale_bytes(format);
@@ -110,56 +130,66 @@ struct Strip {
     // As pairs of words, minus the offset and 0; a sum, at most 127 * 128, is its own lower word.
     const __m256i offset = _mm256_set1_epi32(0xfff8);
 
-    __m256 y[R][H];
-    for (int r = 0; r < R; ++r) {
-      for (int h = 0; h < H; ++h) y[r][h] = _mm256_setzero_ps();
+    __m256 y[T][R][H];
+    for (auto& of_strip : y) {
+      for (auto& row : of_strip) {
+        for (__m256& half : row) half = _mm256_setzero_ps();
+      }
     }
     for (std::int64_t b = 0; b < blocks; ++b) {
-      __m256i sums[R][H];
+      __m256i sums[T][R][H];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
+        const __m256i none = format.bits == 8 ? _mm256_setzero_si256()
+                                              : _mm256_madd_epi16(offset, _mm256_set1_epi32(x_sums[r * blocks + b]));
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-        for (int h = 0; h < H; ++h) {
-          sums[r][h] = format.bits == 8 ? _mm256_setzero_si256()
-                                        : _mm256_madd_epi16(offset, _mm256_set1_epi32(x_sums[r * blocks + b]));
+          for (int h = 0; h < H; ++h) sums[t][r][h] = none;
         }
       }
       for (std::int64_t k = 0; k < format.block; k += 32, x += 32, codes += format.bits * kLineBytes) {
-        add_columns<R, H>(codes, x, C, sums);
+        add_columns<R, H, T>(codes, bytes, x, C, sums);
       }
-      if constexpr (!format.row_scale) fetch(scales + b * S * 2 + kAheadBytes);
-#pragma GCC unroll 2
-      for (int h = 0; h < H; ++h) {
-        __m256 scale;
-        if constexpr (!format.row_scale) scale = widened(scales + (b * S + 8 * h) * 2);
+      if constexpr (!format.row_scale && R > 1) fetch(scales + b * S * 2 + kAheadBytes);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          const __m256 sum = _mm256_cvtepi32_ps(sums[r][h]), x_scale = _mm256_set1_ps(x_scales[r * blocks + b]);
-          y[r][h] = format.row_scale ? _mm256_fmadd_ps(sum, x_scale, y[r][h])
-                                     : _mm256_fmadd_ps(_mm256_mul_ps(sum, x_scale), scale, y[r][h]);
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int h = 0; h < H; ++h) {
+          __m256 scale;
+          if constexpr (!format.row_scale) scale = widened(scales + t * bytes + (b * S + 8 * h) * 2);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const __m256 sum = _mm256_cvtepi32_ps(sums[t][r][h]), x_scale = _mm256_set1_ps(x_scales[r * blocks + b]);
+            y[t][r][h] = format.row_scale ? _mm256_fmadd_ps(sum, x_scale, y[t][r][h])
+                                          : _mm256_fmadd_ps(_mm256_mul_ps(sum, x_scale), scale, y[t][r][h]);
+          }
         }
       }
     }
-    for (int h = 0; h < H; ++h) {
-      const std::int64_t at = 8 * (first + h), own = count - at < 8 ? count - at : 8;
-      if (own <= 0) continue;
-      for (int r = 0; r < R; ++r) {
-        Vec8 out = {y[r][h]};
-        if constexpr (format.row_scale) out = out * Vec8::load(reinterpret_cast<const float*>(scales) + 8 * h);
-        if (args.bias) out = out + Vec8::load_some(args.bias + n + at, own);
-        out.store_some(args.y + (m + r) * N + n + at, own);
+    for (int t = 0; t < T; ++t) {
+      for (int h = 0; h < H; ++h) {
+        const std::int64_t at = S * t + 8 * (first + h), own = count - at < 8 ? count - at : 8;
+        if (own <= 0) continue;
+        const auto* const of_rows = reinterpret_cast<const float*>(scales + t * bytes) + 8 * h;
+        for (int r = 0; r < R; ++r) {
+          Vec8 out = {y[t][r][h]};
+          if constexpr (format.row_scale) out = out * Vec8::load(of_rows);
+          if (args.bias) out = out + Vec8::load_some(args.bias + n + at, own);
+          out.store_some(args.y + (m + r) * N + n + at, own);
+        }
       }
     }
   }
 
-  template <int R>
+  template <int R, int T = 1>
   static void run(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count,
                   const std::uint8_t* strip) {
     if constexpr (R > 2) {
-      run_halves<R, 1>(args, m, n, count, strip, 0);
-      run_halves<R, 1>(args, m, n, count, strip, 1);
+      run_halves<R, 1, T>(args, m, n, count, strip, 0);
+      run_halves<R, 1, T>(args, m, n, count, strip, 1);
     } else {
-      run_halves<R, 2>(args, m, n, count, strip, 0);
+      run_halves<R, 2, T>(args, m, n, count, strip, 0);
     }
   }
 };

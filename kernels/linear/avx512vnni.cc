@@ -44,6 +44,7 @@ struct Strip {
   static constexpr const LinearLayout& layout = kX86Layout;
   static constexpr WeightFormat format = weight_format(weight);
   static constexpr int kMostRows = 12;
+  static constexpr int kMostStrips = 1;
 
   template <int R>
   static void run(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count,

@@ -2,9 +2,10 @@
 //
 // The order in which a form on strips goes through rows and outputs, a template on what it does with one strip.
 //
-// `Strip` is one instruction set's: layout, format, kMostRows, and run<R>(args, m, n, count, strip), which computes
-// rows m .. m + R - 1 of outputs n .. n + count - 1, those of one strip, for R = kMostRows and the numbers of rows
-// below it that `fewer` gives. It lives in an unnamed namespace of its file, so that no code compiled for one
+// `Strip` is one instruction set's: layout, format, kMostRows, kMostStrips, and run<R>(args, m, n, count, strip), which
+// computes rows m .. m + R - 1 of outputs n .. n + count - 1, those of one strip, for R = kMostRows and the numbers of
+// rows below it that `fewer` gives; where kMostStrips is more than 1, run<1, T> too, those of T neighbouring strips,
+// for kMostStrips and its halves. It lives in an unnamed namespace of its file, so that no code compiled for one
 // instruction set can be linked into another.
 
 #ifndef MOSS_KERNELS_LINEAR_STRIPS_H_
@@ -33,19 +34,31 @@ static void fetch_outputs(const LinearArgs& args, std::int64_t m, std::int64_t n
   }
 }
 
+// Outputs n .. end - 1 of R rows; of one row, T strips together.
+template <typename Strip, int R, int T = R == 1 ? Strip::kMostStrips : 1>
+void run_outputs(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t end) {
+  constexpr std::int64_t S = Strip::layout.strip;
+  const std::int64_t bytes = strip_bytes(Strip::layout, Strip::format, args.shape.columns);
+  for (; T == 1 ? n < end : end - n >= T * S; n += T * S) {
+    const std::int64_t count = end - n < T * S ? end - n : T * S;
+    const std::uint8_t* const strip = args.weight + n / S * bytes;
+    fetch_outputs<R>(args, m, n, count);
+    if constexpr (T == 1) {
+      Strip::template run<R>(args, m, n, count, strip);
+    } else {
+      Strip::template run<R, T>(args, m, n, count, strip);
+    }
+  }
+  if constexpr (T > 1) run_outputs<Strip, R, T / 2>(args, m, n, end);
+}
+
 // Outputs n .. end - 1 of as many of rows m .. last - 1 as go through a strip together; returns how many.
 template <typename Strip, int R = Strip::kMostRows>
 std::int64_t run_some(const LinearArgs& args, std::int64_t m, std::int64_t last, std::int64_t n, std::int64_t end) {
-  constexpr std::int64_t S = Strip::layout.strip;
   if constexpr (R > 1) {
     if (last - m < R) return run_some<Strip, fewer(R)>(args, m, last, n, end);
   }
-  const std::int64_t bytes = strip_bytes(Strip::layout, Strip::format, args.shape.columns);
-  for (; n < end; n += S) {
-    const std::int64_t count = end - n < S ? end - n : S;
-    fetch_outputs<R>(args, m, n, count);
-    Strip::template run<R>(args, m, n, count, args.weight + n / S * bytes);
-  }
+  run_outputs<Strip, R>(args, m, n, end);
   return R;
 }
 
