@@ -251,15 +251,15 @@ def _scales(job: Job) -> Made:
     return Made(Planned(job.weights, plan, tensors), plan.bits_per_weight)
 
 
-def _methods_of_torchao() -> ModuleType:
-    """`bench/torchao_methods.py`; importing torchao takes seconds, and only its methods need it."""
-    sys.path.append(str(Path(__file__).parent))  # -P leaves it out
-    return importlib.import_module("torchao_methods")
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, when it is needed: -P leaves the folder out, and importing torchao takes seconds."""
+    sys.path.append(str(Path(__file__).parent))
+    return importlib.import_module(name)
 
 
 def _torchao(name: str, job: Job, *, calibrated: bool = False) -> Made:
     """A method of torchao, as values of the linears."""
-    torchao = _methods_of_torchao()
+    torchao = _beside("torchao_methods")
     method = getattr(torchao, name)
     if name == "qat":
         learned, judged = job.text.split(JUDGED_TOKENS)
@@ -397,7 +397,7 @@ def make_and_measure(job: Job, name: str) -> None:
     """One method: made, measured on every text, stored."""
     method = METHODS[name]
     if name.startswith("torchao"):
-        _methods_of_torchao()
+        _beside("torchao_methods")
     began, cpu = time.monotonic(), time.process_time()
     made = method.make(job)
     seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu
@@ -792,11 +792,12 @@ def write(arguments: argparse.Namespace) -> None:
         *ABOUT.splitlines(),
         "",
     ]
-    written = arguments.output.read_text() if arguments.output.exists() else ""
-    sections = {part.partition("\n")[0]: part.rstrip() for part in re.split(r"^## ", written, flags=re.MULTILINE)[1:]}
-    sections |= {found.name: "\n".join(_model_section(found)).strip().removeprefix("## ") for found in results}
-    text = "\n\n".join(["\n".join(lines).rstrip(), *(f"## {part}" for part in sections.values())]) + "\n"
-    arguments.output.write_text(text)
+    page = _beside("page")
+    _, sections = page.parted(arguments.output.read_text("utf-8") if arguments.output.exists() else "")
+    for found in results:
+        sections |= page.parted("\n".join(_model_section(found)))[1]
+    text = page.joined("\n".join(lines).rstrip(), sections)
+    arguments.output.write_text(text, encoding="utf-8")
     print(text)
 
 

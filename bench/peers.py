@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from page import joined, parted
 from peers_llama import F32, PACKAGE, VERSION, LlamaCpp, made
 
 import mossquant
@@ -279,11 +280,8 @@ def section(report: Mapping[str, Any]) -> str:
 
 def write_section(path: Path, text: str) -> None:
     """Put a section in the place of the one with its heading, or at the end."""
-    page = path.read_text() if path.exists() else ""
-    before, heading, after = page.partition(text.partition("\n")[0] + "\n")
-    _, next_heading, rest = after.partition("\n## ")
-    gap = "\n" if before and not heading else ""
-    path.write_text(before + gap + text + next_heading + rest)
+    before, sections = parted(path.read_text("utf-8") if path.exists() else "")
+    path.write_text(joined(before, sections | parted(text)[1]), encoding="utf-8")
 
 
 def library_of_ours() -> Path:

@@ -10,10 +10,10 @@ process of its own, all take turns (`mossquant bench --profile`). Sections of th
 """
 
 import argparse
-import re
 import tempfile
 from pathlib import Path
 
+from page import joined, parted
 from peers import make_checkpoint
 from peers_llama import made
 
@@ -125,13 +125,10 @@ def main() -> None:
         "",
         *rows,
         "",
-        f"## {TIMES}",
-        *parts,
     ]
-    written = OUTPUT.read_text("utf-8") if OUTPUT.exists() else ""
-    others = [part for part in re.split(r"^## ", written, flags=re.MULTILINE)[1:] if not part.startswith(f"{TIMES}\n")]
-    text = "\n\n".join(["\n".join(lines), *(f"## {part.rstrip()}" for part in others)])
-    OUTPUT.write_text(text + "\n", encoding="utf-8")
+    _, sections = parted(OUTPUT.read_text("utf-8") if OUTPUT.exists() else "")
+    own = {TIMES: "\n".join([TIMES, *parts])}
+    OUTPUT.write_text(joined("\n".join(lines).rstrip(), own | sections | own), encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -13,7 +13,6 @@ bootstraps over windows of 256 predicted tokens (95 %).
 
 import argparse
 import json
-import re
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from page import joined, parted
 from scipy.stats import spearmanr
 
 from mossquant.calibration.meter import WINDOW, Meter
@@ -264,7 +264,7 @@ def run(arguments: argparse.Namespace) -> None:
         "machine": machine()["cpu"],
         "recover": arguments.recover,
         "argv": vars(arguments) | {"work": "WORK"},
-        "parts": list(parts(job)),
+        "parts": [name for name in parts(job) if not arguments.only or name in arguments.only],
     }
     stored = job.folder / "about.json"
     if stored.is_file() and json.loads(stored.read_text())["model"] != about["model"]:
@@ -331,12 +331,13 @@ def _mean(values: Floats) -> str:
 def _command(name: str, argv: Mapping[str, Any]) -> str:
     """What measured a model."""
     words = ["python bench/pruning.py run WORK", f'"{name}"', Path(argv["model"]).name]
-    for option in ("calibrate", "same", "other", "tokens", "recover", "recovered", "rivals"):
+    for option in ("calibrate", "same", "other", "tokens", "recover", "recovered", "rivals", "only"):
         value = argv[option]
         if value is True:
             words.append(f"--{option}")
         elif value and list(value if isinstance(value, list) else [value]) != list(RECOVERED):
-            words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+            several = value if isinstance(value, list) else [value]
+            words += [f"--{option}", *(f'"{one}"' if " " in str(one) else str(one) for one in several)]
     return "    " + " ".join(words)
 
 
@@ -366,7 +367,8 @@ def _section(folder: Path) -> list[str]:
             lines += [f"| {kind} experts | {figures} | {least:.1e} – {median:.1e} – {most:.1e} |"]
         lines += [""]
     last = _against_bits(folder, stored("against bits")) + _bought(stored("bought"))
-    first = next(iter((stored("greedy ssm") or {}).values()), None)
+    whole = [stored(name) for name in about["parts"] if name.startswith(("greedy", "recovered"))]
+    first = next((of for part in whole for of in (part or {}).values()), None)
     if first is None:
         return lines + last
     domains = [domain for domain in ("same", "other") if domain in first]
@@ -392,7 +394,7 @@ def _section(folder: Path) -> list[str]:
         lines += [f"Recovered over {about['recover']:,} tokens.", ""]
     missing = [name for name in about["parts"] if stored(name) is None]
     if missing:
-        lines += [f"Not measured: {', '.join(missing)}.", ""]
+        lines += [f"Not measured in this run: {', '.join(missing)}.", ""]
     ways: list[tuple[str, str, Any, Any]] = []
     for kind in ("ssm", "mlp"):
         ours, group = stored(f"greedy {kind}"), stored(f"others {kind}")
@@ -486,14 +488,13 @@ def write(arguments: argparse.Namespace) -> None:
     """Put the tables of every model in WORK behind what the page says before them; other models keep theirs."""
     page = OUTPUT.read_text("utf-8")
     before, _, after = page.partition(BEGIN)
-    sections = {part.partition("\n")[0]: part.rstrip() for part in re.split(r"^### ", after, flags=re.MULTILINE)[1:]}
+    _, sections = parted(after, "### ")
     for folder in sorted(path.parent for path in arguments.work.glob("*/about.json")):
-        sections[folder.name] = "\n".join(_section(folder)).strip().removeprefix("### ")
+        sections |= parted("\n".join(_section(folder)), "### ")[1]
     measuring = (__doc__ or "").partition("doesn't hold as they are. ")[2]
     said = f"Written by `python bench/pruning.py write WORK` from what `run` measured. {measuring}"
     lines = [f"{before}{BEGIN}", *textwrap.wrap(" ".join(said.split()), 128)]
-    text = "\n\n".join([lines[0], "\n".join(lines[1:]), *(f"### {part}" for part in sections.values())])
-    OUTPUT.write_text(text + "\n", encoding="utf-8")
+    OUTPUT.write_text(joined("\n\n".join([lines[0], "\n".join(lines[1:])]), sections, "### "), encoding="utf-8")
 
 
 def main() -> None:
