@@ -255,12 +255,18 @@ def tables(rows: Mapping[str, Any], threads: str) -> list[str]:
     return lines
 
 
+def instructions(system: str) -> str:
+    """The widest of those that both have kernels for, of what llama.cpp says of itself: a section of its own for each."""
+    known = {"AVX512_VNNI": "AVX-512 VNNI", "AVX2": "AVX2", "MATMUL_INT8": "i8mm", "DOTPROD": "dotprod"}
+    return next((name for flag, name in known.items() if f" {flag} = 1" in system), "no vectors")
+
+
 def section(report: Mapping[str, Any]) -> str:
     """The section of docs/performance.md."""
     ran, model = report["machine"], report["model"]
     off = ", ".join(f"{name} {value:.1e}" for name, value in report["logits_off"].items())
     text = [
-        "## Against llama.cpp",
+        f"## Against llama.cpp, {instructions(report['system'])}",
         "",
         f"Written by `{report['command']}` with mossquant {release()} on {ran['cpu']}, {ran['cores']} cores. A random "
         f"Mamba of {model['num_hidden_layers']} × {model['hidden_size']}, the same weights for all; a prompt of "

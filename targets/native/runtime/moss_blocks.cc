@@ -133,7 +133,10 @@ moss_worker* moss_worker_create(const moss_options* options, const moss_pool* po
 void moss_worker_free(moss_worker* worker) { delete worker; }
 
 int32_t moss_worker_layout(const moss_worker* worker) {
-  return layout_index(kernel_of(worker, moss::WeightName::int4_g32).layout);
+  return guarded<int32_t>(-1, [&] {
+    check_given(worker);
+    return layout_index(kernel_of(worker, moss::WeightName::int4_g32).layout);
+  });
 }
 
 int32_t moss_embedding(moss_worker* worker, const moss_matrix* table, int64_t rows, int64_t columns,

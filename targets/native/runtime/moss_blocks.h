@@ -82,7 +82,7 @@ typedef struct moss_worker moss_worker;
 MOSS_API moss_worker* moss_worker_create(const moss_options* options, const moss_pool* pool);
 MOSS_API void moss_worker_free(moss_worker* worker);
 
-/* The layout that the kernels of this machine want; every other is refused. */
+/* The layout that the kernels of this machine want; every other is refused. -1 without a worker. */
 MOSS_API int32_t moss_worker_layout(const moss_worker* worker);
 
 /* x [count, columns]: rows of a table [rows, columns]. Where a token is not one of them nothing is written. */
@@ -90,7 +90,7 @@ MOSS_API int32_t moss_embedding(moss_worker* worker, const moss_matrix* table, i
                                 const int64_t* tokens, int64_t count, float* x);
 
 /* x [batch, time, D] += block(norm(x)); window [batch, W - 1, E], oldest first, and h [batch, strips, N, 16], in strips
- * of 16 channels as `rate`, advance. */
+ * of 16 channels as `rate`, advance. Where memory runs out on the way, window and h are neither old nor new. */
 MOSS_API int32_t moss_ssm_block(moss_worker* worker, const moss_shape* shape, const moss_ssm* ssm, int64_t batch,
                                 int64_t time, float* x, float* window, float* h);
 

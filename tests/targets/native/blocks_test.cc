@@ -374,6 +374,7 @@ int main() {
   test({0, nullptr}, &pool, "threads of the host");
   const moss_pool useless = {1, nullptr, nullptr}, nobody = {0, nullptr, backwards};
   for (const moss_pool* wrong : {&useless, &nobody}) expect(!moss_worker_create(nullptr, wrong), "a pool was taken");
+  expect(moss_worker_layout(nullptr) == -1, "no worker has a layout");
   const moss_options unknown = {1, "none"};
   expect(!moss_worker_create(&unknown, nullptr), "an unknown isa was taken");
   moss_worker_free(nullptr);
