@@ -256,7 +256,7 @@ def tables(rows: Mapping[str, Any], threads: str) -> list[str]:
 
 
 def instructions(system: str) -> str:
-    """The widest of those that both have kernels for, of what llama.cpp says of itself: a section of its own for each."""
+    """The widest that both have kernels for, of what llama.cpp says of itself: each has a section of its own."""
     known = {"AVX512_VNNI": "AVX-512 VNNI", "AVX2": "AVX2", "MATMUL_INT8": "i8mm", "DOTPROD": "dotprod"}
     return next((name for flag, name in known.items() if f" {flag} = 1" in system), "no vectors")
 

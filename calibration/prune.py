@@ -410,8 +410,10 @@ def _check(
     recover: int,
     seed: int | None,
 ) -> None:
-    if (experts is None) == (keep is None):
+    if experts is None and keep is None:
         raise InputError("say what is to go with --experts 25%, or what is to stay with --keep FILE.json")
+    if experts is not None and keep is not None:
+        raise InputError("--keep names the experts that stay, so --experts chooses nothing; leave one of them out")
     if keep is not None and (kind is not None or by is not None):
         raise InputError("--keep names the experts that stay, so --kind and --by choose nothing; leave them out")
     if seed is not None and by != "random":

@@ -22,6 +22,9 @@ from mossquant.targets.child import Child
 from mossquant.targets.target import target_of
 from mossquant.targets.trial import passed
 
+PROFILED_TURNS = 5
+"""In which runtimes say where their time goes."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -133,7 +136,7 @@ def bench(
         prompt: tokens of the prefill.
         decode: steps of the decode.
         repeats: turns that count; the first, to warm up, does not.
-        profile: one turn more, in which runtimes that can say where their time goes.
+        profile: `PROFILED_TURNS` more, for medians of each part, in runtimes that can say where their time goes.
         progress: told how many models are loaded, then how many turns are done.
 
     Raises:
@@ -183,7 +186,7 @@ def bench(
                     reads[i].append(answer["read_gb_s"])
         profiles: list[dict[str, Any]] = [{} for _ in paths]
         if profile:
-            order = {"do": "profile", "prompt": prompt, "decode": decode}
+            order = {"do": "profile", "prompt": prompt, "decode": decode, "turns": PROFILED_TURNS}
             profiles = [
                 _answer(worker, order | {"path": str(path)}) for worker, path in zip(workers, paths, strict=True)
             ]

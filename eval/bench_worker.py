@@ -5,6 +5,7 @@ It answers orders (`mossquant.targets.child`): "open" loads, "turn" times a pref
 was used, "read" times reads of the mapping that holds the weights, "profile" says where the time of a turn goes.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,7 +42,8 @@ def main() -> None:
             if not reads:
                 reads.append(_reader(locate(order["path"]), runners[0], order["threads"]))
             return {"read_gb_s": reads[0]()}
-        return _profile(runners[0], locate(order["path"]), prompt=order["prompt"], decode=order["decode"])
+        lengths = {name: order[name] for name in ("prompt", "decode", "turns")}
+        return _profile(runners[0], locate(order["path"]), **lengths)
 
     serve(answer)
 
@@ -100,8 +102,11 @@ def _turn(runner: Runner, *, prompt: int, decode: int) -> dict[str, Any]:
     return {"prefill": prefill_seconds, "decode": time.perf_counter() - start}
 
 
-def _profile(runner: Runner, located: Located, *, prompt: int, decode: int) -> dict[str, Any]:
-    """Microseconds a token of each part, of the prefill and of the decode; empty where the runtime does not say."""
+def _profile(runner: Runner, located: Located, *, prompt: int, decode: int, turns: int) -> dict[str, Any]:
+    """Microseconds a token of each part, of the prefill and of the decode; empty where the runtime does not say.
+
+    Medians over turns: one that the system interrupts changes nothing.
+    """
     target = target_of(located)
     tokens = np.random.default_rng(_SEED).integers(0, runner.info.vocab_size, (1, prompt), np.int64)
     state = runner.initial_state(1)
@@ -115,10 +120,11 @@ def _profile(runner: Runner, located: Located, *, prompt: int, decode: int) -> d
         for step in range(decode):
             _, state = runner(tokens[:, step % prompt][:, None], state, logits="last")
 
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, work, count in (("prefill_us", prefill, prompt), ("decode_us", steps, decode)):
-        seconds = target.profiled(runner, work) or {}
-        found[name] = {part: 1e6 * value / count for part, value in seconds.items() if value > 0}
+        seconds = [target.profiled(runner, work) or {} for _ in range(turns)]
+        medians = {part: statistics.median(turn[part] for turn in seconds) for part in seconds[0]}
+        found[name] = {part: 1e6 * median / count for part, median in medians.items() if median > 0}
     return found
 
 

@@ -319,14 +319,14 @@ class _StoppingText:
 def _check(max_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[str], *, saving: bool) -> None:
     offenders = []
     if max_tokens < (0 if saving else 1):
-        offenders.append(f"max_tokens is {max_tokens}, needs 1 or more, or 0 with a state to save")
+        offenders.append(f"--max-tokens is {max_tokens}, needs 1 or more, or 0 with a state to save")
     if not 0 <= temperature < float("inf"):
-        offenders.append(f"temperature is {temperature}, needs 0 (greedy) or more")
+        offenders.append(f"--temperature is {temperature}, needs 0 (greedy) or more")
     if not 0 < top_p <= 1:
-        offenders.append(f"top_p is {top_p}, needs more than 0 and at most 1")
+        offenders.append(f"--top-p is {top_p}, needs more than 0 and at most 1")
     if seed < 0:
-        offenders.append(f"seed is {seed}, needs 0 or more")
+        offenders.append(f"--seed is {seed}, needs 0 or more")
     if "" in stop:
-        offenders.append("an empty stop string")
+        offenders.append("--stop is empty")
     if offenders:
         raise InputError.listing("these options cannot be used", offenders, "Give others.")

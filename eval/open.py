@@ -67,8 +67,8 @@ def open_model(
     is_program = source.path.is_file()
     if is_program and activations not in (None, runner.info.activations):
         raise InputError(
-            f"{source.given} was exported with {runner.info.activations} activations, not {activations}; "
-            "export it again, or run it as it is"
+            f"{source.given} has {runner.info.activations} activations built in; leave --activations out, "
+            "or export it again with others"
         )
     return OpenModel(runner, source.path.parent if is_program else source.path)
 

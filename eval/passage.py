@@ -112,6 +112,9 @@ def held_out_passage(
         raise InputError(f"{source.name} has {len(ids)} tokens, {tokens} were asked for; give a longer text or fewer")
     if source.special and len(ids) and ids[0] == begins and lengths is not None:
         ids, lengths = ids[1:], lengths[1:]  # it is put in front of every stream, this one too
+    left_out = len(ids[:tokens]) % streams_wanted
+    if left_out:
+        notes = (*notes, f"the last {left_out} tokens are left out, so that {streams_wanted} streams are equally long")
     cut = streams(ids[:tokens], streams_wanted)
     counts = None if lengths is None else streams(lengths[:tokens], streams_wanted)
     if begins is not None and counts is not None:

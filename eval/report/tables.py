@@ -5,7 +5,7 @@ import math
 
 from rich.table import Table
 
-from mossquant.eval.bench import BenchReport, Speed
+from mossquant.eval.bench import PROFILED_TURNS, BenchReport, Speed
 from mossquant.eval.compare import Candidate, ComparisonReport
 from mossquant.eval.perplexity import PerplexityReport
 from mossquant.eval.report.grid import DASH, figure, grid, left, right, spaced
@@ -155,7 +155,9 @@ def bandwidth_tables(report: BenchReport) -> list[Table]:
 
 def profile_tables(report: BenchReport) -> list[Table | str]:
     """Where the time of each artifact goes, by part of the model; a line for those that do not say."""
-    results: list[Table | str] = []
+    results: list[Table | str] = [
+        f"Where the time goes, medians of {PROFILED_TURNS} more turns, each part by itself:"
+    ]
     for timing in report.artifacts:
         if not timing.decode_us:
             results.append(f"{timing.path}: {timing.kind} does not say where its time goes")
@@ -177,8 +179,8 @@ def info_tables(report: InfoReport) -> list[Table | str]:
     facts = [
         ("what", f"{report.path} ({report.kind}, {report.weights})"),
         ("shape", f"{config.num_hidden_layers} blocks, {widths}, {ranks}"),
-        ("SSM experts", f"{_count(config.num_ssm_experts)}, {config.num_ssm_experts_per_tok} a token"),
-        ("MLP experts", f"{_count(config.num_mlp_experts)}, {config.num_mlp_experts_per_tok} a token"),
+        ("SSM experts", _count(config.num_ssm_experts, config.num_ssm_experts_per_tok)),
+        ("MLP experts", _count(config.num_mlp_experts, config.num_mlp_experts_per_tok)),
         ("parameters", f"{report.parameters:,}, of which {report.active_parameters:,} for one token"),
         ("weights", f"{report.weight_bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight"),
         *report.facts,
@@ -274,5 +276,8 @@ def _streams(count: int) -> str:
     return "one stream" if count == 1 else f"{count} streams"
 
 
-def _count(experts: int | tuple[int, ...]) -> str:
-    return str(experts) if isinstance(experts, int) else "by layer " + " ".join(map(str, experts))
+def _count(experts: int | tuple[int, ...], chosen: int) -> str:
+    if isinstance(experts, int):
+        return f"{experts}, {chosen} a token"
+    most = "at most " if min(experts) < chosen else ""
+    return f"by layer {' '.join(map(str, experts))}, {most}{chosen} a token"

@@ -94,6 +94,8 @@ def _locate(text: str, path: Path) -> Located:
         )
     if not programs and json_object(path / "manifest.json", largest=LARGEST).get("kind") == STATISTICS:
         return Located(text, path, STATISTICS)
+    if not programs and path.is_file():
+        raise InputError(f"{text} is no program by its name, which ends in {', '.join(_PROGRAMS)}; {_ADVICE}")
     if not programs:
         raise InputError(f"{text} holds neither config.json nor a program ({' or '.join(_PROGRAMS)}); {_ADVICE}")
     if not programs[0].is_file():

@@ -65,8 +65,8 @@ def check_json(path: Path | None, *inputs: str | Path | None, output: Path | Non
     check_free(path, force=True, as_file=True, inputs=read)
     check_apart(path, [] if output is None else [output], role="output")
     check_outside(path)
-    if path.exists() and path.suffix != ".json":
-        raise InputError(f"{path} exists already, and a report replaces .json files only; choose another path")
+    if path.suffix != ".json":
+        raise InputError(f"{path} is no name for a report, which is JSON; end it with .json")
 
 
 def check_picture(path: Path | None, *inputs: str | Path | None, output: Path | None = None) -> None:

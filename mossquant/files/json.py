@@ -84,9 +84,11 @@ def parse_stored(values: Any, schema: type[Stored], *, where: str, noun: str, ad
     Raises:
         InputError: of another version, or not what `schema` says: all offenders at once.
     """
-    if isinstance(values, dict) and values.get("version") != 1:
+    if isinstance(values, dict) and "version" not in values:
+        raise InputError(f"{where} is not {noun}: it carries no version. {advice}")
+    if isinstance(values, dict) and values["version"] != 1:
         release = f"mossquant {values['release']}"[:50] if "release" in values else "a newer release"
-        version = repr(values.get("version"))[:40]
+        version = repr(values["version"])[:40]
         raise InputError(f"{where}: version {version} was written by {release}; use that release")
     return validated(values, schema, where=where, noun=noun, advice=advice)
 

@@ -305,5 +305,5 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 def test_bad_options_are_all_named() -> None:
     with pytest.raises(InputError) as caught:
         _run(b"a", max_tokens=0, temperature=-1.0, top_p=0.0, seed=-1, stop=("",))
-    for part in ("max_tokens is 0", "temperature is -1.0", "top_p is 0.0", "seed is -1", "empty stop string"):
+    for part in ("--max-tokens is 0", "--temperature is -1.0", "--top-p is 0.0", "--seed is -1", "--stop is empty"):
         assert part in str(caught.value)

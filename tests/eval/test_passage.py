@@ -82,6 +82,12 @@ def test_every_stream_begins_with_the_declared_beginning_of_text(model: Path) ->
     assert (passage.predicted, passage.predicted_bytes) == (6, 6)
 
 
+def test_tokens_that_fill_no_stream_are_named(model: Path) -> None:
+    assert _passage(model, Text.of("a text", b"abcdef"), streams_wanted=2).notes == ()
+    (note,) = _passage(model, Text.of("a text", b"abcdefgh"), streams_wanted=3).notes
+    assert note == "the last 2 tokens are left out, so that 3 streams are equally long"
+
+
 def test_a_beginning_of_text_that_is_spelled_is_not_put_in_twice(model: Path) -> None:
     _declare(model, beginning=True)
     passage = _passage(model, Text.of("a text", b"<s>abc", special=True))

@@ -232,7 +232,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no version": (
         rewritten(lambda _, m: m.pop("version")),
-        "version None was written by mossquant",
+        "is not a state: it carries no version",
     ),
     "a version alone": (
         rewritten(lambda _, m: (m.clear(), m.update(version=1))),

@@ -56,7 +56,7 @@ def test_refused(tmp_path: Path) -> None:
         ("none", "does not exist, and nothing is downloaded; give a checkpoint folder, an artifact, or the name tiny"),
         ("empty", "holds neither config.json nor a program"),
         ("two", r"holds 2 programs; give one of them: .*a\.onnx, .*b\.onnx"),
-        ("weights.bin", r"nor a program \(\.onnx or \.pte or \.moss\)"),
+        ("weights.bin", r"no program by its name, which ends in \.onnx, \.pte, \.moss"),
         ("n" * 300, "cannot be opened"),
     ):
         with pytest.raises(InputError, match=message) as error:

@@ -309,7 +309,7 @@ def test_the_wrong_kind(
             ["perplexity", checkpoint_folder, "--activations", "planned", "--text", text],
             "is not quantized, so it",
         ),
-        (["perplexity", program, "--text", text, "--activations", "fp32"], "was exported with int8_block activations"),
+        (["perplexity", program, "--text", text, "--activations", "fp32"], "has int8_block activations built in"),
     ):
         assert message in refused(place, *words), words
 

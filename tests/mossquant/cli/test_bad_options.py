@@ -38,9 +38,9 @@ BAD_OPTIONS = [
     ("compare MODEL MODEL --text TEXT --max-ppl-increase nan%", "is not a number of per cent"),
     ("compare MODEL", "Missing argument 'CANDIDATE'; see mossquant compare --help"),
     ("generate MODEL x --temperature inf", "temperature is inf"),
-    ("generate MODEL x --top-p nan", "top_p is nan, needs more than 0 and at most 1"),
-    ("generate MODEL x --max-tokens 0", "max_tokens is 0, needs 1 or more, or 0 with a state to save"),
-    ("generate MODEL x --stop=", "an empty stop string"),
+    ("generate MODEL x --top-p nan", "--top-p is nan, needs more than 0 and at most 1"),
+    ("generate MODEL x --max-tokens 0", "--max-tokens is 0, needs 1 or more, or 0 with a state to save"),
+    ("generate MODEL x --stop=", "--stop is empty"),
     ("generate MODEL x --prompt-file TEXT", "a prompt and --prompt-file were both given"),
     ("generate MODEL x --messages TEXT", "--messages is the whole conversation; leave the prompt and --chat out"),
     ("generate MODEL --messages TEXT", "is not JSON"),
@@ -75,7 +75,7 @@ BAD_OPTIONS = [
     ("import MODEL -o OUT --tokenizer OUT", "is, holds or lies in the input"),
     ("train --text OUT/book.txt -o OUT", "is, holds or lies in the input"),
     # A report replaces a .json file and nothing else; every verb says so before any work.
-    ("info MODEL --json TEXT", "exists already, and a report replaces .json files only"),
+    ("info MODEL --json TEXT", "is no name for a report, which is JSON; end it with .json"),
     ("info QUANTIZED --json QUANTIZED/config.json", "is, holds or lies in the input"),
     ("info MODEL --json QUANTIZED/ledger.json", "lies in a checkpoint or artifact"),
     ("perplexity MODEL --text TEXT --json TEXT", "is, holds or lies in the input"),
@@ -154,7 +154,7 @@ def test_an_output_may_have_the_name_of_a_recipe(
     checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8", "--json", "int4").status == 0
+    assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8").status == 0
     assert command("quantize", checkpoint_folder, "-r", "int8", "-o", "int8", "--force").status == 0
 
 

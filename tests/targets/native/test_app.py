@@ -53,15 +53,30 @@ def said(program: Path, model: Path, *emulated: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-def test_a_c_program_says_what_the_runner_says(lowered: Lowered, tmp_path: Path) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
+def compiled(source: Path, program: Path) -> Path:
+    """With nothing but the installed header and library."""
+    compiler, folder = shutil.which("cc") or shutil.which("gcc"), native_path()
     assert compiler is not None
-    folder, program = native_path(), tmp_path / "example"
     built = run(
-        *(compiler, "-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", EXAMPLE, f"-I{folder / 'include'}"),
+        *(compiler, "-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", source, f"-I{folder / 'include'}"),
         *(f"-L{folder / 'lib'}", "-lmoss", f"-Wl,-rpath,{folder / 'lib'}", "-o", program),
     )
     assert (built.returncode, built.stderr) == (0, "")
+    return program
+
+
+def test_the_program_in_the_docs_says_what_the_runner_says(lowered: Lowered, tmp_path: Path) -> None:
+    """That of docs/native.md, as it stands there."""
+    _, _, code = (ROOT / "docs" / "native.md").read_text("utf-8").partition("```c\n")
+    source = tmp_path / "example.c"
+    source.write_text(code.partition("```")[0])
+    done = run(compiled(source, tmp_path / "example"), lowered.program)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [int(word) for word in done.stdout.split()] == greedy(lowered.runner)[:20]
+
+
+def test_a_c_program_says_what_the_runner_says(lowered: Lowered, tmp_path: Path) -> None:
+    program = compiled(EXAMPLE, tmp_path / "example")
     assert said(program, lowered.program) == greedy(lowered.runner)
     refused = run(program, lowered.program, "3", "999999999")
     assert refused.returncode == 1
