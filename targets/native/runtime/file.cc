@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "json.h"
@@ -17,7 +18,8 @@
 namespace moss {
 namespace {
 
-constexpr std::int64_t kLargestHeader = 64 << 20;  // bytes
+constexpr std::int64_t kLargestHeader = 64 << 20;             // bytes
+constexpr std::int64_t kLargestFile = std::int64_t{1} << 50;  // bytes; a whole number as JSON has them
 
 }  // namespace
 
@@ -30,7 +32,9 @@ MappedFile::MappedFile(const std::string& path) {
   void* const mapped = size_ > 8 ? mmap(nullptr, static_cast<std::size_t>(size_), PROT_READ, MAP_SHARED, file, 0)
                                  : MAP_FAILED;
   close(file);
-  if (mapped == MAP_FAILED) throw std::runtime_error("it is not a file that can be mapped, or holds nothing");
+  if (!known) throw std::runtime_error("it is not a file");
+  if (size_ <= 8) throw std::runtime_error("it is empty, or is cut short");
+  if (mapped == MAP_FAILED) throw std::runtime_error("it cannot be mapped");
   data_ = static_cast<std::uint8_t*>(mapped);
   try {
     read_header();
@@ -57,8 +61,11 @@ void MappedFile::read_header() {
     }
     const std::vector<Json>& offsets = entry.at("data_offsets").array;
     if (offsets.size() != 2) throw std::runtime_error("the offsets of " + name + " must be two");
-    const std::int64_t first = offsets[0].integer("an offset of " + name, 0, most);
-    const std::int64_t end = offsets[1].integer("an offset of " + name, first, most);
+    const std::int64_t first = offsets[0].integer("an offset of " + name, 0, kLargestFile);
+    const std::int64_t end = offsets[1].integer("an offset of " + name, first, kLargestFile);
+    if (end > most) {
+      throw std::runtime_error(name + " ends " + std::to_string(end - most) + " bytes behind the file: it is cut short");
+    }
     tensors_[name] = {data_ + begin + first, end - first};
   }
 }
