@@ -13,6 +13,7 @@ bootstraps over windows of 256 predicted tokens (95 %).
 
 import argparse
 import json
+import re
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -425,7 +426,14 @@ def _section(folder: Path) -> list[str]:
 
 def _picture(folder: Path) -> Path:
     """Where the picture of a model goes."""
-    return OUTPUT.parent / f"pruning-{folder.name.lower().replace(' ', '-')}.svg"
+    words = re.findall(r"\w+", folder.name.lower())
+    return OUTPUT.parent / f"pruning-{'-'.join(words)}.svg"
+
+
+def gone(name: str) -> str:
+    """What is gone of a model of `shipped`, in words."""
+    what, comma, recovered = name.partition(",")
+    return f"{what} gone{comma}{recovered}"
 
 
 def _against_bits(folder: Path, found: Mapping[str, Any] | None) -> list[str]:
@@ -436,14 +444,14 @@ def _against_bits(folder: Path, found: Mapping[str, Any] | None) -> list[str]:
     domains = [domain for domain in ("same", "other") if domain in first]
     series = [
         Series(
-            f"{name} gone" + (f", {domain}" if len(domains) > 1 else ""),
+            f"{name}, {domain}" if len(domains) > 1 else name,
             tuple((row["bytes"] / 1e6, float(np.mean(row[domain]["kl"]))) for row in rows),
         )
         for name, rows in found.items()
         for domain in domains
     ]
     write_chart(
-        f"{folder.name}: KL over bytes, with fewer experts and with fewer bits", series, _picture(folder), x="MB"
+        f"{folder.name}: KL over bytes, by experts gone", series, _picture(folder), x="MB"
     )
     said = (
         "Against bits: `int4` within the same bytes, its formats chosen by what roles are known to lose; KL against "
@@ -454,7 +462,7 @@ def _against_bits(folder: Path, found: Mapping[str, Any] | None) -> list[str]:
     sizes = sorted({row["bits"] for rows in found.values() for row in rows})
     for domain in domains:
         own = first[domain]
-        lines += [f"| bytes of, MB | {' | '.join(f'KL, {name} gone' for name in names)} |"]
+        lines += [f"| bytes of, MB | {' | '.join(f'KL, {gone(name)}' for name in names)} |"]
         lines += ["| ---: |" + " ---: |" * len(names)]
         for bits in sizes:
             rows = [next((row for row in found[name] if row["bits"] == bits), None) for name in names]
@@ -473,7 +481,7 @@ def _bought(found: Mapping[str, Any] | None) -> list[str]:
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     for row in found["rows"]:
         speeds = [
-            f"{row[way]['median']:.0f} ({row[way]['min']:.0f}–{row[way]['max']:.0f})"
+            f"{row[way]['median']:,.0f} ({row[way]['min']:,.0f}–{row[way]['max']:,.0f})"
             for way in ("prefill_tok_s", "decode_tok_s")
         ]
         artifact = TARGETS[row["target"]]
