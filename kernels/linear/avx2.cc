@@ -51,10 +51,10 @@ struct Strip {
   static constexpr int kMostRows = 4;
   static constexpr int kMostStrips = 4;
 
-  // Adds to sums what 32 columns give: R rows, H halves of T strips that are `bytes` apart.
-  template <int R, int H, int T>
+  // Adds to sums what 32 columns give: R rows, both halves of T strips that are `bytes` apart.
+  template <int R, int T>
   static void add_columns(const std::uint8_t* codes, std::int64_t bytes, const std::int8_t* x, std::int64_t C,
-                          __m256i (*sums)[R][H]) {
+                          __m256i (*sums)[R][2]) {
     const __m256i ones = _mm256_set1_epi16(1);
     const std::int64_t ahead = R == 1 ? T * bytes : kAheadBytes;
     if constexpr (format.bits == 8) {
@@ -67,7 +67,7 @@ struct Strip {
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-          for (int h = 0; h < H; ++h) {
+          for (int h = 0; h < 2; ++h) {
             const __m256i w = _mm256_xor_si256(load(codes + t * bytes + 32 * h), offset), size = _mm256_abs_epi8(w);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
@@ -82,7 +82,7 @@ struct Strip {
       }
     } else {
       const __m256i nibble = _mm256_set1_epi8(0xf);
-      __m256i pairs[T][R][H];
+      __m256i pairs[T][R][2];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j, codes += kLineBytes) {
 #pragma GCC unroll 4
@@ -90,7 +90,7 @@ struct Strip {
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-          for (int h = 0; h < H; ++h) {
+          for (int h = 0; h < 2; ++h) {
             const __m256i line = load(codes + t * bytes + 32 * h);
             const __m256i low = _mm256_and_si256(line, nibble);
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), nibble);
@@ -109,7 +109,7 @@ struct Strip {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-          for (int h = 0; h < H; ++h) {
+          for (int h = 0; h < 2; ++h) {
             sums[t][r][h] = _mm256_add_epi32(sums[t][r][h], _mm256_madd_epi16(pairs[t][r][h], ones));
           }
         }
@@ -117,29 +117,28 @@ struct Strip {
     }
   }
 
-  // Rows m .. m + R - 1, and H halves of T strips from half `first` on.
-  template <int R, int H, int T>
-  static void run_halves(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count,
-                         const std::uint8_t* strip, std::int64_t first) {
+  // Rows m .. m + R - 1 of T strips.
+  template <int R, int T = 1>
+  static void run(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count,
+                  const std::uint8_t* strip) {
     const std::int64_t N = args.shape.outputs, blocks = block_count(format, args.shape.columns);
     const std::int64_t C = blocks * format.block, bytes = strip_bytes(layout, format, args.shape.columns);
-    const std::uint8_t* codes = strip + 32 * first;
-    const std::uint8_t* const scales =
-        strip + strip_code_bytes(layout, format, args.shape.columns) + 8 * first * scale_bytes(format);
+    const std::uint8_t* codes = strip;
+    const std::uint8_t* const scales = strip + strip_code_bytes(layout, format, args.shape.columns);
     const std::int8_t* x = args.x_codes + m * C;
     const float* const x_scales = args.x_scales + m * blocks;
     const std::int32_t* const x_sums = args.x_sums + m * blocks;
     // As pairs of words, minus the offset and 0; a sum, at most 127 * 128, is its own lower word.
     const __m256i offset = _mm256_set1_epi32(0xfff8);
 
-    __m256 y[T][R][H];
+    __m256 y[T][R][2];
     for (auto& of_strip : y) {
       for (auto& row : of_strip) {
         for (__m256& half : row) half = _mm256_setzero_ps();
       }
     }
     for (std::int64_t b = 0; b < blocks; ++b) {
-      __m256i sums[T][R][H];
+      __m256i sums[T][R][2];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const __m256i none = format.bits == 8 ? _mm256_setzero_si256()
@@ -147,17 +146,17 @@ struct Strip {
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-          for (int h = 0; h < H; ++h) sums[t][r][h] = none;
+          for (int h = 0; h < 2; ++h) sums[t][r][h] = none;
         }
       }
       for (std::int64_t k = 0; k < format.block; k += 32, x += 32, codes += format.bits * kLineBytes) {
-        add_columns<R, H, T>(codes, bytes, x, C, sums);
+        add_columns<R, T>(codes, bytes, x, C, sums);
       }
       if constexpr (!format.row_scale && R > 1) fetch(scales + b * S * 2 + kAheadBytes);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-        for (int h = 0; h < H; ++h) {
+        for (int h = 0; h < 2; ++h) {
           __m256 scale;
           if constexpr (!format.row_scale) scale = widened(scales + t * bytes + (b * S + 8 * h) * 2);
 #pragma GCC unroll 4
@@ -170,8 +169,8 @@ struct Strip {
       }
     }
     for (int t = 0; t < T; ++t) {
-      for (int h = 0; h < H; ++h) {
-        const std::int64_t at = S * t + 8 * (first + h), own = count - at < 8 ? count - at : 8;
+      for (int h = 0; h < 2; ++h) {
+        const std::int64_t at = S * t + 8 * h, own = count - at < 8 ? count - at : 8;
         if (own <= 0) continue;
         const auto* const of_rows = reinterpret_cast<const float*>(scales + t * bytes) + 8 * h;
         for (int r = 0; r < R; ++r) {
@@ -181,17 +180,6 @@ struct Strip {
           out.store_some(args.y + (m + r) * N + n + at, own);
         }
       }
-    }
-  }
-
-  template <int R, int T = 1>
-  static void run(const LinearArgs& args, std::int64_t m, std::int64_t n, std::int64_t count,
-                  const std::uint8_t* strip) {
-    if constexpr (R > 2) {
-      run_halves<R, 1, T>(args, m, n, count, strip, 0);
-      run_halves<R, 1, T>(args, m, n, count, strip, 1);
-    } else {
-      run_halves<R, 2, T>(args, m, n, count, strip, 0);
     }
   }
 };
