@@ -204,7 +204,7 @@ def test_killed_while_it_recovers_it_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--experts", "25%", "--keep", "keep.json"], "say what is to go with --experts 25%, or what is to stay"),
+    (["--experts", "25%", "--keep", "keep.json"], "the experts that stay, so --experts chooses nothing; leave one"),
     ([], "say what is to go with --experts 25%, or what is to stay"),
     (["--keep", "keep.json", "--kind", "mlp"], "--keep names the experts that stay, so --kind and --by choose nothing"),
     (["--experts", "25%", "--seed", "1"], "--seed is of --by random, and nothing else is drawn"),

@@ -131,7 +131,7 @@ def test_shipped(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.targets == list(TARGETS)
-    assert recipe.solver == ("gptq" if name == "int4-best" else "nearest-mse")
+    assert recipe.solver == ("gptq" if name.endswith("-best") else "nearest-mse")
     assert all(rule.why for rule in recipe.weights if rule.keep)
 
 
